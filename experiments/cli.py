@@ -1,0 +1,50 @@
+"""The command line: one thin module per command in :mod:`experiments.commands`.
+
+Errors of the toolkit become one line on standard error and exit code 2; nothing below this layer prints.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from theory.errors import MergeboundError
+
+
+def build_app() -> typer.Typer:
+    """Assemble the typer application from the command modules."""
+    from experiments.commands import COMMANDS
+
+    app = typer.Typer(
+        name="mergebound",
+        help="Predict how well merged fine-tuned models will do, before merging them, and why.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        rich_markup_mode="markdown",
+    )
+    for register in COMMANDS:
+        register(app)
+    return app
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the ``mergebound`` command."""
+    errors = Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors)])
+    try:
+        build_app()(args=argv, prog_name="mergebound")
+    except MergeboundError as error:
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted: what was finished is kept; run the same command again to continue", highlight=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Merging of checkpoints in parameter space."""

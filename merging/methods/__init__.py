@@ -1,0 +1,1 @@
+"""Merging methods, one small file each."""

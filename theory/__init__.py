@@ -1,0 +1,1 @@
+"""Symbolic and numeric bounds on the risk of merged models."""
