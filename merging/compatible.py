@@ -1,0 +1,72 @@
+"""Whether checkpoints can be merged with each other, and which tensor is to blame if not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merging.errors import CheckpointError
+from merging.partition import Partition, partition
+from merging.types import StateDict
+
+
+def check_compatible(base: StateDict, experts: Mapping[str, StateDict], parts: Partition | None = None) -> None:
+    """Check that every expert has the base's tensors, in shape and kind; private tensors are not compared.
+
+    Floating types may differ in width (the result is stored as the base is); an integer tensor where the base has a
+    floating one is an error.
+
+    Raises:
+        CheckpointError: names the expert, the tensor and the remedy.
+    """
+    chosen = partition(base) if parts is None else parts
+    compared = [(name, base[name]) for kind in (chosen.coordinates, chosen.constants) for name in kind]
+    known = {name for name, _ in compared}
+    for expert, state in experts.items():
+        for name, reference in compared:
+            tensor = state.get(name)
+            if tensor is None:
+                raise CheckpointError(
+                    f"{expert}: tensor '{name}' of the base is missing: use experts fine-tuned from this base, or make "
+                    "the tensor private"
+                )
+            if tensor.shape != reference.shape:
+                raise CheckpointError(
+                    f"{expert}: tensor '{name}' has shape {tuple(tensor.shape)} where the base has "
+                    f"{tuple(reference.shape)}: use experts fine-tuned from this base, or make the tensor private"
+                )
+            if tensor.is_floating_point() != reference.is_floating_point() or tensor.is_complex():
+                raise CheckpointError(
+                    f"{expert}: tensor '{name}' has type {tensor.dtype} where the base has {reference.dtype}: convert "
+                    "it to a floating type"
+                    + ("" if reference.is_floating_point() else " in neither, or integer in both")
+                )
+        if len(state) > len(known):
+            for name in state:
+                if name not in known and not chosen.is_private(name):
+                    raise CheckpointError(
+                        f"{expert}: tensor '{name}' does not exist in the base: use experts fine-tuned from this base, "
+                        "or make the tensor private"
+                    )
+
+
+def check_finite(
+    base: StateDict, experts: Mapping[str, StateDict], parts: Partition, rows: Sequence[Tensor] | None = None
+) -> None:
+    """Check that everything that is merged is finite; ``rows`` are flat vectors that are looked at first, for speed.
+
+    Raises:
+        CheckpointError: names the checkpoint, the tensor and how many of its entries are NaN or infinite.
+    """
+    if rows is not None and all(bool(torch.isfinite(row.sum())) for row in rows):
+        return
+    for source, state in (("base", base), *experts.items()):
+        for name in parts.coordinates:
+            bad = int(torch.isfinite(state[name]).logical_not().sum())
+            if bad:
+                raise CheckpointError(
+                    f"{source}: tensor '{name}' holds {bad} NaN or infinite values among {state[name].numel()}: use a "
+                    "checkpoint saved before training diverged"
+                )

@@ -1,0 +1,36 @@
+"""Averaging: ``M = x_0 + (1/N) sum_i Delta_i``, the mean of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from merging.flat import FlatSpace
+from merging.method import Method, Rows, apply_flat, combine
+from merging.types import TaskVector
+
+
+def average(task_vectors: Sequence[TaskVector]) -> dict[str, Tensor]:
+    """The mean task vector of N experts, tensor by tensor.
+
+    Source: Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
+    increasing inference time", ICML 2022 (arXiv:2203.05482); the uniform soup.
+    """
+    return apply_flat(task_vectors, average_flat)
+
+
+def average_flat(rows: Rows, space: FlatSpace) -> Tensor:
+    """:func:`average` on N rows of shape ``(P,)``."""
+    return combine(rows).div_(len(rows))
+
+
+METHOD = Method(
+    name="average",
+    function=average,
+    flat=average_flat,
+    summary="mean of the experts (uniform soup)",
+    paper="Wortsman et al. 2022, arXiv:2203.05482",
+    linear=True,
+    elementwise=True,
+)
