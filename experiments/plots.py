@@ -119,7 +119,8 @@ def _grid(
     rows: int, columns: int, width: float = 3.4, height: float = 3.0, top: float = 0.0, **share: Any
 ) -> tuple[Figure, NDArray[np.object_]]:
     figure = Figure(
-        figsize=(max(width * columns, 4.6), height * rows + top), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
+        figsize=(max(width * columns, 5.4), height * rows + top + (0.5 if rows * columns == 1 else 0.0)),
+        layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06),
     )
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **share)
@@ -199,7 +200,8 @@ def _few_ticks(low: float, high: float) -> list[float]:
     if len(nice) <= 3:
         return nice
     wanted = np.exp(np.quantile(np.log([nice[0], nice[-1]]), [0.0, 0.5, 1.0]))
-    return sorted({min(nice, key=lambda v, w=w: abs(np.log(v / w))) for w in wanted})
+    places = [int(np.argmin(np.abs(np.log(np.array(nice) / value)))) for value in wanted]
+    return [nice[k] for k in sorted(set(places))]
 
 
 def _seed_text(frame: pd.DataFrame, seed: object = None) -> str:

@@ -6,4 +6,6 @@ from collections.abc import Callable
 
 import typer
 
-COMMANDS: tuple[Callable[[typer.Typer], None], ...] = ()
+from experiments.commands import merge
+
+COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (merge.register,)

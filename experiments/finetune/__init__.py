@@ -1,0 +1,1 @@
+"""Fine-tuning of experts from a base."""

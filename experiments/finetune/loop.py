@@ -1,0 +1,222 @@
+"""The sequential reference loop: SGD with heavy-ball momentum and coupled weight decay, and the log that theory needs.
+
+    g_k = grad F_B(x_k) + omega x_k,   v <- beta v + g_k,   x <- x - eta v      (learning rate outside the buffer)
+
+All trainable tensors live in one flat vector (shared part first, head last), so that the optimizer costs three vector
+operations a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from experiments.models import head_prefix
+from experiments.tasks.types import Split
+from theory.errors import MergeboundError
+
+Sampling = Literal["reshuffle", "without_replacement", "with_replacement"]
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """How one expert is fine-tuned (theory.md's eta, K, b, beta, omega and the share of the task's data)."""
+
+    learning_rate: float
+    steps: int
+    batch_size: int
+    data_share: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    sampling: Sampling = "reshuffle"
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("learning_rate", self.learning_rate > 0, "a positive number"),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("data_share", 0 < self.data_share <= 1, "in (0, 1]"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", self.weight_decay >= 0, "nonnegative"),
+            ("sampling", self.sampling in ("reshuffle", "without_replacement", "with_replacement"), "a known scheme"),
+        )
+        for field, good, wanted in checks:
+            if not good:
+                raise MergeboundError(f"{field} = {getattr(self, field)!r}: must be {wanted}")
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a run leaves behind besides its weights; arrays have one entry per step.
+
+    ``gradient_norm_shared`` and ``gradient_norm_head`` are Euclidean norms of the batch gradient with decay, as
+    theory.md 6(d) needs them.
+    """
+
+    batch_size: np.ndarray
+    batch_loss: np.ndarray
+    gradient_norm_shared: np.ndarray
+    gradient_norm_head: np.ndarray
+    seconds: float
+    finite: bool
+
+
+def batches(n: int, size: int, steps: int, sampling: Sampling, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Index batches.  ``reshuffle`` visits every sample once per epoch and keeps the short last batch.
+
+    Raises:
+        MergeboundError: the batch is larger than the sample.
+    """
+    if size > n:
+        raise MergeboundError(f"batch_size = {size} is larger than the {n} training samples; lower it to {n} or less")
+    done = 0
+    while done < steps:
+        if sampling == "reshuffle":
+            order = rng.permutation(n)
+            for start in range(0, n, size):
+                if done == steps:
+                    return
+                yield order[start : start + size]
+                done += 1
+        else:
+            yield rng.choice(n, size=size, replace=sampling == "with_replacement")
+            done += 1
+
+
+def nested_subset(n: int, share: float, seed: int) -> np.ndarray:
+    """Rows of a seeded subset of the share; subsets of one seed are nested (0.5 within 0.8 within 1.0)."""
+    return np.random.default_rng([seed, 0x5EED]).permutation(n)[: max(1, round(share * n))]
+
+
+def finetune(
+    model: nn.Module,
+    start: Mapping[str, Tensor],
+    train: Split,
+    hyper: Hyperparameters,
+    seed: int,
+    *,
+    freeze_head: bool = False,
+    transform: Callable[[Tensor, np.random.Generator], Tensor] | None = None,
+    schedule: Callable[[int], float] | None = None,
+) -> tuple[dict[str, Tensor], TrainingLog]:
+    """Fine-tune ``model`` from ``start`` on ``train``.
+
+    Args:
+        model: the network; its weights are overwritten.
+        start: full state dict x_0 (head included).
+        train: the sample; ``hyper.data_share`` of it is used (a nested seeded subset).
+        seed: names the order of batches (and the augmentation's draws); twins share it.
+        freeze_head: train the shared part only.
+        transform: augmentation of a batch of images, given the run's generator.
+        schedule: factor on the learning rate at step k; constant when absent.
+
+    Returns:
+        The final state dict (detached copies) and the log; ``log.finite`` is False if the run left the finite numbers
+        (the state is then the last finite one).
+    """
+    model.load_state_dict(dict(start))
+    model.train()
+    prefix = head_prefix(model)
+    named = sorted(model.named_parameters(), key=lambda item: item[0].startswith(prefix))
+    if freeze_head:
+        for name, parameter in named:
+            parameter.requires_grad_(not name.startswith(prefix))
+        named = [(name, p) for name, p in named if p.requires_grad]
+    shared = sum(p.numel() for name, p in named if not name.startswith(prefix))
+    flat, gradient = _flatten([p for _, p in named])
+    buffer = torch.zeros_like(flat)
+    rng = np.random.default_rng([seed, 0xBA7C])
+    rows = nested_subset(len(train), hyper.data_share, seed)
+    images, labels = train.images[rows], train.labels[rows]
+    log: list[tuple[float, float, float, float]] = []
+    started = time.perf_counter()
+    finite = True
+    for step, batch in enumerate(batches(len(rows), hyper.batch_size, hyper.steps, hyper.sampling, rng)):
+        index = torch.from_numpy(batch)
+        x = images[index] if transform is None else transform(images[index], rng)
+        gradient.zero_()
+        loss = F.cross_entropy(model(x), labels[index])
+        loss.backward()  # type: ignore[no-untyped-call]
+        if hyper.weight_decay:
+            gradient.add_(flat, alpha=hyper.weight_decay)
+        norms = (float(gradient[:shared].norm()), float(gradient[shared:].norm()))
+        value = float(loss.detach())
+        if not np.isfinite([value, *norms]).all():
+            finite = False
+            break
+        log.append((float(len(batch)), value, *norms))
+        buffer.mul_(hyper.momentum).add_(gradient)
+        rate = hyper.learning_rate * (schedule(step) if schedule is not None else 1.0)
+        flat.sub_(buffer, alpha=rate)
+    columns = np.asarray(log, dtype=np.float64).reshape(-1, 4).T
+    seconds = time.perf_counter() - started
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    finite = finite and all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
+    _release(model)
+    return state, TrainingLog(*columns, seconds=seconds, finite=finite)
+
+
+def _flatten(parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """Move parameters and their gradients into two flat vectors, of which they become views."""
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    gradient = torch.zeros_like(flat)
+    offset = 0
+    for p in parameters:
+        stop = offset + p.numel()
+        p.data = flat[offset:stop].view_as(p)
+        p.grad = gradient[offset:stop].view_as(p)
+        offset = stop
+    return flat, gradient
+
+
+def _release(model: nn.Module) -> None:
+    """Give every parameter storage of its own again."""
+    for p in model.parameters():
+        p.data = p.data.clone()
+        p.grad = None
+        p.requires_grad_(True)
+    model.eval()
+
+
+def pretrain(
+    model: nn.Module,
+    start: Mapping[str, Tensor],
+    train: Split,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    weight_decay: float = 0.05,
+) -> dict[str, Tensor]:
+    """Pretrain a base x_0 with AdamW, cosine decay and generic augmentation (:func:`random_views`).
+
+    ``steps = 0`` returns the random start.
+    """
+    model.load_state_dict(dict(start))
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    rng = np.random.default_rng([seed, 0xBA5E])
+    for batch in batches(len(train), min(batch_size, len(train)), steps, "reshuffle", rng):
+        index = torch.from_numpy(batch)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(random_views(train.images[index], rng)), train.labels[index])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def random_views(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Seeded generic augmentation of a batch: contrast in [0.5, 1] (one draw a batch) and pixel noise (sd 0.3)."""
+    noise = torch.from_numpy(rng.standard_normal(tuple(images.shape), dtype=np.float32))
+    return images * float(rng.uniform(0.5, 1.0)) + 0.3 * noise

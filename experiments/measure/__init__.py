@@ -1,0 +1,1 @@
+"""Collecting from networks what the predictions of :mod:`theory` need."""

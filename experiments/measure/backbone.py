@@ -1,0 +1,219 @@
+"""A network as a function of one flat parameter vector, with Jacobian products.
+
+The merged coordinates x (shared parameters and BatchNorm running statistics) are one vector; features are what the
+task's own linear head is applied to.  Forward-mode products do not pass through BatchNorm's running statistics nor
+through fused attention kernels, so a copy of the model is used in which BatchNorm is its affine map in evaluation mode
+(exactly the same function) and attention is written out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+
+from experiments.models import forward_backbone, head_prefix
+from merging.flat import FlatSpace
+from merging.merge import flat_space
+from merging.partition import Partition, partition
+
+CHUNK_IMAGES = 512
+CHUNK_DIRECTIONS = 8
+
+
+class EvaluationBatchNorm(nn.Module):
+    """BatchNorm in evaluation mode, differentiable in its running statistics (same tensors, same names)."""
+
+    def __init__(self, source: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.eps = source.eps
+        self.weight = source.weight
+        self.bias = source.bias
+        self.register_buffer("running_mean", source.running_mean)
+        self.register_buffer("running_var", source.running_var)
+        self.register_buffer("num_batches_tracked", source.num_batches_tracked)
+        self.drop = getattr(source, "drop", nn.Identity())
+        self.act = getattr(source, "act", nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        scale = torch.rsqrt(self.running_var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        out: Tensor = self.act(self.drop(x * scale.view(shape) + shift.view(shape)))
+        return out
+
+
+def differentiable_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode through which forward-mode products pass; tensor names are unchanged.
+
+    Raises:
+        ValueError: a BatchNorm layer keeps no running statistics.
+    """
+    twin = copy.deepcopy(model).eval()
+    for module in list(twin.modules()):
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                if child.running_mean is None:
+                    raise ValueError(f"{name}: BatchNorm without running statistics has no evaluation mode")
+                setattr(module, name, EvaluationBatchNorm(child))
+    return twin.requires_grad_(False)
+
+
+class _Features(nn.Module):
+    def __init__(self, model: nn.Module, pooled: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.pooled = pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = forward_backbone(self.model, images) if self.pooled else self.model(images)
+        return out
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What turns features into logits: a task's own linear head, or nothing when the head is merged too."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(..., n, features) to (..., n, C)."""
+        if self.weight is None:
+            return features
+        out = features @ self.weight.T
+        return out if self.bias is None else out + self.bias
+
+    def products(self, features: Tensor) -> Tensor:
+        """The linear part alone, for Jacobian products."""
+        return features if self.weight is None else features @ self.weight.T
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Features as a function of the merged coordinates.
+
+    Attributes:
+        module: differentiable copy of the network.
+        space: layout of the coordinates x in one vector of length P.
+        partition: shared, private, buffer and constant tensors.
+        constants: every tensor that is not a coordinate.
+        head: prefix of the private head's tensors; empty if the head is shared.
+    """
+
+    module: nn.Module
+    space: FlatSpace
+    partition: Partition
+    constants: Mapping[str, Tensor]
+    head: str
+
+    @classmethod
+    def of(cls, model: nn.Module, base: Mapping[str, Tensor], *, shared_head: bool = False) -> Backbone:
+        """Split ``model`` at its linear head; with ``shared_head`` the head is merged like everything else."""
+        prefix = "" if shared_head else head_prefix(model)
+        parts = partition(dict(base), private=(prefix + "*",) if prefix else ())
+        twin = differentiable_copy(model)
+        space = flat_space(dict(base), parts)
+        coordinates = set(space.names)
+        constants = {
+            f"model.{name}": tensor.detach() for name, tensor in base.items() if name not in coordinates
+        }
+        return cls(_Features(twin, pooled=bool(prefix)), space, parts, constants, prefix)
+
+    def vector(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The coordinates x of a checkpoint, (P,)."""
+        return self.space.flatten(dict(state))
+
+    def readout(self, state: Mapping[str, Tensor]) -> Readout:
+        """The head of a checkpoint."""
+        if not self.head:
+            return Readout()
+        return Readout(state[self.head + "weight"].detach(), state.get(self.head + "bias"))
+
+    def call(self, vector: Tensor, images: Tensor) -> Tensor:
+        """Features at the coordinates ``vector``; differentiable, can be vmapped."""
+        named = {f"model.{name}": tensor for name, tensor in self._views(vector).items()}
+        out: Tensor = functional_call(self.module, {**self.constants, **named}, (images,))
+        return out
+
+    def _views(self, vector: Tensor) -> dict[str, Tensor]:
+        pieces = vector.split([b - a for a, b in zip(self.space.offsets, self.space.offsets[1:], strict=False)])
+        return {name: p.view(s) for name, p, s in zip(self.space.names, pieces, self.space.shapes, strict=True)}
+
+    @torch.no_grad()
+    def features(self, vector: Tensor, images: Tensor) -> Tensor:
+        """Features of n images, (n, d), in evaluation mode."""
+        return torch.cat([self.call(vector, part) for part in images.split(CHUNK_IMAGES)])
+
+    @torch.no_grad()
+    def products(self, vector: Tensor, directions: Tensor, images: Tensor) -> Tensor:
+        """J(x) d for each row d of ``directions`` (D, P): (D, n, d)."""
+
+        def one(direction: Tensor) -> Tensor:
+            return jvp(lambda v: self.call(v, images), (vector,), (direction,))[1]  # type: ignore[no-any-return]
+
+        parts = [vmap(one)(part) for part in directions.split(CHUNK_DIRECTIONS)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def products_at(self, vectors: Tensor, directions: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and J(x_k) d_k for K points (K, P), directions (K, P) and image sets (K, n, ...): (K, n, d) each."""
+
+        def one(vector: Tensor, direction: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+            return jvp(lambda v: self.call(v, batch), (vector,), (direction,))  # type: ignore[no-any-return]
+
+        parts = [
+            vmap(one)(v, d, x)
+            for v, d, x in zip(
+                vectors.split(CHUNK_DIRECTIONS), directions.split(CHUNK_DIRECTIONS), images.split(CHUNK_DIRECTIONS), strict=True
+            )
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def smoothness(
+    backbone: Backbone, vector: Tensor, readout: Readout, images: Tensor, *, iterations: int = 6, seed: int = 0
+) -> float:
+    """Largest Gauss-Newton eigenvalue of the mean cross-entropy in (coordinates, head), by power iteration.
+
+    An estimate of the smoothness L at one point, from below (tier *estimated*).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    head = None if readout.weight is None else (readout.weight, torch.zeros(len(readout.weight)))
+
+    def logits(v: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        out = backbone.call(v, images)
+        return out if weight is None else out @ weight.T + bias
+
+    point = (vector,) if head is None else (vector, *head)
+
+    def at(*parameters: Tensor) -> Tensor:
+        return logits(parameters[0], *(parameters[1:] or (None, None)))
+
+    direction = tuple(torch.randn(p.shape, generator=generator) for p in point)
+    norm = torch.sqrt(sum((d**2).sum() for d in direction))  # type: ignore[arg-type]
+    direction = tuple(d / norm for d in direction)
+    out, pull = vjp(at, *point)
+    shifted = out if readout.bias is None else out + readout.bias
+    p = torch.softmax(shifted, dim=-1)
+    value = 0.0
+    for _ in range(iterations):
+        _, change = jvp(at, point, direction)
+        weighted = p * (change - (p * change).sum(-1, keepdim=True)) / len(images)
+        product = pull(weighted)
+        norm = torch.sqrt(sum((d**2).sum() for d in product))  # type: ignore[arg-type]
+        value = float(norm)
+        if value == 0.0:
+            return 0.0
+        direction = tuple(d / norm for d in product)
+    return value

@@ -1,0 +1,149 @@
+"""The validated specification of a validation run: family, base, regimes, groups, methods and seeds.
+
+A spec is read from YAML (``experiments/presets/*.yaml``) and decides everything that is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from experiments.models import DIGIT_ARCHITECTURES
+from experiments.tasks.digits8 import EIGHT
+from theory.errors import MergeboundError
+
+NUMERICS_VERSION = 1
+"""Raised whenever the same spec would give other bits; part of the hash that names stored results."""
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FamilySpec(_Strict):
+    """Images: how the embedded digits are split (see :func:`experiments.tasks.digits8.digits8`)."""
+
+    tasks: tuple[str, ...] = EIGHT
+    share_images: bool = False
+    train_per_task: Count = 80
+    pretraining: Count = 500
+    calibration: Count = 256
+    calibration_per_task: Count = 128
+    test: Count = 400
+
+
+class BaseSpec(_Strict):
+    """Pretraining of the base x_0 on the spot."""
+
+    steps: Annotated[int, Field(ge=0)] = 200
+    learning_rate: Positive = 0.005
+    batch_size: Count = 64
+
+
+class RegimeSpec(_Strict):
+    """Distribution of the experts' hyperparameters: pairs are log-uniform ranges, tuples of choices are uniform."""
+
+    learning_rate: tuple[Positive, Positive]
+    steps: tuple[Count, Count]
+    batch_size: tuple[Count, ...]
+    data_share: tuple[Annotated[float, Field(gt=0, le=1)], ...]
+    momentum: tuple[Annotated[float, Field(ge=0, lt=1)], ...]
+    weight_decay: tuple[Annotated[float, Field(ge=0)], ...]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RegimeSpec:
+        for name in ("learning_rate", "steps"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: the range [{low}, {high}] is upside down; write the smaller value first")
+        return self
+
+
+class MethodSpec(_Strict):
+    """One merging method with its settings, as the merging registry knows it."""
+
+    name: str
+    settings: dict[str, float | str | bool] = {}
+
+
+class ValidationSpec(_Strict):
+    """Everything that a validation run draws and does."""
+
+    name: str
+    seed: int = 0
+    architectures: tuple[Literal[DIGIT_ARCHITECTURES], ...]  # type: ignore[valid-type]
+    heads: Literal["trained", "frozen"] = "trained"
+    family: FamilySpec = FamilySpec()
+    base: BaseSpec = BaseSpec()
+    regimes: dict[str, RegimeSpec]
+    experts_per_task: Annotated[int, Field(ge=2)] = 6
+    group_sizes: tuple[Annotated[int, Field(ge=2)], ...] = (2, 4, 6, 8)
+    groups_per_size: Annotated[int, Field(ge=2)] = 24
+    methods: tuple[MethodSpec, ...]
+    sweep_groups: Annotated[int, Field(ge=0)] = 8
+    sweep_values: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(13))
+    lines: Annotated[int, Field(ge=0)] = 4
+    optimal_groups: Annotated[int, Field(ge=0)] = 24
+
+    @model_validator(mode="after")
+    def _fits(self) -> ValidationSpec:
+        largest = max(self.group_sizes)
+        if largest > len(self.family.tasks):
+            raise ValueError(
+                f"group_sizes: a group of {largest} needs {largest} tasks but family.tasks has {len(self.family.tasks)}"
+            )
+        smallest = min(self.family.train_per_task, *(
+            round(share * self.family.train_per_task) for regime in self.regimes.values() for share in regime.data_share
+        ))
+        for name, regime in self.regimes.items():
+            if max(regime.batch_size) > smallest and not self.family.share_images:
+                raise ValueError(
+                    f"regimes.{name}.batch_size: {max(regime.batch_size)} exceeds the smallest training sample "
+                    f"({smallest} images); lower it or raise family.train_per_task"
+                )
+        return self
+
+    def digest(self) -> str:
+        """Content hash of the spec and the numerics version, 12 hexadecimal digits."""
+        text = json.dumps({"numerics": NUMERICS_VERSION, **self.model_dump(mode="json")}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load_spec(source: str | Path) -> ValidationSpec:
+    """Read a spec from a YAML file, or a preset by name (``digits8``).
+
+    Raises:
+        MergeboundError: no such file or preset, or an entry that is not valid (named with its place).
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise MergeboundError(f"{path}: no such file; give a YAML file or a preset ({', '.join(presets())})")
+        text = path.read_text()
+    else:
+        if str(source) not in presets():
+            raise MergeboundError(f"no preset is called {str(source)!r}; choose from {', '.join(presets())}")
+        text = resources.files("experiments.presets").joinpath(f"{source}.yaml").read_text()
+    try:
+        return ValidationSpec.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise MergeboundError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "spec"
+        raise MergeboundError(f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the presets that come with the package."""
+    folder = resources.files("experiments.presets")
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))

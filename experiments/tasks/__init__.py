@@ -1,0 +1,1 @@
+"""Image-classification tasks: the embedded digits, and the user's own files."""

@@ -1,0 +1,266 @@
+"""Function-space prediction of merged risk for every coefficient vector (theory.md section 8; tier *estimated*).
+
+The logits of a merge are replaced by a field that is affine in the merging coefficients; the loss stays the true
+cross-entropy:
+
+    R~(alpha) = sum_j p_j E ell( c_j(z) + sum_i alpha_i s_ji(z), y ).
+
+* *secant*: ``c_j = h_j(x_0)``, ``s_ji = h_j(x_i) - h_j(x_0)``: forward passes only;
+* *tangent* at an anchor a: ``c_j = h_j(a) + J_j(a)(x_0 - a)``, ``s_ji = J_j(a) Delta_i``; exact for linearised models.
+
+R~ is convex in alpha, so :func:`minimise_risk` finds its global minimum and proves it by a Frank-Wolfe gap.  Under
+restriction to one line through the base the true loss is convex in the logits but the logits are not affine in alpha:
+where merging hurts, the secant was found below and the tangent at the base above the measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from theory.errors import MergeboundError
+
+Array = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LogitField:
+    """Logits of one task that are affine in the merging coefficients.
+
+    Attributes:
+        constant: logits at alpha = 0, shape (n, C) for n images and C classes.
+        slopes: change per unit of each coefficient, shape (N, n, C).
+        labels: true classes, shape (n,).
+        kind: ``"secant"``, ``"tangent"``, or what was combined.
+    """
+
+    constant: Array
+    slopes: Array
+    labels: Labels
+    kind: str
+
+    def __post_init__(self) -> None:
+        n, classes = self.constant.shape
+        if self.slopes.ndim != 3 or self.slopes.shape[1:] != (n, classes):
+            raise MergeboundError(
+                f"slopes of a logit field have shape {self.slopes.shape}, expected (experts, {n}, {classes}); "
+                "collect them on the same images as the constant"
+            )
+        if self.labels.shape != (n,):
+            raise MergeboundError(f"labels have shape {self.labels.shape}, expected ({n},): one class per image")
+
+    def at(self, alpha: npt.ArrayLike) -> Array:
+        """Logits at the coefficients ``alpha`` of shape (..., N): shape (..., n, C)."""
+        a = np.asarray(alpha, dtype=np.float64)
+        if a.shape[-1:] != (len(self.slopes),):
+            raise MergeboundError(
+                f"alpha has shape {a.shape}, expected {len(self.slopes)} coefficients, one per expert"
+            )
+        return self.constant + np.tensordot(a, self.slopes, axes=1)
+
+
+def secant(base_logits: Array, expert_logits: Array, labels: Labels) -> LogitField:
+    """Chords from the base to each expert.
+
+    Args:
+        base_logits: h_j(x_0), (n, C), through task j's head.
+        expert_logits: h_j(x_i) for every expert i, (N, n, C), through the same head.
+        labels: (n,).
+    """
+    return LogitField(base_logits, expert_logits - base_logits, labels, "secant")
+
+
+def tangent(anchor_logits: Array, products: Array, labels: Labels, anchor: Array | None = None) -> LogitField:
+    """First-order expansion at an anchor ``a = x_0 + sum_i anchor_i Delta_i``.
+
+    Args:
+        anchor_logits: h_j(a), (n, C).
+        products: J_j(a) Delta_i, (N, n, C).
+        labels: (n,).
+        anchor: coefficients of the anchor, (N,); ``None`` for the base.
+    """
+    constant = anchor_logits if anchor is None else anchor_logits - np.tensordot(anchor, products, axes=1)
+    return LogitField(constant, products, labels, "tangent")
+
+
+def second_order(at_secant: LogitField, at_tangent: LogitField, alpha: npt.ArrayLike) -> Array:
+    """Logits with each expert's own quadratic term, without cross terms: ``t + sum_i alpha_i^2 (s_i - t_i)``.
+
+    Exact for quadratic logits whose mixed second derivatives between task vectors vanish.
+    """
+    a = np.asarray(alpha, dtype=np.float64)
+    return at_tangent.at(a) + np.tensordot(a**2, at_secant.slopes - at_tangent.slopes, axes=1)
+
+
+def combine(first: LogitField, second: LogitField, weight: float = 0.5) -> LogitField:
+    """The field ``(1 - weight) first + weight second``, averaged in the logits."""
+    return LogitField(
+        (1 - weight) * first.constant + weight * second.constant,
+        (1 - weight) * first.slopes + weight * second.slopes,
+        first.labels,
+        f"{first.kind}+{second.kind}",
+    )
+
+
+def log_softmax(logits: Array) -> Array:
+    """Logarithm of the softmax over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def cross_entropy(logits: Array, labels: Labels) -> Array:
+    """Per-image loss ell = -log softmax(logits)_y.
+
+    Args:
+        logits: (..., n, C).
+        labels: (n,).
+
+    Returns:
+        (..., n), in nats.
+    """
+    picked = np.take_along_axis(log_softmax(logits), np.broadcast_to(labels[:, None], (*logits.shape[:-1], 1)), axis=-1)
+    return np.asarray(-picked[..., 0])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted joint risk with its parts.
+
+    Attributes:
+        risk: predicted joint risk, in nats; shape of the leading axes of alpha.
+        per_task: predicted risk of each task, (..., tasks).
+        standard_error: of ``risk``, from the calibration images (tasks taken as independent).
+        tier: always ``"estimated"``.
+    """
+
+    risk: Array
+    per_task: Array
+    standard_error: Array
+    tier: str = "estimated"
+
+
+def uniform_weights(count: int) -> Array:
+    """Weights p_j = 1/N of the joint risk."""
+    return np.full(count, 1.0 / count)
+
+
+def predict_from_logits(
+    logits: Sequence[Array], labels: Sequence[Labels], weights: npt.ArrayLike | None = None
+) -> Prediction:
+    """Joint risk sum_j p_j E ell of given logits, one array (..., n_j, C) per task."""
+    p = uniform_weights(len(logits)) if weights is None else np.asarray(weights, dtype=np.float64)
+    losses = [cross_entropy(h, y) for h, y in zip(logits, labels, strict=True)]
+    means = np.stack([loss.mean(axis=-1) for loss in losses], axis=-1)
+    variances = np.stack([loss.var(axis=-1) / max(loss.shape[-1] - 1, 1) for loss in losses], axis=-1)
+    return Prediction(means @ p, means, np.sqrt(variances @ p**2))
+
+
+def predict_risk(
+    fields: Sequence[LogitField], alpha: npt.ArrayLike, weights: npt.ArrayLike | None = None
+) -> Prediction:
+    """R~ at the coefficients ``alpha``, shape (N,) or (many, N): the risk of every merge, none of which is formed.
+
+    Args:
+        fields: one per task j, all over the same N experts.
+        alpha: merging coefficients.
+        weights: p_j, default 1/N.
+    """
+    return predict_from_logits([field.at(alpha) for field in fields], [field.labels for field in fields], weights)
+
+
+def risk_gradient(fields: Sequence[LogitField], alpha: Array, weights: Array) -> tuple[float, Array]:
+    """Value and gradient of R~ at one coefficient vector (N,)."""
+    value, gradient = 0.0, np.zeros(len(alpha))
+    for field, p in zip(fields, weights, strict=True):
+        log_p = log_softmax(field.at(alpha))
+        n = len(field.labels)
+        rows = np.arange(n)
+        value -= float(p) * float(log_p[rows, field.labels].mean())
+        residual = np.exp(log_p)
+        residual[rows, field.labels] -= 1.0
+        gradient += float(p) / n * np.tensordot(field.slopes, residual, axes=([1, 2], [0, 1]))
+    return value, gradient
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The coefficients that minimise a prediction, and the proof.
+
+    Attributes:
+        alpha: (N,).
+        risk: R~(alpha).
+        gap: Frank-Wolfe gap; R~(alpha) exceeds the minimum by at most this.
+        iterations: solver iterations.
+    """
+
+    alpha: Array
+    risk: float
+    gap: float
+    iterations: int
+    tier: str = "estimated"
+
+
+def minimise_risk(
+    fields: Sequence[LogitField],
+    weights: npt.ArrayLike | None = None,
+    *,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    simplex: bool = False,
+    tolerance: float = 1e-7,
+    max_iterations: int = 500,
+) -> Optimum:
+    """The merging method ``risk_optimal``: minimise the convex R~ over a box, or over the simplex.
+
+    Args:
+        fields: one per task.
+        weights: p_j, default 1/N.
+        bounds: lower and upper bound of every coefficient (box).
+        simplex: coefficients nonnegative with sum one instead of the box.
+        tolerance: relative tolerance of the solver.
+        max_iterations: limit of the solver's iterations.
+
+    Raises:
+        MergeboundError: empty or inverted bounds.
+    """
+    from scipy.optimize import minimize
+
+    experts = len(fields[0].slopes)
+    p = uniform_weights(len(fields)) if weights is None else np.asarray(weights, dtype=np.float64)
+    low, high = bounds
+    if not low < high:
+        raise MergeboundError(f"bounds = {bounds!r}: the lower bound must be below the upper one")
+    if simplex:
+        low, high = 0.0, 1.0
+
+    def objective(alpha: Array) -> tuple[float, Array]:
+        return risk_gradient(fields, alpha, p)
+
+    start = np.full(experts, np.clip(1.0 / experts, low, high))
+    options = {"maxiter": max_iterations, "ftol": tolerance * 1e-3}
+    if simplex:
+        constraint = {"type": "eq", "fun": lambda a: a.sum() - 1.0, "jac": lambda a: np.ones_like(a)}
+        found = minimize(
+            objective,
+            start,
+            jac=True,
+            method="SLSQP",
+            bounds=[(0, 1)] * experts,
+            constraints=[constraint],
+            options=options,
+        )
+        alpha = np.clip(found.x, 0.0, None)
+        alpha = alpha / alpha.sum()
+    else:
+        options["gtol"] = tolerance
+        found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(low, high)] * experts, options=options)
+        alpha = np.clip(found.x, low, high)
+    value, gradient = objective(alpha)
+    if simplex:
+        gap = float(gradient @ alpha - gradient.min())
+    else:
+        gap = float(np.maximum(gradient * (alpha - low), gradient * (alpha - high)).sum())
+    return Optimum(alpha, value, max(gap, 0.0), int(found.nit))
