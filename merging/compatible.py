@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from merging.errors import CheckpointError
+from merging.errors import CheckpointError, MethodError
 from merging.partition import Partition, partition
 from merging.types import StateDict
 
@@ -53,7 +53,12 @@ def check_compatible(base: StateDict, experts: Mapping[str, StateDict], parts: P
 
 
 def check_finite(
-    base: StateDict, experts: Mapping[str, StateDict], parts: Partition, rows: Sequence[Tensor] | None = None
+    base: StateDict,
+    experts: Mapping[str, StateDict],
+    parts: Partition,
+    rows: Sequence[Tensor] | None = None,
+    *,
+    base_name: str = "base",
 ) -> None:
     """Check that everything that is merged is finite; ``rows`` are flat vectors that are looked at first, for speed.
 
@@ -62,11 +67,25 @@ def check_finite(
     """
     if rows is not None and all(bool(torch.isfinite(row.sum())) for row in rows):
         return
-    for source, state in (("base", base), *experts.items()):
+    for source, state in ((base_name, base), *experts.items()):
         for name in parts.coordinates:
             bad = int(torch.isfinite(state[name]).logical_not().sum())
             if bad:
                 raise CheckpointError(
                     f"{source}: tensor '{name}' holds {bad} NaN or infinite values among {state[name].numel()}: use a "
-                    "checkpoint saved before training diverged"
+                    "checkpoint saved before training diverged, or make the tensor private"
                 )
+
+
+def check_result(merged: StateDict, vector: Tensor, method: str) -> None:
+    """Check that a merge of finite checkpoints is finite in its storage types (``vector``: before rounding to them).
+
+    Raises:
+        MethodError: names the tensor that overflowed.
+    """
+    limit = min(torch.finfo(dtype).max for dtype in {tensor.dtype for tensor in merged.values()})
+    if vector.numel() == 0 or float(vector.abs().max()) <= limit:
+        return
+    for name, tensor in merged.items():
+        if not bool(torch.isfinite(tensor.to(vector.dtype)).all()):
+            raise MethodError(f"method '{method}' overflows {tensor.dtype} in tensor '{name}': use smaller coefficients")

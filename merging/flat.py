@@ -17,7 +17,6 @@ from torch import Tensor
 from merging.errors import CheckpointError
 from merging.types import StateDict
 
-
 _PROMOTED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.compatible import check_compatible, check_finite
+from merging.compatible import check_compatible, check_finite, check_result
 from merging.errors import MethodError
 from merging.flat import FlatSpace, compute_dtype
 from merging.method import Method, Rows, check_coefficients
@@ -98,6 +98,7 @@ def merge_state_dicts(
         name: tensor if tensor.dtype == base[name].dtype else tensor.to(base[name].dtype)
         for name, tensor in space.unflatten(vector).items()
     }
+    check_result(merged, vector, chosen.name)
     donor = base if private_from is None else experts[private_from]
     result: dict[str, Tensor] = {}
     for name, tensor in base.items():

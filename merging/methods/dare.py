@@ -75,9 +75,7 @@ def dare_flat(
         raise MethodError(f"DARE needs one distinct name per expert and got {list(names)} for {len(rows)}: rename them")
     weights = None if coefficients is None else check_coefficients(coefficients, len(rows))
     if drop > 0.0:
-        rows = [
-            torch.where(keep_mask(space, seed, name, drop), row, 0.0) for name, row in zip(names, rows, strict=True)
-        ]
+        rows = [row * keep_mask(space, seed, name, drop).to(row) for name, row in zip(names, rows, strict=True)]
     scale = coefficient / (1.0 - drop) if rescale else coefficient
     return combine(rows, weights).mul_(scale)
 

@@ -103,7 +103,7 @@ def trim(matrix: Tensor, pieces: Sequence[slice], density: float, rounding: Roun
         keep = kept(piece.stop - piece.start, density, rounding)
         if keep > 0:
             mask[:, piece] = largest(magnitudes[:, piece], keep)
-    return torch.where(mask, matrix, 0.0)
+    return matrix * mask.to(matrix.dtype)
 
 
 def largest(magnitudes: Tensor, count: int) -> Tensor:
@@ -141,13 +141,14 @@ def merge_elected(
     total = torch.zeros_like(elected)
     mass = torch.zeros_like(elected)
     for index, row in enumerate(rows):
-        agreeing = torch.sign(row).mul_(sign) > 0.0
-        weight = 1.0 if coefficients is None else coefficients[index]
-        entries = torch.where(agreeing, row, 0.0)
-        total += entries if coefficients is None else entries.mul_(weight)
+        agreeing = (row * sign).clamp_(min=0.0)  # magnitudes of the entries of the elected sign
         if aggregation == "mean":
-            mass += agreeing.to(mass.dtype).mul_(weight)
-    return total if aggregation == "sum" else torch.where(mass > 0.0, total / mass, 0.0)
+            voters = torch.sign(agreeing)
+            mass += voters if coefficients is None else voters.mul_(coefficients[index])
+        total += agreeing if coefficients is None else agreeing.mul_(coefficients[index])
+    if aggregation == "mean":
+        total /= mass.masked_fill_(mass == 0.0, 1.0)
+    return total.mul_(sign)
 
 
 METHOD = Method(

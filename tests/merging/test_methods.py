@@ -1,0 +1,321 @@
+"""Every method against its definition in a few lines of numpy, and its declared properties."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from merging.errors import CheckpointError, MethodError
+from merging.flat import FlatSpace
+from merging.method import Method, Parameter
+from merging.methods.average import average
+from merging.methods.dare import dare
+from merging.methods.risk_optimal import risk_optimal
+from merging.methods.task_arithmetic import task_arithmetic
+from merging.methods.ties import kept, largest, ties
+from merging.methods.weighted import weighted
+from merging.registry import get, methods
+
+Array = NDArray[np.float64]
+SHAPES = {"a": (3, 5), "b": (4,), "c": (), "d": (0, 2), "e": (2, 2, 2)}
+NAMES = list(SHAPES)
+
+
+def vectors(seed: int, experts: int, ties_in_values: bool = False) -> list[dict[str, Tensor]]:
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(experts):
+        values = {n: generator.normal(size=s) for n, s in SHAPES.items()}
+        if ties_in_values:
+            values = {n: np.round(v) / 2 for n, v in values.items()}
+        drawn.append({n: torch.tensor(v, dtype=torch.float32) for n, v in values.items()})
+    return drawn
+
+
+def flat(vector: dict[str, Tensor]) -> Array:
+    return np.concatenate([vector[n].numpy().astype(np.float64).ravel() for n in NAMES])
+
+
+def numpy_trim(values: Array, density: float, rounding: str) -> Array:
+    share = round(density * 1000) * len(values)
+    count = -(-share // 1000) if rounding == "up" else share // 1000
+    order = sorted(range(len(values)), key=lambda i: (-abs(values[i]), i))  # of equal magnitudes, the first
+    result = np.zeros_like(values)
+    result[order[:count]] = values[order[:count]]
+    return result
+
+
+def numpy_ties(
+    taus: list[dict[str, Tensor]], density: float, scope: str, aggregation: str, coefficient: float, rounding: str
+) -> Array:
+    if scope == "global":
+        trimmed = np.stack([numpy_trim(flat(t), density, rounding) for t in taus])
+    else:
+        rows = [[numpy_trim(t[n].numpy().astype(float).ravel(), density, rounding) for n in NAMES] for t in taus]
+        trimmed = np.stack([np.concatenate(row) for row in rows])
+    gamma = np.sign(trimmed.sum(axis=0))
+    merged = np.zeros(trimmed.shape[1])
+    for j in range(trimmed.shape[1]):
+        agreeing = [v for v in trimmed[:, j] if np.sign(v) == gamma[j] != 0]
+        if agreeing:
+            merged[j] = np.mean(agreeing) if aggregation == "mean" else np.sum(agreeing)
+    return coefficient * merged
+
+
+def close(merged: dict[str, Tensor], expected: Array) -> None:
+    assert {n: tuple(t.shape) for n, t in merged.items()} == SHAPES
+    np.testing.assert_allclose(flat(merged), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(seed=st.integers(0, 999), experts=st.integers(1, 6))
+@settings(max_examples=25, deadline=None)
+def test_linear_methods_are_their_definitions(seed: int, experts: int) -> None:
+    taus = vectors(seed, experts)
+    stacked = np.stack([flat(t) for t in taus])
+    alpha = np.random.default_rng(seed).uniform(-1, 2, experts)
+    close(average(taus), stacked.mean(axis=0))
+    close(task_arithmetic(taus, coefficient=0.4), 0.4 * stacked.sum(axis=0))
+    close(task_arithmetic(taus, coefficient=0.4, coefficients=alpha), 0.4 * alpha @ stacked)
+    close(risk_optimal(taus, coefficients=alpha), alpha @ stacked)
+    close(weighted(taus, coefficients=alpha, normalize=False), alpha @ stacked)
+    weights = np.abs(alpha) + 0.1
+    close(weighted(taus, coefficients=weights), weights / weights.sum() @ stacked)
+
+
+@given(
+    seed=st.integers(0, 999),
+    experts=st.integers(1, 6),
+    density=st.sampled_from([0.05, 0.2, 0.3, 0.5, 0.9, 1.0]),
+    scope=st.sampled_from(["global", "tensor"]),
+    aggregation=st.sampled_from(["mean", "sum"]),
+    rounding=st.sampled_from(["up", "down"]),
+    tied=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_ties_is_its_definition(
+    seed: int, experts: int, density: float, scope: Any, aggregation: Any, rounding: Any, tied: bool
+) -> None:
+    taus = vectors(seed, experts, tied)
+    merged = ties(taus, density=density, scope=scope, aggregation=aggregation, coefficient=0.7, rounding=rounding)
+    close(merged, numpy_ties(taus, density, scope, aggregation, 0.7, rounding))
+
+
+def test_ties_applies_coefficients_after_the_election() -> None:
+    taus = [{"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([-3.0, 1.0])}, {"x": torch.tensor([1.0, 1.0])}]
+    alpha = (0.6, 0.1, 0.3)
+    # signs: 1 - 3 + 1 < 0 whatever the coefficients; the second coordinate is all positive
+    mean = ties(taus, density=1.0, coefficients=alpha)["x"]
+    torch.testing.assert_close(mean, torch.tensor([-3.0, 1.2 + 0.1 + 0.3]))
+    total = ties(taus, density=1.0, aggregation="sum", coefficients=alpha)["x"]
+    torch.testing.assert_close(total, torch.tensor([-0.3, 1.6]))
+    with pytest.raises(MethodError, match="positive coefficients"):
+        ties(taus, coefficients=(1.0, 0.0, 1.0))
+
+
+def test_ties_exact_cancellation_merges_to_zero() -> None:
+    taus = [{"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([-1.0, 2.0])}]
+    assert ties(taus, density=1.0)["x"].tolist() == [0.0, 2.0]
+
+
+@given(
+    values=st.lists(st.integers(0, 4), min_size=1, max_size=30),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_selection_keeps_exactly_the_first_of_equal_magnitudes(values: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(values)))
+    mask = largest(torch.tensor([values], dtype=torch.float32), count)[0]
+    brute = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+    assert sorted(brute) == torch.nonzero(mask).flatten().tolist()
+
+
+def test_selection_ranks_denormals() -> None:
+    tiny = torch.tensor([[1.4e-45, 4.2e-45, 2.8e-45, 0.0]])
+    assert largest(tiny, 2)[0].tolist() == [False, True, True, False]
+
+
+def test_kept_is_exact_in_decimals() -> None:
+    assert kept(10, 0.3) == 3
+    assert kept(10, 0.7) == 7  # 0.7 * 10 is 7.000000000000001 in some orders of binary arithmetic
+    assert kept(2968, 0.2) == 594
+    assert kept(2968, 0.2, "down") == 593
+    assert kept(0, 0.2) == 0
+    assert kept(3, 0.001) == 1
+
+
+SETTINGS: dict[str, dict[str, Any]] = {"ties": {"density": 0.4}, "dare": {"drop": 0.3, "seed": 5}}
+
+
+def run(method: Method, taus: list[dict[str, Tensor]], order: list[int]) -> dict[str, Tensor]:
+    arguments = dict(SETTINGS.get(method.name, {}))
+    if method.coefficients == "required":
+        arguments["coefficients"] = [0.1 * (i + 1) for i in order]
+    if not method.deterministic:
+        arguments["names"] = [f"expert{i}" for i in order]
+    return method.function([taus[i] for i in order], **arguments)
+
+
+@pytest.mark.parametrize("method", methods().values(), ids=lambda method: method.name)
+class TestDeclaredProperties:
+    def test_repeats_bit_for_bit_and_leaves_inputs_alone(self, method: Method) -> None:
+        taus = vectors(1, 4)
+        first = run(method, taus, [0, 1, 2, 3])
+        again = run(method, taus, [0, 1, 2, 3])
+        untouched = vectors(1, 4)
+        assert all(torch.equal(first[n], again[n]) for n in NAMES)
+        assert all(torch.equal(a[n], b[n]) for a, b in zip(taus, untouched, strict=True) for n in NAMES)
+
+    def test_permutation_invariance(self, method: Method) -> None:
+        assert method.permutation_invariant
+        taus = vectors(2, 4)
+        first, other = run(method, taus, [0, 1, 2, 3]), run(method, taus, [2, 0, 3, 1])
+        for name in NAMES:  # bit identity is the merge's promise, which orders experts by name
+            torch.testing.assert_close(first[name], other[name], rtol=1e-5, atol=1e-6)
+
+    def test_linearity(self, method: Method) -> None:
+        taus, more = vectors(3, 3), vectors(4, 3)
+        total = [{n: 2 * a[n] - 3 * b[n] for n in NAMES} for a, b in zip(taus, more, strict=True)]
+        order = [0, 1, 2]
+        a, b, c = run(method, taus, order), run(method, more, order), run(method, total, order)
+        linear = all(torch.allclose(c[n], 2 * a[n] - 3 * b[n], rtol=1e-4, atol=1e-5) for n in NAMES)
+        # DARE is linear given its masks, but not with fixed coefficients: it is declared non-linear
+        assert linear == (method.linear or method.name == "dare")
+
+    def test_elementwise(self, method: Method) -> None:
+        taus = vectors(5, 3)
+        changed = [dict(t) for t in taus]
+        changed[0]["a"] = changed[0]["a"] * 100.0
+        a, b = run(method, taus, [0, 1, 2]), run(method, changed, [0, 1, 2])
+        same = all(torch.equal(a[n], b[n]) for n in NAMES if n != "a")
+        assert same == method.elementwise
+
+    def test_dtype(self, method: Method) -> None:
+        taus = [{n: t.to(torch.bfloat16) for n, t in v.items()} for v in vectors(6, 3)]
+        wide = [{n: t.to(torch.float32) for n, t in v.items()} for v in taus]
+        a, b = run(method, taus, [0, 1, 2]), run(method, wide, [0, 1, 2])
+        for name in NAMES:  # accumulated in float32 whatever the storage type
+            assert a[name].dtype == torch.float32
+            assert torch.equal(a[name], b[name])
+        double = run(method, [{n: t.double() for n, t in v.items()} for v in taus], [0, 1, 2])
+        assert all(t.dtype == torch.float64 for t in double.values())
+
+    def test_rows_equal_mappings(self, method: Method) -> None:
+        taus = vectors(7, 3)
+        space = FlatSpace.of(taus[0])
+        arguments = method.settings({k: v for k, v in SETTINGS.get(method.name, {}).items() if k != "seed"})
+        if method.coefficients == "required":
+            arguments["coefficients"] = [0.1, 0.2, 0.3]
+        if not method.deterministic:
+            arguments |= {"names": ["expert0", "expert1", "expert2"], "seed": 5}
+        rows = method.on_rows(space.stack(taus).unbind(0), space, **arguments)
+        mapped = run(method, taus, [0, 1, 2])
+        assert all(torch.equal(space.unflatten(rows)[n], mapped[n]) for n in NAMES)
+
+    def test_layout_does_not_matter(self, method: Method) -> None:
+        """Tensor by tensor, an elementwise method gives the very bits that it gives on the whole model."""
+        if not method.elementwise:
+            return
+        taus = vectors(8, 5)
+        whole = run(method, taus, [0, 1, 2, 3, 4])
+        for name in NAMES:
+            alone = run(method, [{name: t[name]} for t in taus], [0, 1, 2, 3, 4])
+            assert torch.equal(alone[name], whole[name])
+
+    def test_documented(self, method: Method) -> None:
+        assert "Source:" in (method.function.__doc__ or "")
+        assert method.summary
+        assert method.paper
+
+
+@given(seed=st.integers(0, 99), experts=st.integers(1, 8))
+@settings(max_examples=15, deadline=None)
+def test_identical_experts(seed: int, experts: int) -> None:
+    tau = vectors(seed, 1)[0]
+    copies = [tau] * experts
+    close(average(copies), flat(tau))
+    close(weighted(copies, coefficients=[1 + i for i in range(experts)]), flat(tau))
+    close(ties(copies, density=1.0), flat(tau))
+    close(task_arithmetic(copies, coefficient=1 / experts), flat(tau))
+
+
+@given(seed=st.integers(0, 99), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_simplex_coefficients_stay_between_the_experts(seed: int, data: st.DataObject) -> None:
+    taus = vectors(seed, 4)
+    alpha = data.draw(st.lists(st.floats(0.01, 1), min_size=4, max_size=4))
+    merged = flat(weighted(taus, coefficients=alpha))
+    stacked = np.stack([flat(t) for t in taus])
+    assert np.all(merged <= stacked.max(axis=0) + 1e-5)
+    assert np.all(merged >= stacked.min(axis=0) - 1e-5)
+
+
+def test_groups_of_tensors_have_their_own_coefficients() -> None:
+    taus = vectors(0, 2)
+    merged = risk_optimal(taus, coefficients=(1.0, 0.0), groups={"[ab]": (0.0, 1.0), "a": (9.0, 9.0)})
+    for name in NAMES:
+        assert torch.equal(merged[name], taus[1 if name in "ab" else 0][name])
+    with pytest.raises(MethodError, match="not a regular expression"):
+        risk_optimal(taus, coefficients=(1.0, 0.0), groups={"[": (0.0, 1.0)})
+
+
+def test_bad_input_is_named() -> None:
+    taus = vectors(0, 2)
+    with pytest.raises(MethodError, match="at least one expert"):
+        average([])
+    with pytest.raises(MethodError, match="3 coefficients were given for 2 experts"):
+        weighted(taus, coefficients=(1, 1, 1))
+    with pytest.raises(MethodError, match="sum to zero"):
+        weighted(taus, coefficients=(1, -1))
+    with pytest.raises(MethodError, match="coefficient 2 is nan"):
+        risk_optimal(taus, coefficients=(1, float("nan")))
+    with pytest.raises(MethodError, match="distinct name"):
+        dare(taus, names=["same", "same"])
+    with pytest.raises(CheckpointError, match="tensor 'b' is missing"):
+        average([taus[0], {"a": taus[1]["a"]}])
+    with pytest.raises(CheckpointError, match="tensor 'a' has shape"):
+        average([taus[0], taus[1] | {"a": torch.zeros(2)}])
+
+
+class TestRegistry:
+    def test_close_matches(self) -> None:
+        with pytest.raises(MethodError, match=r"unknown merging method 'tie': did you mean ties"):
+            get("tie")
+        with pytest.raises(MethodError, match="did you mean task_arithmetic"):
+            get("Task-Arithmetic")
+        with pytest.raises(MethodError, match="choose among average"):
+            get("zzz")
+
+    @pytest.mark.parametrize(
+        ("method", "bad"),
+        [
+            ("ties", {"density": 0.0}),
+            ("ties", {"density": 1.5}),
+            ("ties", {"density": float("nan")}),
+            ("ties", {"density": True}),
+            ("ties", {"scope": "layer"}),
+            ("ties", {"coefficient": float("inf")}),
+            ("dare", {"drop": 1.0}),
+            ("dare", {"drop": -0.1}),
+            ("dare", {"rescale": 1}),
+            ("average", {"density": 0.2}),
+        ],
+    )
+    def test_domains(self, method: str, bad: dict[str, Any]) -> None:
+        with pytest.raises(MethodError, match=next(iter(bad))):
+            get(method).settings(bad)
+
+    def test_parsing(self) -> None:
+        parameters = {p.name: p for p in get("dare").parameters + get("ties").parameters}
+        assert parameters["rescale"].parse("False") is False
+        assert parameters["density"].parse("1e-1") == 0.1
+        assert parameters["scope"].parse("tensor") == "tensor"
+        with pytest.raises(MethodError, match="outside its domain"):
+            parameters["density"].parse("lots")
+        assert Parameter("x", 1.0, "", low=0.0, low_open=True).domain == "(0, inf)"
