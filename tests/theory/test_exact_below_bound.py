@@ -1,0 +1,140 @@
+"""``exact <= bound`` on the quadratic family, for every random heterogeneous recipe (property-based)."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quadratic_recipes import random_problem
+
+from theory import Merge, clock, expert_drift, expert_epsilon, expert_moments, master_bound, merge_moments
+from theory.dispersion import centred_bound, orthogonal_bound, triangle_bound
+from theory.drift import drift_base, drift_energy, drift_noise
+from theory.errors import RecipeError
+from theory.stability import (
+    epsilon_cap,
+    epsilon_floor,
+    epsilon_recursion,
+    epsilon_rms,
+    epsilon_sup,
+    gamma,
+)
+from theory.training import pl_training_risk
+
+SLACK = 1 + 1e-8
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(SEEDS)
+def test_stability_between_floor_and_bounds(seed: int) -> None:
+    problem = random_problem(seed, size=1)
+    task, expert = problem.tasks[0], problem.experts[0]
+    exact = expert_moments(task, problem.base, expert)
+    timing = clock(expert)
+    bounds = [epsilon_sup(expert.D_envelope, timing.tau, expert.n, gamma(expert, timing)), epsilon_cap(exact.drift)]
+    if expert.sampling != "reshuffle":
+        bounds.append(epsilon_rms(expert.D_2, timing.tau, expert.n, gamma(expert, timing)))
+        if expert.momentum == 0:
+            bounds.append(epsilon_recursion(expert, expert.D_2))
+            assert bounds[-1] <= bounds[-2] * SLACK
+    assert all(exact.epsilon <= bound * SLACK for bound in bounds), bounds
+    # data enter additively, so all the variance is variance given the seeds and the floor is attained
+    assert np.isclose(exact.epsilon, epsilon_floor(np.trace(exact.covariance), expert.n), rtol=1e-9)
+    assert exact.epsilon <= expert_epsilon(expert)[0] * SLACK
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(SEEDS)
+def test_drift_below_every_form_that_applies(seed: int) -> None:
+    problem = random_problem(seed, size=1)
+    task, expert = problem.tasks[0], problem.experts[0]
+    exact = expert_moments(task, problem.base, expert).drift
+    timing = clock(expert)
+    forms = {"a": lambda: drift_noise(expert, timing), "b": lambda: drift_base(expert, timing)}
+    forms["c"] = lambda: drift_energy(expert)
+    applied = 0
+    for name, form in forms.items():
+        try:
+            value = form()
+        except RecipeError:
+            continue
+        applied += 1
+        assert exact <= value * SLACK, name
+    assert applied >= 1
+    assert exact <= expert_drift(expert)[0] * SLACK
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(SEEDS)
+def test_training_risk_below_the_pl_bound(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    problem = random_problem(
+        seed, size=1, momentum=0.0, sampling=str(rng.choice(["without_replacement", "with_replacement"]))
+    )
+    task, expert = problem.tasks[0], problem.experts[0]
+    if np.linalg.eigvalsh(task.H)[0] <= 1e-12 or expert.curvature != "strongly_convex":
+        return
+    exact = expert_moments(task, problem.base, expert).training_risk
+    try:
+        bound = pl_training_risk(expert)
+    except RecipeError:
+        return
+    assert exact <= bound * SLACK
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(SEEDS)
+def test_master_bound_and_dispersion(seed: int) -> None:
+    rng = np.random.default_rng(seed + 1)
+    problem = random_problem(seed)
+    size = len(problem.experts)
+    p = rng.dirichlet(np.ones(size))
+    p /= p.sum()
+    alpha = rng.uniform(-0.2, 1.2, size)
+    method = str(rng.choice(["average", "weighted", "task_arithmetic"]))
+    if method == "average":
+        alpha, given_alpha = np.full(size, 1 / size), None
+    elif method == "task_arithmetic":
+        alpha, given_alpha = np.full(size, alpha[0]), alpha[0]
+    else:
+        given_alpha = alpha
+    merge = Merge(
+        problem.experts,
+        method=method,  # type: ignore[arg-type]
+        weights=p,
+        coefficients=given_alpha,
+        shared_samples=False,
+        data_independent_choices=True,
+        per_sample_loss=True,
+    )
+    exact = merge_moments(problem.tasks, problem.base, problem.experts, alpha, p)
+    bound = master_bound(merge)
+    assert bound.tier == "certified"
+    assert not np.isnan(bound.value)
+    assert exact.risk <= bound.value * SLACK
+    root = [float(term.value) for term in bound.terms]
+    assert np.isclose(sum(root) ** 2, bound.value, rtol=1e-12) or np.isinf(bound.value)
+    largest = max(float(expert.L) for expert in problem.experts)  # type: ignore[arg-type]
+    moments = [
+        expert_moments(task, problem.base, expert)
+        for task, expert in zip(problem.tasks, problem.experts, strict=True)
+    ]
+    d = np.array([moment.drift for moment in moments])
+    for form in (triangle_bound, centred_bound):
+        assert exact.V <= form(d, alpha, p) * SLACK + 1e-14 * float(d @ d)
+    # Theorem 1 with exact stability, Theorem 4 with exact dispersion
+    assert np.sqrt(exact.risk) <= (np.sqrt(max(exact.training_risk, 0)) + np.sqrt(largest / 2 * exact.stability)) * SLACK
+    own = np.sqrt(sum(p * np.array([max(moment.training_risk, 0) for moment in moments])))
+    assert np.sqrt(max(exact.training_risk, 0)) <= (own + np.sqrt(largest / 2 * exact.V)) * SLACK + 1e-9
+
+
+def test_orthogonal_form_needs_its_assumption() -> None:
+    """Trap: independent data do not make task vectors orthogonal; two experts of one task move the same way."""
+    d, alpha, p = np.array([1.0, 1.0]), np.array([1.0, 1.0]), np.array([0.5, 0.5])
+    together = 0.5 * 1.0 + 0.5 * 1.0  # M - x_j = Delta_i with equal unit task vectors
+    assert np.isclose(orthogonal_bound(d, alpha, p), together)
+    alpha = np.array([2.0, 2.0])  # M - x_j = 3 Delta, so V = 9
+    assert orthogonal_bound(d, alpha, p) < 9.0 <= triangle_bound(d, alpha, p)
+    uniform = orthogonal_bound(np.array([1.0, 2.0, 3.0]), np.full(3, 1 / 3), np.full(3, 1 / 3))
+    assert np.isclose(uniform, np.mean([1, 4, 9]) * (1 - 1 / 3))

@@ -1,0 +1,365 @@
+"""The training clock (theory section 4): impulse response w_k, training time tau, noise time nu.
+
+``w_k`` says how far the final iterate can move per unit of gradient perturbation at step k.  Everything a schedule, a
+momentum or a weight decay does to a bound, it does through ``w``.  Evaluation is in log space: a vacuous clock is
+``inf``, never NaN.
+
+Steps are *right-aligned*: arrays over steps have shape ``(..., K_max)``, their last entry is the last step, and steps
+that a configuration does not have carry ``w = 0``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from theory.assumptions import Tier
+from theory.errors import AssumptionError, RecipeError
+from theory.recipe import Expert, Schedule
+from theory.symbolic import FloatArray, Formula
+from theory.symbols import symbol
+
+LARGEST_GRID = 50_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Clock:
+    """Training time ``tau`` (param^2/loss) and noise time ``nu`` (its square) of one expert, shape ``(...)``.
+
+    ``log_w`` (shape ``(..., K_max)``, right-aligned) is present where the response was computed step by step and absent
+    where the closed form was used.  ``form`` names the statement; ``tier`` is *estimated* when a measured rate or an
+    uncertified curve was used.
+    """
+
+    tau: FloatArray
+    nu: FloatArray
+    log_w: FloatArray | None
+    form: str
+    tier: Tier
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The steps of an expert written out, right-aligned: all fields have shape ``(..., K_max)``.
+
+    ``present`` marks real steps; ``position`` and ``epoch_steps`` place a step in its epoch (reshuffling only, else
+    zero and one).
+    """
+
+    learning_rate: FloatArray
+    batch_size: FloatArray
+    present: NDArray[np.bool_]
+    position: NDArray[np.int64]
+
+
+def tau_formula() -> Formula:
+    """Training time of SGD at a constant learning rate, kappa != 0 (theory section 4)."""
+    eta, kappa, steps = symbol("eta"), symbol("kappa"), symbol("K")
+    return Formula("tau", ("eta", "kappa", "K"), ((1 + eta * kappa) ** steps - 1) / kappa, "section 4")
+
+
+def nu_formula() -> Formula:
+    """Noise time of SGD at a constant learning rate, kappa != 0 and eta*kappa != -2 (theory section 4)."""
+    eta, kappa, steps = symbol("eta"), symbol("kappa"), symbol("K")
+    expression = eta * ((1 + eta * kappa) ** (2 * steps) - 1) / (kappa * (2 + eta * kappa))
+    return Formula("nu", ("eta", "kappa", "K"), expression, "section 4")
+
+
+def geometric_sums(excess: ArrayLike, steps: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """``sum r^a`` and ``sum r^(2a)`` over ``a = 0..K-1`` for ``r = 1 + excess``, any real r, broadcast.
+
+    Exact limits at ``excess = 0`` (K, K) and ``excess = -2`` (second sum K); overflow gives ``inf``; never NaN.  These
+    are ``tau/eta`` and ``nu/eta^2`` of section 4 in a form that neither cancels nor overflows early.
+    """
+    x, k = np.broadcast_arrays(np.asarray(excess, dtype=np.float64), np.asarray(steps, dtype=np.float64))
+    with np.errstate(all="ignore"):
+        negative = x < -1
+        log_r = np.where(negative, np.log1p(-(x + 2)), np.log1p(x))
+        odd_negative = negative & (np.mod(k, 2) == 1)
+        numerator = np.where(odd_negative, -(np.exp(k * log_r) + 1), np.expm1(k * log_r))
+        first = np.where(x == 0, k, numerator / np.where(x == 0, 1.0, x))
+        square = np.where((x == 0) | (x == -2), 1.0, x * (2 + x))
+        second = np.where((x == 0) | (x == -2), k, np.expm1(2 * k * log_r) / square)
+        single, nothing, huge = k == 1, k == 0, np.isinf(square)
+    first = np.where(single, 1.0, np.where(nothing, 0.0, first))
+    second = np.where(single, 1.0, np.where(nothing, 0.0, np.where(huge, np.inf, second)))
+    # r = 0: only the last step counts
+    return np.where((x == -1) & (k > 0), 1.0, first), np.where((x == -1) & (k > 0), 1.0, second)
+
+
+def sgd_times(learning_rate: ArrayLike, kappa: ArrayLike, steps: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """``(tau, nu)`` of SGD at constant learning rate; kappa -> 0 and eta*kappa = -2 exact (theory section 4)."""
+    eta = np.asarray(learning_rate, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        first, second = geometric_sums(eta * np.asarray(kappa, dtype=np.float64), steps)
+        return eta * first, eta * (eta * second)
+
+
+def lowest_curvature(expert: Expert) -> FloatArray:
+    """Lower Hessian bound m of the curvature class: 0, mu, or -L (theory section 1)."""
+    if expert.curvature == "convex":
+        return np.asarray(0.0)
+    if expert.curvature == "strongly_convex":
+        return np.asarray(expert.mu, dtype=np.float64)
+    return -smoothness(expert)
+
+
+def smoothness(expert: Expert) -> FloatArray:
+    """The per-sample smoothness L; raises :class:`RecipeError` if it is not given."""
+    if expert.L is None:
+        raise RecipeError(
+            f"expert {expert.name!r}: L is missing; give the per-sample smoothness, or a measured kappa and drift"
+        )
+    return np.asarray(expert.L, dtype=np.float64)
+
+
+def step_excess(expert: Expert, learning_rate: ArrayLike, *, per_step: bool = False) -> FloatArray:
+    """``q - 1`` of one step, ``max(-eta (m + omega), eta (L + omega) - 2)``, or ``eta kappa`` where kappa was measured.
+
+    ``per_step``: the learning rate has a step axis that the expert's fields lack.  Source: theory section 1.
+    """
+    eta = np.asarray(learning_rate, dtype=np.float64)
+
+    def aligned(value: ArrayLike) -> FloatArray:
+        array = np.asarray(value, dtype=np.float64)
+        return array[..., None] if per_step and array.ndim else array
+
+    if expert.kappa is not None:
+        return eta * aligned(expert.kappa)
+    omega = aligned(expert.weight_decay)
+    low, high = aligned(lowest_curvature(expert)), aligned(smoothness(expert))
+    with np.errstate(over="ignore"):
+        return np.maximum(-eta * (low + omega), eta * (high + omega) - 2)
+
+
+def require_sgd(expert: Expert) -> None:
+    """Refuse optimizers that sections 4-6 do not cover, with the estimated alternatives."""
+    remedy = "give its measured drift instead (the stability then follows from the cap, tier estimated)"
+    if expert.optimizer.lower() != "sgd":
+        raise AssumptionError(
+            f"expert {expert.name!r}: optimizer {expert.optimizer!r} is not covered by the stability and drift theorems "
+            f"(only 'sgd', with or without momentum); {remedy}"
+        )
+    if expert.gradient_clipping:
+        raise AssumptionError(
+            f"expert {expert.name!r}: gradient_clipping is not covered by the stability and drift theorems; {remedy}"
+        )
+
+
+def step_count(expert: Expert) -> FloatArray:
+    """Number of steps K, shape ``(...)``, from ``steps`` or from the length of a schedule."""
+    if expert.steps is not None:
+        return np.asarray(expert.steps, dtype=np.float64)
+    for value in (expert.learning_rate, expert.batch_size, expert.batch_gradient_norms, expert.batch_losses):
+        if isinstance(value, Schedule):
+            return np.asarray(value.steps, dtype=np.float64)
+    raise RecipeError(f"expert {expert.name!r}: steps is missing; give the number of optimisation steps")
+
+
+def is_constant(expert: Expert) -> bool:
+    """Whether the closed forms apply: one learning rate, one batch size, no momentum, no epochs."""
+    return (
+        not isinstance(expert.learning_rate, Schedule)
+        and not isinstance(expert.batch_size, Schedule)
+        and expert.sampling != "reshuffle"
+        and not np.any(np.asarray(expert.momentum) != 0)
+    )
+
+
+def _stepwise(value: float | int | NDArray[np.float64] | NDArray[np.int64] | Schedule) -> FloatArray:
+    if isinstance(value, Schedule):
+        return value.values
+    return np.asarray(value, dtype=np.float64)[..., None]
+
+
+def write_out(expert: Expert) -> Steps:
+    """The steps of an expert, right-aligned, with actual batch sizes (short last batch of an epoch kept by default).
+
+    Raises :class:`RecipeError` if the grid would not fit in memory or a batch schedule does not tile its epochs.
+    """
+    count = step_count(expert)
+    longest = int(count.max())
+    eta, batch, samples = _stepwise(expert.learning_rate), _stepwise(expert.batch_size), _stepwise(expert.n)
+    shape = np.broadcast_shapes(eta.shape, batch.shape, samples.shape, (*count.shape, longest))
+    if np.prod(shape, dtype=np.float64) > LARGEST_GRID:
+        raise RecipeError(
+            f"expert {expert.name!r}: steps times configurations is {np.prod(shape, dtype=np.float64):g}, too many to "
+            f"write out (at most {LARGEST_GRID:g}); split the configurations"
+        )
+    index = np.arange(longest) - (longest - count[..., None])
+    present = np.broadcast_to(index >= 0, shape)
+    position = np.zeros(shape, dtype=np.int64)
+    if expert.sampling == "reshuffle":
+        if isinstance(expert.batch_size, Schedule):
+            position = np.broadcast_to(_positions_of_schedule(expert), shape)
+        else:
+            whole, rest = np.divmod(samples, batch)
+            kept = (rest > 0) & (not expert.drop_last)
+            per_epoch = whole + kept
+            position = np.broadcast_to(np.mod(np.maximum(index, 0), per_epoch), shape).astype(np.int64)
+            batch = np.where(kept & (position == per_epoch - 1), rest, batch)
+    return Steps(
+        learning_rate=np.where(present, eta, 0.0),
+        batch_size=np.broadcast_to(batch, shape).astype(np.float64),
+        present=present,
+        position=position,
+    )
+
+
+def _positions_of_schedule(expert: Expert) -> NDArray[np.int64]:
+    assert isinstance(expert.batch_size, Schedule)
+    sizes, n = expert.batch_size.values, np.asarray(expert.n)
+    if sizes.ndim != 1 or n.ndim != 0:
+        raise RecipeError(
+            f"expert {expert.name!r}: batch_size is a schedule over several configurations under reshuffling; give one "
+            "configuration at a time"
+        )
+    if expert.drop_last:
+        raise RecipeError(
+            f"expert {expert.name!r}: drop_last with a schedule in batch_size is ambiguous; list the actual batch sizes "
+            "of full passes and leave drop_last out"
+        )
+    positions, position, seen = [], 0, 0
+    for size in sizes:
+        positions.append(position)
+        position, seen = position + 1, seen + int(size)
+        if seen > int(n):
+            raise RecipeError(
+                f"expert {expert.name!r}: batch_size schedule exceeds the {int(n)} samples of an epoch; the sizes of each "
+                "pass must add up to n"
+            )
+        if seen == int(n):
+            position, seen = 0, 0
+    return np.asarray(positions, dtype=np.int64)
+
+
+def sgd_log_response(learning_rate: ArrayLike, excess: ArrayLike) -> FloatArray:
+    """``log w_k = log eta_k + sum_{l>k} log q_l`` for any schedule; arguments ``(..., K)``, ``q = 1 + excess >= 0``."""
+    eta, x = np.broadcast_arrays(np.asarray(learning_rate, dtype=np.float64), np.asarray(excess, dtype=np.float64))
+    with np.errstate(divide="ignore"):
+        log_q, log_eta = np.log1p(x), np.log(eta)
+    later = np.zeros_like(log_q)
+    later[..., :-1] = np.flip(np.cumsum(np.flip(log_q[..., 1:], axis=-1), axis=-1), axis=-1)
+    return np.where(np.isneginf(log_eta) | np.isneginf(later), -np.inf, log_eta + later)
+
+
+def heavy_ball_log_response(
+    learning_rate: ArrayLike, excess: ArrayLike, momentum: ArrayLike, lipschitz: ArrayLike
+) -> FloatArray:
+    """``log w_k`` of heavy ball, ``w_k = e_0^T A_{K-1}...A_{k+1} (eta_k, 1)^T`` (theory section 4); all ``(..., K)``.
+
+    ``A_l = [[q_l, eta_l beta], [Lambda, beta]]`` bounds the distance of two runs and of their buffers.
+    """
+    eta, x, beta, lip = np.broadcast_arrays(
+        *(np.asarray(value, dtype=np.float64) for value in (learning_rate, excess, momentum, lipschitz))
+    )
+    log_w = np.empty(eta.shape)
+    first, second = np.ones(eta.shape[:-1]), np.zeros(eta.shape[:-1])
+    scale = np.zeros(eta.shape[:-1])
+    with np.errstate(divide="ignore"):
+        for k in range(eta.shape[-1] - 1, -1, -1):
+            log_w[..., k] = scale + np.log(first * eta[..., k] + second)
+            first, second = (
+                first * (1 + x[..., k]) + second * lip[..., k],
+                first * eta[..., k] * beta[..., k] + second * beta[..., k],
+            )
+            size = np.maximum(first, second)
+            alive = size > 0
+            safe = np.where(alive, size, 1.0)
+            first, second, scale = first / safe, second / safe, scale + np.where(alive, np.log(safe), 0.0)
+    return log_w
+
+
+def heavy_ball_convex_response(expert: Expert) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """The certified convex response ``eta (1+beta)/(1-beta)`` and where it holds (theory section 4), shape ``(...)``.
+
+    Holds for a per-sample convex loss at constant ``eta <= 2(1-beta)^2/((1+beta)(L+omega))``, decay in the gradient.
+    """
+    eta = np.asarray(expert.learning_rate, dtype=np.float64)
+    beta = np.asarray(expert.momentum, dtype=np.float64)
+    stiffness = smoothness(expert) + np.asarray(expert.weight_decay, dtype=np.float64)
+    holds = eta * (1 + beta) * stiffness <= 2 * (1 - beta) ** 2
+    return eta * (1 + beta) / (1 - beta), np.asarray(holds)
+
+
+def heavy_ball_curve(learning_rate: ArrayLike, momentum: ArrayLike, steps: int) -> FloatArray:
+    """``eta (1 - beta^(K-k))/(1 - beta)``, shape ``(..., K)``: exact for x-independent gradients only, else *estimated*.
+
+    The tempting "convex implies kappa = 0" form of momentum; two runs can separate many times faster.
+    """
+    eta, beta = (
+        np.asarray(learning_rate, dtype=np.float64)[..., None],
+        np.asarray(momentum, dtype=np.float64)[..., None],
+    )
+    return np.asarray(eta * (1 - beta ** (steps - np.arange(steps))) / (1 - beta), dtype=np.float64)
+
+
+def log_response(expert: Expert) -> FloatArray:
+    """``log w_k`` of an expert, shape ``(..., K_max)``, right-aligned; the smaller certified response at each step."""
+    require_sgd(expert)
+    steps = write_out(expert)
+    constant_rate = not isinstance(expert.learning_rate, Schedule)
+    excess = step_excess(expert, steps.learning_rate, per_step=True)
+    if not np.any(np.asarray(expert.momentum) != 0):
+        return np.where(steps.present, sgd_log_response(steps.learning_rate, excess), -np.inf)
+    momentum, decay = _stepwise(expert.momentum), _stepwise(expert.weight_decay)
+    stiffness = smoothness(expert)[..., None] + decay
+    log_w = heavy_ball_log_response(steps.learning_rate, excess, momentum, stiffness)
+    if constant_rate and expert.curvature in ("convex", "strongly_convex"):
+        response, holds = heavy_ball_convex_response(expert)
+        log_flat = np.where(holds, np.log(response), np.inf)
+        log_w = np.minimum(log_w, log_flat[..., None])
+    return np.where(steps.present, log_w, -np.inf)
+
+
+def times_of(log_w: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """``tau = sum w`` and ``nu = sum w^2`` from ``log w`` of shape ``(..., K)``; overflow gives ``inf``."""
+    peak = np.max(log_w, axis=-1, keepdims=True)
+    base = np.where(np.isfinite(peak), peak, 0.0)
+    with np.errstate(over="ignore"):
+        scaled = np.exp(log_w - base)
+        top = np.exp(base[..., 0])
+        return top * scaled.sum(axis=-1), top * (top * (scaled**2).sum(axis=-1))
+
+
+def clock(expert: Expert) -> Clock:
+    """The training clock of an expert: closed form for constant SGD, step by step otherwise (theory section 4).
+
+    Raises :class:`AssumptionError` for AdamW and gradient clipping, :class:`RecipeError` if L and kappa are missing.
+    """
+    require_sgd(expert)
+    used = ("kappa",) if expert.kappa is not None else ("L", "mu")
+    tier: Tier = "estimated" if expert.is_measured(*used) else "certified"
+    if is_constant(expert):
+        eta = np.asarray(expert.learning_rate, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            first, second = geometric_sums(step_excess(expert, eta), step_count(expert))
+            return Clock(eta * first, eta * (eta * second), None, "SGD, closed form", tier)
+    log_w = log_response(expert)
+    tau, nu = times_of(log_w)
+    form = "heavy ball, recursion" if np.any(np.asarray(expert.momentum) != 0) else "SGD, step by step"
+    if form.startswith("heavy") and expert.curvature != "smooth" and not isinstance(expert.learning_rate, Schedule):
+        form = "heavy ball, smaller of recursion and convex response"
+    return Clock(tau, nu, log_w, form, tier)
+
+
+def signed_response(learning_rate: ArrayLike, curvature: ArrayLike, momentum: float, steps: int) -> FloatArray:
+    """Signed ``w_k`` of a quadratic mode: ``q_l = 1 - eta_l h``, ``Lambda = -h`` in the heavy-ball matrix (section 9).
+
+    ``learning_rate`` is a number or shape ``(K,)``; ``curvature`` is ``h`` (plus the decay) of shape ``(modes,)``.
+    Returns shape ``(modes, K)``.
+    """
+    eta = np.broadcast_to(np.asarray(learning_rate, dtype=np.float64), (steps,))
+    h = np.atleast_1d(np.asarray(curvature, dtype=np.float64))
+    response = np.empty((h.size, steps))
+    first, second = np.ones(h.size), np.zeros(h.size)
+    for k in range(steps - 1, -1, -1):
+        response[:, k] = first * eta[k] + second
+        first, second = first * (1 - eta[k] * h) - second * h, first * eta[k] * momentum + second * momentum
+    return response
+
+
+Sampling = Literal["without_replacement", "with_replacement", "reshuffle"]

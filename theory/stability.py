@@ -1,0 +1,195 @@
+"""Stability of one expert (theory section 5): how far one exchanged sample moves the final iterate.
+
+``epsilon^2 = (1/n) sum_j E ||x(S) - x(S^(j))||^2``.  Two twins differ in one sample j; each time j is drawn it pushes
+them apart by at most ``w_k u_k / b_k``.  The mean of those pushes is ``tau/n`` and their variance is ``Gamma``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from theory.clock import Clock, Steps, lowest_curvature, step_excess, write_out
+from theory.errors import AssumptionError, RecipeError
+from theory.recipe import Expert
+from theory.symbolic import FloatArray, Formula, evaluate, times
+from theory.symbols import symbol
+
+
+def gamma_without_replacement_formula() -> Formula:
+    """Gamma for b distinct samples per batch, batches independent (theory section 5)."""
+    nu, n, b = symbol("nu"), symbol("n"), symbol("b")
+    return Formula("Gamma", ("nu", "n", "b"), nu * (1 / (b * n) - 1 / n**2), "section 5, without_replacement")
+
+
+def gamma_with_replacement_formula() -> Formula:
+    """Gamma for b independent draws per batch (theory section 5)."""
+    nu, n, b = symbol("nu"), symbol("n"), symbol("b")
+    return Formula("Gamma", ("nu", "n", "b"), nu * (1 - 1 / n) / (b * n), "section 5, with_replacement")
+
+
+def epsilon_sup_formula() -> Formula:
+    """Stability from the largest gradient gap (also from the rms of an x-independent envelope), any sampling."""
+    import sympy
+
+    tau, n, gamma, gap = symbol("tau"), symbol("n"), symbol("Gamma"), symbol("D_inf")
+    expression = gap * sympy.sqrt((tau / n) ** 2 + gamma)
+    return Formula("epsilon", ("D_inf", "tau", "n", "Gamma"), expression, "Theorem 2 (sup)")
+
+
+def epsilon_rms_formula() -> Formula:
+    """Stability from the rms gradient gap; first two samplings only."""
+    import sympy
+
+    tau, n, gamma, gap = symbol("tau"), symbol("n"), symbol("Gamma"), symbol("D_2")
+    return Formula("epsilon", ("D_2", "tau", "n", "Gamma"), gap * (tau / n + sympy.sqrt(gamma)), "Theorem 2 (rms)")
+
+
+def gamma_without_replacement(nu: ArrayLike, n: ArrayLike, b: ArrayLike) -> FloatArray:
+    """``nu (1/(bn) - 1/n^2)``: constant b distinct samples; exactly 0 for a full batch."""
+    value = evaluate(gamma_without_replacement_formula, nu, n, b)
+    return np.where(np.asarray(b) == np.asarray(n), 0.0, np.maximum(value, 0.0))
+
+
+def gamma_with_replacement(nu: ArrayLike, n: ArrayLike, b: ArrayLike) -> FloatArray:
+    """``nu (1 - 1/n)/(bn)``: constant b independent draws; exactly 0 for a single sample."""
+    value = evaluate(gamma_with_replacement_formula, nu, n, b)
+    return np.where(np.asarray(n) == 1, 0.0, value)
+
+
+def gamma_of_steps(log_w: FloatArray, steps: Steps, n: ArrayLike, sampling: str) -> FloatArray:
+    """Gamma from the response written out, with actual batch sizes, for every sampling (theory section 5).
+
+    ``log_w`` and ``steps`` have shape ``(..., K_max)`` and ``n`` shape ``(...)``.  Under reshuffling each epoch gives
+    ``(1/n) sum w^2/b - ((1/n) sum w)^2``: short last batches and partial epochs included.
+    """
+    peak = np.max(log_w, axis=-1, keepdims=True)
+    base = np.where(np.isfinite(peak), peak, 0.0)
+    w = np.exp(log_w - base)
+    value = gamma_of_weights(w, steps.batch_size, n, sampling, steps.position)
+    with np.errstate(over="ignore"):
+        top = np.exp(base[..., 0])
+        return times(top, times(top, value))
+
+
+def gamma_of_weights(
+    w: FloatArray, batch_size: ArrayLike, n: ArrayLike, sampling: str, position: ArrayLike | None = None
+) -> FloatArray:
+    """Gamma of a response ``w`` (shape ``(..., K)``, may be signed) under a sampling; see :func:`gamma_of_steps`."""
+    b = np.broadcast_to(np.asarray(batch_size, dtype=np.float64), w.shape)
+    samples = np.broadcast_to(np.asarray(n, dtype=np.float64)[..., None], w.shape)
+    if sampling == "without_replacement":
+        return np.asarray(np.sum(w**2 * np.maximum(1 / (b * samples) - 1 / samples**2, 0.0), axis=-1))
+    if sampling == "with_replacement":
+        return np.asarray(np.sum(w**2 * (1 - 1 / samples) / (b * samples), axis=-1))
+    if sampling != "reshuffle" or position is None:
+        raise RecipeError(f"sampling is {sampling!r}; choose without_replacement, with_replacement or reshuffle")
+    place = np.broadcast_to(np.asarray(position), w.shape)
+    total = np.zeros(w.shape[:-1])
+    mean, second = np.zeros(w.shape[:-1]), np.zeros(w.shape[:-1])
+    for k in range(w.shape[-1]):
+        starts = place[..., k] == 0
+        total = np.where(starts, total + np.maximum(second - mean**2, 0.0), total)
+        mean, second = np.where(starts, 0.0, mean), np.where(starts, 0.0, second)
+        mean = mean + w[..., k] / samples[..., k]
+        second = second + w[..., k] ** 2 / (b[..., k] * samples[..., k])
+    return total + np.maximum(second - mean**2, 0.0)
+
+
+def gamma(expert: Expert, timing: Clock) -> FloatArray:
+    """Gamma of an expert from its clock, shape ``(...)``; closed forms where the clock has one."""
+    if timing.log_w is None:
+        b = np.asarray(expert.batch_size, dtype=np.float64)
+        if expert.sampling == "without_replacement":
+            return gamma_without_replacement(timing.nu, expert.n, b)
+        return gamma_with_replacement(timing.nu, expert.n, b)
+    return gamma_of_steps(timing.log_w, write_out(expert), expert.n, expert.sampling)
+
+
+def epsilon_sup(gap: ArrayLike, tau: ArrayLike, n: ArrayLike, gamma_value: ArrayLike) -> FloatArray:
+    """``D sqrt((tau/n)^2 + Gamma)``: D_inf over visited x, or the rms of an envelope; any sampling (Theorem 2)."""
+    return times(gap, evaluate(epsilon_sup_formula, 1.0, tau, n, gamma_value))
+
+
+def epsilon_rms(gap: ArrayLike, tau: ArrayLike, n: ArrayLike, gamma_value: ArrayLike) -> FloatArray:
+    """``D_2 (tau/n + sqrt(Gamma))``; first two samplings only (Theorem 2)."""
+    return times(gap, evaluate(epsilon_rms_formula, 1.0, tau, n, gamma_value))
+
+
+def epsilon_cap(drift: ArrayLike) -> FloatArray:
+    """``sqrt(2) d``: any algorithm, anchor x_0 independent of the sample (theory section 5, cap)."""
+    return np.asarray(np.sqrt(2.0) * np.asarray(drift, dtype=np.float64))
+
+
+def epsilon_floor(variance_given_seeds: ArrayLike, n: ArrayLike) -> FloatArray:
+    """Efron-Stein floor ``sqrt(2 E tr Var(x | seeds) / n)``: no valid bound can be below it."""
+    return np.asarray(np.sqrt(2 * np.asarray(variance_given_seeds, dtype=np.float64) / np.asarray(n, dtype=np.float64)))
+
+
+def _per_step_gap(expert: Expert) -> FloatArray:
+    """D_k from the logged batch losses, ``2 sqrt(2 L E F)`` (theory section 5, from the loss); shape ``(..., K)``."""
+    assert expert.batch_losses is not None
+    losses = expert.batch_losses.values
+    high = np.asarray(expert.L, dtype=np.float64)
+    return np.asarray(2 * np.sqrt(2 * (high[..., None] if high.ndim else high) * losses))
+
+
+def epsilon_from_losses(expert: Expert, timing: Clock, log_w: FloatArray) -> FloatArray:
+    """Stability from the training log alone (theory section 5): per-sample L and the batch loss before each step.
+
+    First two samplings: ``m <= 0`` or every ``kappa >= 0``; reshuffling: the rms line
+    ``sum_epochs sqrt(sum_k w_k^2 D_k^2/(n b_k))``.  Raises :class:`AssumptionError` where it does not apply.
+    """
+    if expert.batch_losses is None or expert.L is None:
+        raise RecipeError(
+            f"expert {expert.name!r}: batch_losses and L are both needed to bound the gradient gap from the log"
+        )
+    steps = write_out(expert)
+    contracting = np.any(step_excess(expert, steps.learning_rate, per_step=True) < 0)
+    if np.any(lowest_curvature(expert) > 0) and contracting and expert.sampling != "reshuffle":
+        raise AssumptionError(
+            f"expert {expert.name!r}: curvature is strongly convex and contracting, where the gap from the loss also "
+            "needs the population risk; give D_2 or D_inf instead"
+        )
+    gap = _per_step_gap(expert)
+    n = np.asarray(expert.n, dtype=np.float64)[..., None]
+    b, place = steps.batch_size, steps.position
+    with np.errstate(over="ignore"):
+        w = np.exp(log_w)
+    pushed = times(w, gap)
+    if expert.sampling != "reshuffle":
+        spread = 1 / (b * n) - 1 / n**2 if expert.sampling == "without_replacement" else (1 - 1 / n) / (b * n)
+        noise = times(pushed**2, np.maximum(spread, 0.0)).sum(axis=-1)
+        return np.asarray((pushed / n).sum(axis=-1) + np.sqrt(noise))
+    total, running = np.zeros(pushed.shape[:-1]), np.zeros(pushed.shape[:-1])
+    square = times(pushed, pushed) / (b * n)
+    for k in range(pushed.shape[-1]):
+        starts = place[..., k] == 0
+        total = np.where(starts, total + np.sqrt(running), total)
+        running = np.where(starts, 0.0, running) + square[..., k]
+    return total + np.sqrt(running)
+
+
+def epsilon_recursion(expert: Expert, gap: ArrayLike) -> FloatArray:
+    """The sharper recursion with the rms gap, same constants (theory section 5): SGD, first two samplings.
+
+    ``e^2 <- (q e + eta D/n)^2 + eta^2 D^2 Var(I)/b^2``, step by step; never above :func:`epsilon_rms`.
+    """
+    if expert.sampling == "reshuffle" or np.any(np.asarray(expert.momentum) != 0):
+        raise AssumptionError(
+            f"expert {expert.name!r}: the sharper recursion needs plain SGD with independent batches; use epsilon_sup"
+        )
+    steps = write_out(expert)
+    excess = step_excess(expert, steps.learning_rate, per_step=True)
+    n, b = np.asarray(expert.n, dtype=np.float64)[..., None], steps.batch_size
+    spread = 1 / (b * n) - 1 / n**2 if expert.sampling == "without_replacement" else (1 - 1 / n) / (b * n)
+    size = np.asarray(gap, dtype=np.float64)
+    error = np.zeros(np.broadcast_shapes(steps.present.shape[:-1], size.shape))
+    with np.errstate(over="ignore"):
+        for k in range(steps.present.shape[-1]):
+            push = steps.learning_rate[..., k] * size
+            moved = (1 + excess[..., k]) * error + push / n[..., 0]
+            error = np.where(
+                steps.present[..., k], np.hypot(moved, push * np.sqrt(np.maximum(spread[..., k], 0.0))), error
+            )
+    return np.asarray(error)

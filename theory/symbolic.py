@@ -1,0 +1,57 @@
+"""From a formula written once in sympy to the numeric function that runs and the LaTeX that is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A sympy expression with its ordered arguments (glossary keys) and its source in the theory."""
+
+    name: str
+    keys: tuple[str, ...]
+    expression: Any
+    source: str
+
+    def latex(self) -> str:
+        """LaTeX of the expression in the glossary's symbols."""
+        import sympy
+
+        return str(sympy.latex(self.expression))
+
+
+@cache
+def compiled(formula: Callable[[], Formula]) -> Callable[..., Any]:
+    """Numeric function of a formula (numpy, common subexpressions shared); compiled once per formula."""
+    import sympy
+
+    from theory.symbols import symbol
+
+    made = formula()
+    function: Callable[..., Any] = sympy.lambdify(
+        [symbol(key) for key in made.keys], made.expression, "numpy", cse=True
+    )
+    return function
+
+
+def evaluate(formula: Callable[[], Formula], *arguments: ArrayLike) -> FloatArray:
+    """Evaluate a formula on broadcasting arrays; overflow gives ``inf`` silently, the caller settles ``0 * inf``."""
+    with np.errstate(all="ignore"):
+        values = compiled(formula)(*(np.asarray(argument, dtype=np.float64) for argument in arguments))
+    return np.asarray(values, dtype=np.float64)
+
+
+def times(a: ArrayLike, b: ArrayLike) -> FloatArray:
+    """Product with ``0 * inf = 0``: a factor that is exactly zero switches an infinite one off."""
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        return np.where((left == 0) | (right == 0), 0.0, left * right)
