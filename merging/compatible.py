@@ -88,4 +88,6 @@ def check_result(merged: StateDict, vector: Tensor, method: str) -> None:
         return
     for name, tensor in merged.items():
         if not bool(torch.isfinite(tensor.to(vector.dtype)).all()):
-            raise MethodError(f"method '{method}' overflows {tensor.dtype} in tensor '{name}': use smaller coefficients")
+            raise MethodError(
+                f"method '{method}' overflows {tensor.dtype} in tensor '{name}': use smaller coefficients"
+            )

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from merging.checkpoint import file_hash, load_state_dict, save_state_dict
+from merging.checkpoint import LEGACY_SUFFIXES, file_hash, load_state_dict, save_state_dict
 from merging.compatible import check_compatible, check_finite
 from merging.errors import CheckpointError, MethodError
 from merging.merge import merge_state_dicts
@@ -164,12 +164,16 @@ def expert_names(paths: Sequence[Path]) -> tuple[str, ...]:
             raise MethodError(f"{path.name} is given {count} times: name each expert once, and weight it with --alpha")
     depth = 1
     while True:
-        names = tuple("/".join((*path.parts[-depth:-1], path.name.split(".safetensors")[0])) for path in resolved)
+        names = tuple("/".join((*path.parts[-depth:-1], _stem(path))) for path in resolved)
         if len(set(names)) == len(names):
             return names
         if depth > max(len(path.parts) for path in resolved):
             return tuple(str(path) for path in resolved)
         depth += 1
+
+
+def _stem(path: Path) -> str:
+    return path.stem if path.suffix in LEGACY_SUFFIXES else path.name.split(".safetensors")[0]
 
 
 def read_settings(method: Method, pairs: Sequence[str]) -> dict[str, float | str | bool]:
