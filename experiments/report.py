@@ -76,16 +76,13 @@ def headline(merges: pd.DataFrame, tables: Tables) -> list[str]:
     architectures, regimes = cells["architecture"].nunique(), cells["regime"].nunique()
     found = [
         f"The joint test risk of {len(merges)} merged models ({architectures} architecture"
-        f"{'s' if architectures > 1 else ''}, {regimes} regime{'s' if regimes > 1 else ''}) was predicted without evaluating "
-        "a merge and without test data."
+        f"{'s' if architectures > 1 else ''}, {regimes} regime{'s' if regimes > 1 else ''}) was predicted without "
+        "evaluating a merge and without test data."
     ]
     chosen = tables.selection
     for regime in dict.fromkeys(cells["regime"]):
         sentences = []
-        for tier, words in (
-            ("estimated", "the prediction chosen on the other half of the experts"),
-            ("calibrated", "fitted"),
-        ):
+        for tier in ("estimated", "calibrated"):
             part = chosen[(chosen["regime"] == regime) & (chosen["tier"] == tier)] if len(chosen) else chosen
             if not len(part):
                 continue
@@ -93,15 +90,16 @@ def headline(merges: pd.DataFrame, tables: Tables) -> list[str]:
             risk, cost = _several(list(part["spearman_risk"])), _several(list(part["spearman_cost"]))
             if tier == "estimated":
                 names = ", ".join(dict.fromkeys(plots.pretty(name) for name in part["chosen"]))
-                worst = part.loc[part["spearman_risk"].idxmin()]
+                worst = part.iloc[int(part["spearman_risk"].fillna(np.inf).argmin())]
                 limits = f"lowest {worst['spearman_risk']:.2f} [{worst['spearman_risk_low']:.2f}, "
                 limits += f"{worst['spearman_risk_high']:.2f}]"
                 sentences.append(
-                    f"{words} ({names}) is off by {error} in the median; Spearman {risk} for the joint risk ({limits}) and "
+                    f"the prediction chosen on the other half of the experts ({names}) is off by "
+                    f"{error} in the median; Spearman {risk} for the joint risk ({limits}) and "
                     f"{cost} for the merging cost"
                 )
             else:
-                sentences.append(f"a combination {words} on the other half is off by {error} (tier calibrated)")
+                sentences.append(f"a combination fitted on the other half is off by {error} (tier calibrated)")
         part = tables.brackets[tables.brackets["regime"] == regime] if len(tables.brackets) else tables.brackets
         if len(part):
             share = _several(list(part["inside"]), percent=True)
@@ -135,7 +133,8 @@ def _bound_sentence(validation: pd.DataFrame) -> list[str]:
         part = validation[(validation["kind"] == "bound") & (validation["predictor"] == name)]
         if not len(part):
             continue
-        text = f"The master bound {words} (constants measured on the networks, so not certified) lies above the measurement "
+        text = f"The master bound {words} (constants measured on the networks, so not certified) lies above "
+        text += "the measurement "
         text += f"in {_several(list(part['valid']), percent=True)} of merges"
         if "vacuous" in part and part["vacuous"].notna().any():
             text += f" and is vacuous in {_several(list(part['vacuous']), percent=True)}"
@@ -153,7 +152,8 @@ def _optimal_sentence(optimal: pd.DataFrame) -> list[str]:
         better = sum(row["difference_high"] < 0 for row in rows)
         worse = sum(row["difference_low"] > 0 for row in rows)
         out.append(
-            f"{plots.pretty(method)} against averaging (paired, all N): lower test loss in {better} of {len(rows)} settings, "
+            f"{plots.pretty(method)} against averaging (paired, all N): lower test loss in {better} "
+            f"of {len(rows)} settings, "
             f"higher in {worse}, undecided in {len(rows) - better - worse}; mean difference "
             f"{_several([row['difference'] for row in rows])}."
         )
@@ -293,13 +293,23 @@ code, pre { font: .88em ui-monospace, Menlo, Consolas, monospace; } pre { backgr
 """
 
 _WORDS = frozenset(
-    ["Regime", "Architecture", "Predictor", "Kind", "Tier", "Method", "Aim", "Target", "Assumption", "Verdict", "Why"]
-    + [
+    [
+        "Regime",
+        "Architecture",
+        "Predictor",
+        "Kind",
+        "Tier",
+        "Method",
+        "Aim",
+        "Target",
+        "Assumption",
+        "Verdict",
+        "Why",
         "Judged on half",
-        "Chosen or fitted on the other half",
         "Met",
         "File",
         "Version",
+        "Chosen or fitted on the other half",
         "Package",
         "SHA-256",
         "Name",
@@ -404,9 +414,12 @@ def render_html(merges: pd.DataFrame, tables: Tables, drawn: Drawn, meta: Mappin
     title = str(meta.get("title", "Predicted and measured risk of merged models"))
     items = "".join(f"<li>{_escape(line)}</li>" for line in [*rest, *(str(note) for note in meta.get("notes", ()))])
     rank_note = (
-        "Joint risk: measured test loss of the merge, mean over its tasks. Merging cost: that minus the experts' own loss. "
-        "“Within N” pools the rank correlations inside each number of experts, weighted by the number of merges. Intervals "
-        "(95 %) resample experts, because merges share them; they lean to the wide side. Trivial predictors keep their sign."
+        "Joint risk: measured test loss of the merge, mean over its tasks. Merging cost: that minus "
+        "the experts' own loss. "
+        "“Within N” pools the rank correlations inside each number of experts, weighted by the "
+        "number of merges. Intervals "
+        "(95 %) resample experts, because merges share them; they lean to the wide side. Trivial "
+        "predictors keep their sign."
     )
     sections = [
         f'<h1>{_escape(title)}</h1><div class="summary"><p class="lead">{_escape(lead)}</p><ul>{items}</ul></div>',
@@ -414,7 +427,8 @@ def render_html(merges: pd.DataFrame, tables: Tables, drawn: Drawn, meta: Mappin
         _section(
             "Chosen on one half of the experts, judged on the other",
             html_table(tables.selection, _SELECTION) if len(tables.selection) else "",
-            "Estimated: the best function-space prediction on the fit half. Calibrated: log prediction = (1 − w) log secant + "
+            "Estimated: the best function-space prediction on the fit half. Calibrated: log "
+            "prediction = (1 − w) log secant + "
             "w log tangent, w fitted on the fit half, gap = log(tangent/secant).",
         ),
         _section(
@@ -432,7 +446,8 @@ def render_html(merges: pd.DataFrame, tables: Tables, drawn: Drawn, meta: Mappin
         _section(
             "All predictors: errors, validity, time",
             html_table(tables.validation, _ERRORS) if len(tables.validation) else "",
-            "A certificate or bound is meant to lie above the measurement. On networks its constants are measured, so its tier "
+            "A certificate or bound is meant to lie above the measurement. On networks its constants "
+            "are measured, so its tier "
             "is estimated and violations are possible.",
         ),
         _section("Assumptions", _assumptions(list(meta.get("assumptions", ())))),
