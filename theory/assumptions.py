@@ -15,8 +15,8 @@ class Assumption:
     """One assumption of a bound and what is known about it.
 
     ``name`` is the label of theory section 1 (``A1`` ... ``A4``) or of the theorem that asks for it; ``statement`` says
-    what must be true; ``why`` says where the verdict comes from.  ``covered``: it is violated, and the bound was widened so
-    that it holds all the same.
+    what must be true; ``why`` says where the verdict comes from.  ``covered``: it is violated, and the bound was
+    widened so that it holds all the same.
     """
 
     name: str

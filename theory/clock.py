@@ -11,7 +11,6 @@ that a configuration does not have carry ``w = 0``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from theory.assumptions import Tier
 from theory.errors import AssumptionError, RecipeError
 from theory.recipe import Expert, Schedule
-from theory.symbolic import FloatArray, Formula
+from theory.symbolic import FloatArray, Formula, vacuous
 from theory.symbols import symbol
 
 LARGEST_GRID = 50_000_000
@@ -68,6 +67,7 @@ def nu_formula() -> Formula:
     return Formula("nu", ("eta", "kappa", "K"), expression, "section 4")
 
 
+@np.errstate(all="ignore")
 def geometric_sums(excess: ArrayLike, steps: ArrayLike) -> tuple[FloatArray, FloatArray]:
     """``sum r^a`` and ``sum r^(2a)`` over ``a = 0..K-1`` for ``r = 1 + excess``, any real r, broadcast.
 
@@ -84,12 +84,15 @@ def geometric_sums(excess: ArrayLike, steps: ArrayLike) -> tuple[FloatArray, Flo
         square = np.where((x == 0) | (x == -2), 1.0, x * (2 + x))
         second = np.where((x == 0) | (x == -2), k, np.expm1(2 * k * log_r) / square)
         single, nothing, huge = k == 1, k == 0, np.isinf(square)
+    huge_ratio = np.isinf(x) & (k > 1)
+    first, second = np.where(huge_ratio, np.inf, first), np.where(huge_ratio, np.inf, second)
     first = np.where(single, 1.0, np.where(nothing, 0.0, first))
     second = np.where(single, 1.0, np.where(nothing, 0.0, np.where(huge, np.inf, second)))
     # r = 0: only the last step counts
     return np.where((x == -1) & (k > 0), 1.0, first), np.where((x == -1) & (k > 0), 1.0, second)
 
 
+@np.errstate(all="ignore")
 def sgd_times(learning_rate: ArrayLike, kappa: ArrayLike, steps: ArrayLike) -> tuple[FloatArray, FloatArray]:
     """``(tau, nu)`` of SGD at constant learning rate; kappa -> 0 and eta*kappa = -2 exact (theory section 4)."""
     eta = np.asarray(learning_rate, dtype=np.float64)
@@ -116,6 +119,7 @@ def smoothness(expert: Expert) -> FloatArray:
     return np.asarray(expert.L, dtype=np.float64)
 
 
+@np.errstate(all="ignore")
 def step_excess(expert: Expert, learning_rate: ArrayLike, *, per_step: bool = False) -> FloatArray:
     """``q - 1`` of one step, ``max(-eta (m + omega), eta (L + omega) - 2)``, or ``eta kappa`` where kappa was measured.
 
@@ -140,8 +144,8 @@ def require_sgd(expert: Expert) -> None:
     remedy = "give its measured drift instead (the stability then follows from the cap, tier estimated)"
     if expert.optimizer.lower() != "sgd":
         raise AssumptionError(
-            f"expert {expert.name!r}: optimizer {expert.optimizer!r} is not covered by the stability and drift theorems "
-            f"(only 'sgd', with or without momentum); {remedy}"
+            f"expert {expert.name!r}: optimizer {expert.optimizer!r} is not covered by the stability and drift "
+            f"theorems (only 'sgd', with or without momentum); {remedy}"
         )
     if expert.gradient_clipping:
         raise AssumptionError(
@@ -219,8 +223,8 @@ def _positions_of_schedule(expert: Expert) -> NDArray[np.int64]:
         )
     if expert.drop_last:
         raise RecipeError(
-            f"expert {expert.name!r}: drop_last with a schedule in batch_size is ambiguous; list the actual batch sizes "
-            "of full passes and leave drop_last out"
+            f"expert {expert.name!r}: drop_last with a schedule in batch_size is ambiguous; list the actual batch "
+            "sizes of full passes and leave drop_last out"
         )
     positions, position, seen = [], 0, 0
     for size in sizes:
@@ -228,14 +232,15 @@ def _positions_of_schedule(expert: Expert) -> NDArray[np.int64]:
         position, seen = position + 1, seen + int(size)
         if seen > int(n):
             raise RecipeError(
-                f"expert {expert.name!r}: batch_size schedule exceeds the {int(n)} samples of an epoch; the sizes of each "
-                "pass must add up to n"
+                f"expert {expert.name!r}: batch_size schedule exceeds the {int(n)} samples of an epoch; the sizes of "
+                "each pass must add up to n"
             )
         if seen == int(n):
             position, seen = 0, 0
     return np.asarray(positions, dtype=np.int64)
 
 
+@vacuous
 def sgd_log_response(learning_rate: ArrayLike, excess: ArrayLike) -> FloatArray:
     """``log w_k = log eta_k + sum_{l>k} log q_l`` for any schedule; arguments ``(..., K)``, ``q = 1 + excess >= 0``."""
     eta, x = np.broadcast_arrays(np.asarray(learning_rate, dtype=np.float64), np.asarray(excess, dtype=np.float64))
@@ -246,6 +251,7 @@ def sgd_log_response(learning_rate: ArrayLike, excess: ArrayLike) -> FloatArray:
     return np.where(np.isneginf(log_eta) | np.isneginf(later), -np.inf, log_eta + later)
 
 
+@vacuous
 def heavy_ball_log_response(
     learning_rate: ArrayLike, excess: ArrayLike, momentum: ArrayLike, lipschitz: ArrayLike
 ) -> FloatArray:
@@ -286,7 +292,7 @@ def heavy_ball_convex_response(expert: Expert) -> tuple[FloatArray, NDArray[np.b
 
 
 def heavy_ball_curve(learning_rate: ArrayLike, momentum: ArrayLike, steps: int) -> FloatArray:
-    """``eta (1 - beta^(K-k))/(1 - beta)``, shape ``(..., K)``: exact for x-independent gradients only, else *estimated*.
+    """``eta (1 - beta^(K-k))/(1 - beta)``, shape ``(..., K)``: exact for x-independent gradients, else *estimated*.
 
     The tempting "convex implies kappa = 0" form of momentum; two runs can separate many times faster.
     """
@@ -297,6 +303,7 @@ def heavy_ball_curve(learning_rate: ArrayLike, momentum: ArrayLike, steps: int) 
     return np.asarray(eta * (1 - beta ** (steps - np.arange(steps))) / (1 - beta), dtype=np.float64)
 
 
+@vacuous
 def log_response(expert: Expert) -> FloatArray:
     """``log w_k`` of an expert, shape ``(..., K_max)``, right-aligned; the smaller certified response at each step."""
     require_sgd(expert)
@@ -315,6 +322,7 @@ def log_response(expert: Expert) -> FloatArray:
     return np.where(steps.present, log_w, -np.inf)
 
 
+@np.errstate(all="ignore")
 def times_of(log_w: FloatArray) -> tuple[FloatArray, FloatArray]:
     """``tau = sum w`` and ``nu = sum w^2`` from ``log w`` of shape ``(..., K)``; overflow gives ``inf``."""
     peak = np.max(log_w, axis=-1, keepdims=True)
@@ -325,6 +333,7 @@ def times_of(log_w: FloatArray) -> tuple[FloatArray, FloatArray]:
         return top * scaled.sum(axis=-1), top * (top * (scaled**2).sum(axis=-1))
 
 
+@np.errstate(all="ignore")
 def clock(expert: Expert) -> Clock:
     """The training clock of an expert: closed form for constant SGD, step by step otherwise (theory section 4).
 
@@ -360,6 +369,3 @@ def signed_response(learning_rate: ArrayLike, curvature: ArrayLike, momentum: fl
         response[:, k] = first * eta[k] + second
         first, second = first * (1 - eta[k] * h) - second * h, first * eta[k] * momentum + second * momentum
     return response
-
-
-Sampling = Literal["without_replacement", "with_replacement", "reshuffle"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from theory.symbolic import FloatArray, times
+from theory.symbolic import FloatArray, times, vacuous
 
 
 def dispersion(merged: ArrayLike, experts: ArrayLike, weights: ArrayLike) -> FloatArray:
@@ -33,6 +33,7 @@ def dispersion_from_gram(gram: ArrayLike, coefficients: ArrayLike, weights: Arra
     return np.asarray(np.maximum(quadratic - 2 * (alpha @ (G * p).sum(axis=1)) + p @ np.diag(G), 0.0))
 
 
+@vacuous
 def triangle_bound(drift: ArrayLike, coefficients: ArrayLike, weights: ArrayLike) -> FloatArray:
     """``sum_j p_j (|1-alpha_j| d_j + sum_{i!=j} |alpha_i| d_i)^2``; arguments ``(N, ...)``, always valid."""
     d, alpha, p = _aligned(drift, coefficients, weights)
@@ -41,6 +42,7 @@ def triangle_bound(drift: ArrayLike, coefficients: ArrayLike, weights: ArrayLike
     return np.asarray(times(p, np.square(np.stack(reach))).sum(axis=0))
 
 
+@vacuous
 def orthogonal_bound(drift: ArrayLike, coefficients: ArrayLike, weights: ArrayLike) -> FloatArray:
     """``sum_j p_j [(1-alpha_j)^2 d_j^2 + sum_{i!=j} alpha_i^2 d_i^2]``; task vectors orthogonal in expectation.
 
@@ -53,6 +55,7 @@ def orthogonal_bound(drift: ArrayLike, coefficients: ArrayLike, weights: ArrayLi
     return np.asarray(times(p, np.stack(parts)).sum(axis=0))
 
 
+@vacuous
 def centred_bound(drift: ArrayLike, coefficients: ArrayLike, weights: ArrayLike) -> FloatArray:
     """``(sum |alpha_i - p_i| d_i)^2 + sum p_j d_j^2``; arguments ``(N, ...)``, always valid."""
     d, alpha, p = _aligned(drift, coefficients, weights)

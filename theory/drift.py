@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from theory.clock import Clock, Steps, _stepwise, require_sgd, step_count, write_out
 from theory.errors import AssumptionError, RecipeError
 from theory.recipe import Expert, Schedule
-from theory.symbolic import FloatArray, Formula, evaluate, times
+from theory.symbolic import FloatArray, Formula, evaluate, times, vacuous
 from theory.symbols import symbol
 
 
@@ -59,8 +59,8 @@ def _need(expert: Expert, form: str, *names: str) -> list[FloatArray]:
 def _unbiased(expert: Expert, form: str) -> None:
     if expert.sampling == "reshuffle":
         raise AssumptionError(
-            f"expert {expert.name!r}: sampling is 'reshuffle', whose batches are not conditionally unbiased, which drift "
-            f"by 6({form}) needs; use 6(b) (sigma0) or 6(d) (batch_gradient_norms)"
+            f"expert {expert.name!r}: sampling is 'reshuffle', whose batches are not conditionally unbiased, which "
+            f"drift by 6({form}) needs; use 6(b) (sigma0) or 6(d) (batch_gradient_norms)"
         )
     if np.any(np.asarray(expert.momentum) != 0):
         raise AssumptionError(
@@ -71,9 +71,11 @@ def _unbiased(expert: Expert, form: str) -> None:
 def _noise(expert: Expert, steps: Steps, sigma: FloatArray) -> FloatArray:
     """Variance of the batch gradient at each step, ``sigma^2 factor / b_k``, shape ``(..., K)``."""
     n = np.asarray(expert.n, dtype=np.float64)[..., None]
-    return sigma[..., None] ** 2 * finite_batch_factor(n, steps.batch_size, expert.sampling) / steps.batch_size
+    factor = finite_batch_factor(n, steps.batch_size, expert.sampling)
+    return np.asarray(sigma[..., None] ** 2 * factor / steps.batch_size)
 
 
+@vacuous
 def drift_noise(expert: Expert, timing: Clock) -> FloatArray:
     """Theorem 3 (a): SGD, conditionally unbiased batches, ``sigma`` uniform on the path; shape ``(...)``."""
     require_sgd(expert)
@@ -87,9 +89,10 @@ def drift_noise(expert: Expert, timing: Clock) -> FloatArray:
     steps = write_out(expert)
     with np.errstate(over="ignore"):
         square = times(np.exp(2 * timing.log_w), _noise(expert, steps, sigma)).sum(axis=-1)
-    return times(g, timing.tau) + np.sqrt(square)
+    return np.asarray(times(g, timing.tau) + np.sqrt(square))
 
 
+@vacuous
 def drift_base(expert: Expert, timing: Clock) -> FloatArray:
     """Theorem 3 (b): any sampling, any momentum, gradient noise at the base only; shape ``(...)``."""
     require_sgd(expert)
@@ -101,9 +104,10 @@ def drift_base(expert: Expert, timing: Clock) -> FloatArray:
     steps = write_out(expert)
     size = np.sqrt(g[..., None] ** 2 + _noise(expert, steps, sigma0))
     with np.errstate(over="ignore"):
-        return times(np.exp(timing.log_w), size).sum(axis=-1)
+        return np.asarray(times(np.exp(timing.log_w), size).sum(axis=-1))
 
 
+@vacuous
 def drift_energy(expert: Expert) -> FloatArray:
     """Theorem 3 (c): no rate kappa, nonconvex allowed; SGD, ``eta <= 1/(L+omega)``, first two samplings.
 
@@ -143,14 +147,15 @@ def buffer_weights(learning_rate: ArrayLike, momentum: ArrayLike) -> FloatArray:
     """``w_hat_k = sum_{l>=k} eta_l beta^(l-k)``, shape ``(..., K)``: the step a batch gradient makes in the end."""
     eta = np.asarray(learning_rate, dtype=np.float64)
     beta = np.asarray(momentum, dtype=np.float64)
-    weights = np.empty(np.broadcast_shapes(eta.shape, beta[..., None].shape))
-    running = np.zeros(weights.shape[:-1])
+    weights: FloatArray = np.empty(np.broadcast_shapes(eta.shape, beta[..., None].shape))
+    running: FloatArray = np.zeros(weights.shape[:-1])
     for k in range(weights.shape[-1] - 1, -1, -1):
         running = eta[..., k] + beta * running
         weights[..., k] = running
     return weights
 
 
+@vacuous
 def drift_log(expert: Expert) -> FloatArray:
     """Theorem 3 (d): ``sum_k w_hat_k rms||g_{B_k}(x_k)||``: any sampling, momentum, learning rate; no kappa.
 
@@ -165,6 +170,7 @@ def drift_log(expert: Expert) -> FloatArray:
     return np.asarray((weights * expert.batch_gradient_norms.values).sum(axis=-1))
 
 
+@vacuous
 def drift_losses(expert: Expert) -> FloatArray:
     """Theorem 3 (d) from logged batch losses: ``sqrt(sum w_hat * 2 L sum w_hat_k E F_{B_k}(x_k))``; no decay."""
     require_sgd(expert)
@@ -180,10 +186,11 @@ def drift_losses(expert: Expert) -> FloatArray:
     return np.asarray(np.sqrt(weights.sum(axis=-1) * 2 * high * (weights * expert.batch_losses.values).sum(axis=-1)))
 
 
+@vacuous
 def drift_saturation(
     g: ArrayLike, mu: ArrayLike, learning_rate: ArrayLike, sigma: ArrayLike, b: ArrayLike
 ) -> FloatArray:
-    """Limit of (a) for strongly convex losses and ``eta <= 2/(L+mu)``: ``g/mu + sigma sqrt(eta/(b mu (2 - mu eta)))``."""
+    """Limit of (a), strongly convex, ``eta <= 2/(L+mu)``: ``g/mu + sigma sqrt(eta/(b mu (2 - mu eta)))``."""
     gradient, convexity, eta, noise, size = (
         np.asarray(value, dtype=np.float64) for value in (g, mu, learning_rate, sigma, b)
     )

@@ -108,10 +108,8 @@ def _expert_expressions(expert: Expert, row: ExpertTerms, table: _Symbols) -> tu
     eta, steps, n, b, decay = (table(name) for name in ("learning_rate", "steps", "n", "batch_size", "weight_decay"))
     tau, nu = _times(expert, table)
     factor = (n - b) / (n - 1) if expert.sampling == "without_replacement" and int(expert.n) > 1 else sympy.Integer(1)
-    if expert.sampling == "without_replacement":
-        spread = nu * (1 / (b * n) - 1 / n**2)
-    else:
-        spread = nu * (1 - 1 / n) / (b * n)
+    distinct = expert.sampling == "without_replacement"
+    spread = nu * (1 / (b * n) - 1 / n**2) if distinct else nu * (1 - 1 / n) / (b * n)
 
     def drift() -> Any:
         g = "initial_gradient_norm"
@@ -138,8 +136,8 @@ def _expert_expressions(expert: Expert, row: ExpertTerms, table: _Symbols) -> tu
     if row.epsilon_form.startswith("cap"):
         return reach, sympy.sqrt(2) * reach
     raise MergeboundError(
-        f"expert {expert.name!r}: its stability is {row.epsilon_form}, whose dependence on hyperparameters is not known; "
-        "give D_inf or D_2"
+        f"expert {expert.name!r}: its stability is {row.epsilon_form}, whose dependence on hyperparameters is not "
+        "known; give D_inf or D_2"
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from theory.errors import AssumptionError
 from theory.recipe import Merge, per_expert
-from theory.symbolic import FloatArray, times
+from theory.symbolic import FloatArray, times, vacuous
 
 
 def coefficients(merge: Merge) -> FloatArray:
@@ -49,6 +49,7 @@ def sensitivity(merge: Merge) -> FloatArray:
     return np.asarray(alpha / np.sqrt(keep) if merge.rescale else alpha * np.sqrt(keep))
 
 
+@vacuous
 def added_dispersion(merge: Merge, drift: FloatArray) -> FloatArray:
     """What DARE's masks add to E V, from the drifts (shape ``(N, ...)``); 0 for other methods; shape ``(...)``.
 

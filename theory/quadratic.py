@@ -47,7 +47,7 @@ class ExpertMoments:
 
 @dataclass(frozen=True, eq=False)
 class MergeMoments:
-    """Exact expectations of a linear merge: joint ``risk`` E F(M), ``training_risk`` E F_S(M), their difference ``gap``,
+    """Exact expectations of a linear merge: joint ``risk`` E F(M), ``training_risk`` E F_S(M), their ``gap``,
     dispersion ``V``, and ``stability`` E_bar."""
 
     risk: float
@@ -232,7 +232,7 @@ def simulate_sgd(
     data: FloatArray,
     batches: Sequence[np.ndarray],
 ) -> FloatArray:
-    """Real minibatch SGD (heavy ball, coupled decay) on given data and batches; returns x_K of shape ``(replicates, d)``.
+    """Real minibatch SGD (heavy ball, coupled decay) on given data and batches; returns x_K, ``(replicates, d)``.
 
     ``data`` comes from :func:`draw_data` (or is any array ``(replicates, n, d)``), ``batches`` from
     :func:`draw_batches`; giving both makes coupled runs (twins that share seeds and batches) possible.

@@ -8,7 +8,7 @@ Conventions
 * Per-expert fields of :class:`Merge` (``weights``, ``coefficients``, ``sensitivity``) have the experts on the **first**
   axis (shape ``(N, ...)``).
 * A field that was measured and not known is listed in ``measured`` and lowers the tier of whatever uses it to
-  *estimated*; ``kappa``, ``drift``, ``epsilon``, ``batch_gradient_norms`` and ``batch_losses`` always count as measured.
+  *estimated*; ``kappa``, ``drift``, ``epsilon``, ``batch_gradient_norms``, ``batch_losses`` always count as measured.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class Merge:
     """How experts were merged, and what is claimed about their data (theory sections 1, 7, 10).
 
     ``weights`` p (shape ``(N, ...)``, default 1/N) weigh the tasks in the joint risk.  ``coefficients`` alpha: a number
-    (common) or shape ``(N, ...)``; ``average`` always uses 1/N; ``weighted`` defaults to ``weights``; ``task_arithmetic``
-    and ``dare`` need them.  ``drop_rate``, ``rescale`` and ``independent_masks`` describe DARE.
+    (common) or shape ``(N, ...)``; ``average`` always uses 1/N; ``weighted`` defaults to ``weights``;
+    ``task_arithmetic`` and ``dare`` need them.  ``drop_rate``, ``rescale`` and ``independent_masks`` describe DARE.
 
     Claims, ``None`` meaning "not stated": ``shared_samples`` (A1 is broken: tasks share samples),
     ``data_independent_choices`` (A2), ``per_sample_loss`` (A3), ``orthogonal_task_vectors`` (in expectation).

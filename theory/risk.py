@@ -20,7 +20,7 @@ from theory.errors import AssumptionError, MergeboundError, RecipeError
 from theory.operators import added_dispersion, coefficients, sensitivity
 from theory.recipe import Expert, Merge, Method, Values, per_expert
 from theory.stability import epsilon_cap, epsilon_from_losses, epsilon_rms, epsilon_sup, gamma
-from theory.symbolic import FloatArray, Formula, evaluate, times
+from theory.symbolic import FloatArray, Formula, evaluate, times, vacuous
 from theory.symbols import symbol
 from theory.training import pl_training_risk
 
@@ -38,7 +38,7 @@ def master_formula() -> Formula:
 
 @dataclass(frozen=True, eq=False)
 class MasterTerms:
-    """The master bound in numbers: square-root terms (unit sqrt(loss)) and ``value`` (loss), each of shape ``(...)``."""
+    """The master bound in numbers: square-root terms (unit sqrt(loss)) and ``value`` (loss), shape ``(...)``."""
 
     training: FloatArray
     dispersion: FloatArray
@@ -59,7 +59,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class ExpertTerms:
-    """What the bound used of one expert: training risk, drift d, stability (total), sensitivity c, and by which form."""
+    """What the bound used of one expert: training risk, drift d, stability, sensitivity c, and by which form."""
 
     name: str
     risk: FloatArray
@@ -123,6 +123,7 @@ class Bound:
         return _explain(self)
 
 
+@np.errstate(all="ignore")
 def assemble_master(
     expert_risks: ArrayLike,
     weights: ArrayLike,
@@ -134,7 +135,7 @@ def assemble_master(
 ) -> MasterTerms:
     """The master bound from its ingredients, broadcasting over configurations.
 
-    ``expert_risks``, ``weights``, ``sensitivity``, ``epsilon_shared``, ``epsilon_private`` and (unless it is one number)
+    ``expert_risks``, ``weights``, ``sensitivity``, ``epsilon_shared``, ``epsilon_private`` and (unless one number)
     ``smoothness`` have shape ``(N, ...)``; ``dispersion`` V has shape ``(...)``.  Numbers apply to every expert.  The
     dispersion is multiplied by the largest smoothness, the instability uses each task's own.
     """
@@ -153,7 +154,7 @@ def assemble_master(
 
 
 def _lifted(*values: ArrayLike) -> list[FloatArray]:
-    """Arrays with experts on axis 0 brought to the same depth by axes of length one at the end; numbers stay numbers."""
+    """Arrays with experts on axis 0, brought to the same depth by axes of length one at the end, and broadcast."""
     arrays = [np.asarray(value, dtype=np.float64) for value in values]
     depth = max(array.ndim for array in arrays)
     lifted = [array.reshape(array.shape + (1,) * (depth - array.ndim)) if array.ndim else array for array in arrays]
@@ -202,6 +203,7 @@ def _clock_or_none(expert: Expert) -> Clock | None:
     return clock(expert)
 
 
+@np.errstate(all="ignore")
 def expert_drift(expert: Expert, timing: Clock | None = None) -> tuple[FloatArray, str]:
     """The smallest drift bound that applies to an expert (Theorem 3 or measured) and its form; shape ``(...)``.
 
@@ -224,12 +226,13 @@ def expert_drift(expert: Expert, timing: Clock | None = None) -> tuple[FloatArra
         require_sgd(expert)
         reason = f" ({refused[0]})" if refused else ""
         raise RecipeError(
-            f"expert {expert.name!r}: no bound on the drift applies; give initial_gradient_norm with sigma0 (any sampling) "
-            f"or sigma, batch_gradient_norms from the training log, or the measured drift{reason}"
+            f"expert {expert.name!r}: no bound on the drift applies; give initial_gradient_norm with sigma0 (any "
+            f"sampling) or sigma, batch_gradient_norms from the training log, or the measured drift{reason}"
         )
     return smallest(found)
 
 
+@np.errstate(all="ignore")
 def expert_epsilon(
     expert: Expert, timing: Clock | None = None, total_drift: FloatArray | None = None
 ) -> tuple[FloatArray, str]:
@@ -345,6 +348,7 @@ class _Ingredients:
     held_out: bool
 
 
+@vacuous
 def task_stability(
     sensitivity: ArrayLike,
     epsilon: ArrayLike,
@@ -381,6 +385,7 @@ def task_stability(
         return np.asarray(own**2 + private**2)
 
 
+@np.errstate(all="ignore")
 def _dispersion_effective(
     drift: FloatArray, alpha: FloatArray, p: FloatArray, L: FloatArray, extra: FloatArray, orthogonal: bool
 ) -> tuple[FloatArray, str]:
@@ -452,6 +457,7 @@ def _bound(
     )
 
 
+@np.errstate(all="ignore")
 def master_bound(merge: Merge) -> Bound:
     """The master bound of a merge from its recipe (theory section 8): the smallest inequality that applies everywhere.
 
@@ -570,7 +576,7 @@ def _expert_assumptions(merge: Merge, V_form: str) -> list[Assumption]:
     for expert in merge.experts:
         if expert.optimizer.lower() != "sgd" or expert.gradient_clipping:
             what = expert.optimizer if expert.optimizer.lower() != "sgd" else "gradient clipping"
-            why = f"expert {expert.name!r} used {what}; its measured drift and the cap were used, which hold for any optimizer"
+            why = f"expert {expert.name!r} used {what}; its measured drift and the cap hold for any optimizer"
             found.append(
                 Assumption("4-6", "experts are trained by SGD without clipping", "violated", why, covered=True)
             )
@@ -581,6 +587,7 @@ def _stack(values: Sequence[FloatArray]) -> FloatArray:
     return np.stack(np.broadcast_arrays(*values))
 
 
+@np.errstate(all="ignore")
 def network_bound(
     expert_risks: ArrayLike,
     smoothness: ArrayLike,
@@ -656,8 +663,8 @@ def network_bound(
     eps_form = "cap sqrt(2) d" if epsilon is None else "measured"
     if trained_heads and private is None and epsilon is None and not held_out:
         raise RecipeError(
-            "network bound: private_drift is missing; with trained heads give the rms distance of the head from its start "
-            "(or epsilon, measured on everything that was trained)"
+            "network bound: private_drift is missing; with trained heads give the rms distance of the head from its "
+            "start (or epsilon, measured on everything that was trained)"
         )
     parts = _Ingredients(
         names=labels,

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from theory.clock import Clock, Steps, lowest_curvature, step_excess, write_out
 from theory.errors import AssumptionError, RecipeError
 from theory.recipe import Expert
-from theory.symbolic import FloatArray, Formula, evaluate, times
+from theory.symbolic import FloatArray, Formula, evaluate, times, vacuous
 from theory.symbols import symbol
 
 
@@ -45,18 +45,21 @@ def epsilon_rms_formula() -> Formula:
     return Formula("epsilon", ("D_2", "tau", "n", "Gamma"), gap * (tau / n + sympy.sqrt(gamma)), "Theorem 2 (rms)")
 
 
+@vacuous
 def gamma_without_replacement(nu: ArrayLike, n: ArrayLike, b: ArrayLike) -> FloatArray:
     """``nu (1/(bn) - 1/n^2)``: constant b distinct samples; exactly 0 for a full batch."""
     value = evaluate(gamma_without_replacement_formula, nu, n, b)
     return np.where(np.asarray(b) == np.asarray(n), 0.0, np.maximum(value, 0.0))
 
 
+@vacuous
 def gamma_with_replacement(nu: ArrayLike, n: ArrayLike, b: ArrayLike) -> FloatArray:
     """``nu (1 - 1/n)/(bn)``: constant b independent draws; exactly 0 for a single sample."""
     value = evaluate(gamma_with_replacement_formula, nu, n, b)
     return np.where(np.asarray(n) == 1, 0.0, value)
 
 
+@vacuous
 def gamma_of_steps(log_w: FloatArray, steps: Steps, n: ArrayLike, sampling: str) -> FloatArray:
     """Gamma from the response written out, with actual batch sizes, for every sampling (theory section 5).
 
@@ -72,6 +75,7 @@ def gamma_of_steps(log_w: FloatArray, steps: Steps, n: ArrayLike, sampling: str)
         return times(top, times(top, value))
 
 
+@vacuous
 def gamma_of_weights(
     w: FloatArray, batch_size: ArrayLike, n: ArrayLike, sampling: str, position: ArrayLike | None = None
 ) -> FloatArray:
@@ -96,6 +100,7 @@ def gamma_of_weights(
     return total + np.maximum(second - mean**2, 0.0)
 
 
+@vacuous
 def gamma(expert: Expert, timing: Clock) -> FloatArray:
     """Gamma of an expert from its clock, shape ``(...)``; closed forms where the clock has one."""
     if timing.log_w is None:
@@ -106,16 +111,19 @@ def gamma(expert: Expert, timing: Clock) -> FloatArray:
     return gamma_of_steps(timing.log_w, write_out(expert), expert.n, expert.sampling)
 
 
+@vacuous
 def epsilon_sup(gap: ArrayLike, tau: ArrayLike, n: ArrayLike, gamma_value: ArrayLike) -> FloatArray:
     """``D sqrt((tau/n)^2 + Gamma)``: D_inf over visited x, or the rms of an envelope; any sampling (Theorem 2)."""
     return times(gap, evaluate(epsilon_sup_formula, 1.0, tau, n, gamma_value))
 
 
+@vacuous
 def epsilon_rms(gap: ArrayLike, tau: ArrayLike, n: ArrayLike, gamma_value: ArrayLike) -> FloatArray:
     """``D_2 (tau/n + sqrt(Gamma))``; first two samplings only (Theorem 2)."""
     return times(gap, evaluate(epsilon_rms_formula, 1.0, tau, n, gamma_value))
 
 
+@vacuous
 def epsilon_cap(drift: ArrayLike) -> FloatArray:
     """``sqrt(2) d``: any algorithm, anchor x_0 independent of the sample (theory section 5, cap)."""
     return np.asarray(np.sqrt(2.0) * np.asarray(drift, dtype=np.float64))
@@ -134,6 +142,7 @@ def _per_step_gap(expert: Expert) -> FloatArray:
     return np.asarray(2 * np.sqrt(2 * (high[..., None] if high.ndim else high) * losses))
 
 
+@vacuous
 def epsilon_from_losses(expert: Expert, timing: Clock, log_w: FloatArray) -> FloatArray:
     """Stability from the training log alone (theory section 5): per-sample L and the batch loss before each step.
 
@@ -170,6 +179,7 @@ def epsilon_from_losses(expert: Expert, timing: Clock, log_w: FloatArray) -> Flo
     return total + np.sqrt(running)
 
 
+@vacuous
 def epsilon_recursion(expert: Expert, gap: ArrayLike) -> FloatArray:
     """The sharper recursion with the rms gap, same constants (theory section 5): SGD, first two samplings.
 

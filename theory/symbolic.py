@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,15 @@ def times(a: ArrayLike, b: ArrayLike) -> FloatArray:
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     with np.errstate(all="ignore"):
         return np.where((left == 0) | (right == 0), 0.0, left * right)
+
+
+def vacuous(function: Callable[Arguments, FloatArray]) -> Callable[Arguments, FloatArray]:
+    """An upper bound whose arithmetic overflows is ``inf``: no warnings, and never NaN (``inf - inf``, ``inf/inf``)."""
+
+    @wraps(function)
+    def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> FloatArray:
+        with np.errstate(all="ignore"):
+            value = np.asarray(function(*args, **kwargs), dtype=np.float64)
+        return np.where(np.isnan(value), np.inf, value)
+
+    return guarded

@@ -8,7 +8,7 @@ from theory.clock import _stepwise, require_sgd, smoothness, step_count, write_o
 from theory.drift import _need, _noise, _unbiased, finite_batch_factor
 from theory.errors import AssumptionError, RecipeError
 from theory.recipe import Expert, Schedule
-from theory.symbolic import FloatArray, Formula, evaluate
+from theory.symbolic import FloatArray, Formula, evaluate, vacuous
 from theory.symbols import symbol
 
 
@@ -21,8 +21,9 @@ def pl_risk_formula() -> Formula:
     return Formula("R", keys, expression, "section 8, PL")
 
 
+@vacuous
 def pl_training_risk(expert: Expert) -> FloatArray:
-    """Bound on E F_S(x_K) for a mu-PL objective: ``eta <= 1/(L+omega)``, unbiased batches, no momentum; shape ``(...)``.
+    """Bound on E F_S(x_K), mu-PL objective: ``eta <= 1/(L+omega)``, unbiased batches, no momentum; shape ``(...)``.
 
     mu is ``pl_constant``, or ``mu`` (plus the decay) for a strongly convex loss.  ``minimal_risk`` F* must be given (0
     if the expert interpolates); with decay, it and the bound refer to the decayed objective (which is above F_S) and
@@ -33,8 +34,8 @@ def pl_training_risk(expert: Expert) -> FloatArray:
     start, sigma = _need(expert, "PL training risk", "initial_risk", "sigma")
     if expert.minimal_risk is None:
         raise RecipeError(
-            f"expert {expert.name!r}: minimal_risk is missing; give the smallest training risk (0 if it interpolates), or "
-            "give training_risk itself"
+            f"expert {expert.name!r}: minimal_risk is missing; give the smallest training risk (0 if it interpolates), "
+            "or give training_risk itself"
         )
     star = np.asarray(expert.minimal_risk, dtype=np.float64)
     decay = np.asarray(expert.weight_decay, dtype=np.float64)
@@ -53,8 +54,8 @@ def pl_training_risk(expert: Expert) -> FloatArray:
     stiffness = smoothness(expert) + decay
     if np.any(_stepwise(expert.learning_rate) * stiffness[..., None] > 1 + 1e-12):
         raise AssumptionError(
-            f"expert {expert.name!r}: learning_rate exceeds 1/(L + weight_decay), which the PL training risk needs; give "
-            "training_risk instead"
+            f"expert {expert.name!r}: learning_rate exceeds 1/(L + weight_decay), which the PL training risk needs; "
+            "give training_risk instead"
         )
     if not isinstance(expert.learning_rate, Schedule) and not isinstance(expert.batch_size, Schedule):
         eta, b = np.asarray(expert.learning_rate, dtype=np.float64), np.asarray(expert.batch_size, dtype=np.float64)

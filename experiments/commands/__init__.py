@@ -6,6 +6,6 @@ from collections.abc import Callable
 
 import typer
 
-from experiments.commands import merge
+from experiments.commands import bound, merge
 
-COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (merge.register,)
+COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (merge.register, bound.register)

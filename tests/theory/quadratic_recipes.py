@@ -27,7 +27,9 @@ def random_task(rng: np.random.Generator, dim: int, *, flat: bool) -> QuadraticT
     return QuadraticTask(basis @ np.diag(h) @ basis.T, rng.standard_normal(dim) * 2, root @ root.T)
 
 
-def random_expert(rng: np.random.Generator, name: str, task: QuadraticTask, base: np.ndarray, **fixed: object) -> Expert:
+def random_expert(
+    rng: np.random.Generator, name: str, task: QuadraticTask, base: np.ndarray, **fixed: object
+) -> Expert:
     """Any learning rate (also beyond stability), schedule, momentum, decay, sampling, batch size; true constants."""
     h = np.linalg.eigvalsh(task.H)
     L = h[-1]

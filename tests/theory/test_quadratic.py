@@ -15,7 +15,9 @@ RUNS = 6000
 
 
 def z_score(samples: np.ndarray, exact: float) -> float:
-    return float(abs(samples.mean() - exact) / (samples.std(ddof=1) / np.sqrt(len(samples)) + 1e-14 + 1e-12 * abs(exact)))
+    return float(
+        abs(samples.mean() - exact) / (samples.std(ddof=1) / np.sqrt(len(samples)) + 1e-14 + 1e-12 * abs(exact))
+    )
 
 
 def stable(rng: np.random.Generator, name: str, task: QuadraticTask, base: np.ndarray, sampling: str) -> Expert:
@@ -46,9 +48,7 @@ def test_simulator_agrees_with_exact_expectations(sampling: str, seed: int) -> N
     alpha, p = np.array([0.4, 0.7]), np.array([0.3, 0.7])
     data = [draw_data(task, int(e.n), RUNS, rng) for task, e in zip(tasks, experts, strict=True)]
     batches = [draw_batches(e, RUNS, rng) for e in experts]
-    runs = [
-        simulate_sgd(t, base, e, z, batch) for t, e, z, batch in zip(tasks, experts, data, batches, strict=True)
-    ]
+    runs = [simulate_sgd(t, base, e, z, batch) for t, e, z, batch in zip(tasks, experts, data, batches, strict=True)]
     scores = []
     for task, expert, x, z, batch in zip(tasks, experts, runs, data, batches, strict=True):
         exact = expert_moments(task, base, expert)

@@ -54,7 +54,9 @@ def test_gamma_is_the_variance_over_all_batches(seed: int) -> None:
     sampling = str(rng.choice(["without_replacement", "with_replacement", "reshuffle"]))
     steps = int(rng.integers(1, 7))
     b = int(rng.integers(1, n + 1))
-    batch = b if sampling == "reshuffle" or rng.random() < 0.5 else Schedule(rng.integers(1, n + 1, steps).astype(float))
+    batch = (
+        b if sampling == "reshuffle" or rng.random() < 0.5 else Schedule(rng.integers(1, n + 1, steps).astype(float))
+    )
     expert = Expert(
         "a", n, batch, Schedule(rng.uniform(0, 1, steps)), sampling=sampling, drop_last=bool(rng.random() < 0.5), L=1.0
     )  # type: ignore[arg-type]

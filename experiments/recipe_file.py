@@ -1,0 +1,163 @@
+"""Read ``recipe.yaml`` into the recipes of :mod:`theory`; errors name file, field and remedy.
+
+The file has three parts: ``defaults`` (fields that all experts share), ``experts`` (a list, each with a name) and
+``merge``.  The fields are those of :class:`theory.Expert` and :class:`theory.Merge`; a list where a number is expected
+is a schedule with one value per step.  ``docs/examples/recipe.yaml`` is a complete example.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from theory import Expert, Merge, RecipeError, Schedule
+
+
+class ExpertModel(BaseModel):
+    """One expert as written in the file."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+    name: str
+    n: int
+    batch_size: int | list[int]
+    learning_rate: float | list[float]
+    steps: int | None = None
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    sampling: Literal["without_replacement", "with_replacement", "reshuffle"] = "without_replacement"
+    drop_last: bool = False
+    curvature: Literal["convex", "strongly_convex", "smooth"] = "smooth"
+    L: float | None = None
+    mu: float | None = None
+    kappa: float | None = None
+    pl_constant: float | None = None
+    initial_gradient_norm: float | None = None
+    sigma: float | None = None
+    sigma0: float | None = None
+    D_inf: float | None = None
+    D_2: float | None = None
+    D_envelope: float | None = None
+    initial_risk: float | None = None
+    training_risk: float | None = None
+    minimal_risk: float | None = None
+    base_norm: float | None = None
+    drift: float | None = None
+    private_drift: float | None = None
+    epsilon: float | None = None
+    batch_gradient_norms: list[float] | None = None
+    batch_losses: list[float] | None = None
+    head: Literal["none", "frozen", "trained"] = "none"
+    optimizer: str = "sgd"
+    gradient_clipping: bool = False
+    measured: list[str] = Field(default_factory=list)
+
+
+class MergeModel(BaseModel):
+    """The merge as written in the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["average", "weighted", "task_arithmetic", "ties", "dare"] = "average"
+    weights: list[float] | None = None
+    coefficients: float | list[float] | None = None
+    drop_rate: float = 0.0
+    rescale: bool = True
+    independent_masks: bool = True
+    shared_samples: bool | None = None
+    data_independent_choices: bool | None = None
+    per_sample_loss: bool | None = None
+    orthogonal_task_vectors: bool | None = None
+    dispersion: float | None = None
+    sensitivity: float | list[float] | None = None
+
+
+class RecipeModel(BaseModel):
+    """The whole file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    experts: list[ExpertModel] = Field(min_length=1)
+    merge: MergeModel = Field(default_factory=MergeModel)
+
+
+def read_recipe(path: Path) -> Merge:
+    """Read a recipe file; raises :class:`theory.RecipeError` with file, field and remedy in one sentence."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be read ({error.strerror or error}); give the path of a recipe.yaml"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not a text file; give the path of a recipe.yaml") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark is not None else "the text"
+        raise RecipeError(f"{path}: {where} is not valid YAML; check indentation, colons and brackets") from error
+    return recipe_from(content, str(path))
+
+
+def recipe_from(content: Any, source: str) -> Merge:
+    """Turn parsed YAML (or JSON) into a :class:`theory.Merge`; ``source`` is named in errors."""
+    if not isinstance(content, dict):
+        raise RecipeError(f"{source}: holds no mapping; start it with 'experts:' and a list of experts")
+    filled = dict(content)
+    defaults, experts = filled.get("defaults") or {}, filled.get("experts")
+    if isinstance(defaults, dict) and isinstance(experts, list):
+        filled["defaults"] = defaults
+        filled["experts"] = [{**defaults, **item} if isinstance(item, dict) else item for item in experts]
+    if filled.get("merge", ...) is None:
+        filled.pop("merge")
+    try:
+        model = RecipeModel.model_validate(filled)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_first_problem(error, filled)}") from error
+    try:
+        return Merge(tuple(_expert(item) for item in model.experts), **_merge_fields(model.merge))
+    except RecipeError as error:
+        raise type(error)(f"{source}: {error}") from error
+
+
+def _expert(model: ExpertModel) -> Expert:
+    fields = model.model_dump()
+    for name in ("learning_rate", "batch_size", "batch_gradient_norms", "batch_losses"):
+        if isinstance(fields[name], list):
+            fields[name] = Schedule(np.asarray(fields[name], dtype=np.float64))
+    fields["measured"] = frozenset(fields["measured"])
+    return Expert(**fields)
+
+
+def _merge_fields(model: MergeModel) -> dict[str, Any]:
+    return model.model_dump()
+
+
+def _first_problem(error: ValidationError, content: dict[str, Any]) -> str:
+    problem = error.errors(include_url=False)[0]
+    place = [part for part in problem["loc"] if not (isinstance(part, str) and part in ("int", "float"))]
+    place = [part for part in place if not (isinstance(part, str) and part.startswith("list["))]
+    names: list[str] = []
+    for index, part in enumerate(place):
+        if isinstance(part, int) and index == 1 and place[0] == "experts":
+            item = content["experts"][part]
+            label = item.get("name") if isinstance(item, dict) else None
+            names[-1] = f"expert {label!r}" if label else f"expert number {part + 1}"
+        elif isinstance(part, int):
+            names[-1] = f"{names[-1]}[{part}]"
+        else:
+            names.append(str(part))
+    where = ": ".join(names) or "file"
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"{where} is not a known field; check its spelling or remove it"
+    if kind == "missing":
+        return f"{where} is missing; add it"
+    message = problem["msg"].removeprefix("Input should be ")
+    return f"{where} is {problem.get('input')!r}; it should be {message}"
