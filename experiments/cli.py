@@ -10,6 +10,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.logging import RichHandler
 
 from theory.errors import MergeboundError
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         build_app()(args=argv, prog_name="mergebound")
     except MergeboundError as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("interrupted: what was finished is kept; run the same command again to continue", highlight=False)

@@ -18,7 +18,7 @@ from experiments.measure.backbone import Backbone, Readout, smoothness
 from experiments.measure.function_space import GroupStatistics
 from experiments.tasks.types import Family, Split
 
-SMOOTHNESS_IMAGES = 64
+SMOOTHNESS_IMAGES = 32
 
 
 @dataclass(frozen=True)

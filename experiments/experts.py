@@ -59,6 +59,7 @@ def make_base(spec: ValidationSpec, architecture: str, family: Family, folder: P
         learning_rate=spec.base.learning_rate,
         batch_size=spec.base.batch_size,
         seed=spec.seed,
+        turns=spec.base.turns,
     )
     save_state_dict(path, state, {"architecture": architecture, "seed": spec.seed, **spec.base.model_dump()})
     return state

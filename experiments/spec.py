@@ -47,6 +47,8 @@ class BaseSpec(_Strict):
     steps: Annotated[int, Field(ge=0)] = 200
     learning_rate: Positive = 0.005
     batch_size: Count = 64
+    turns: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of pretraining images that are turned and mirrored at random."""
 
 
 class RegimeSpec(_Strict):

@@ -6,6 +6,6 @@ from collections.abc import Callable
 
 import typer
 
-from experiments.commands import bound, merge
+from experiments.commands import bound, demo, merge
 
-COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (merge.register, bound.register)
+COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (demo.register, merge.register, bound.register)

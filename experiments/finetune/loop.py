@@ -195,6 +195,7 @@ def pretrain(
     batch_size: int,
     seed: int,
     weight_decay: float = 0.05,
+    turns: float = 0.0,
 ) -> dict[str, Tensor]:
     """Pretrain a base x_0 with AdamW, cosine decay and generic augmentation (:func:`random_views`).
 
@@ -208,7 +209,7 @@ def pretrain(
     for batch in batches(len(train), min(batch_size, len(train)), steps, "reshuffle", rng):
         index = torch.from_numpy(batch)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(random_views(train.images[index], rng)), train.labels[index])
+        loss = F.cross_entropy(model(random_views(train.images[index], rng, turns)), train.labels[index])
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
@@ -216,7 +217,19 @@ def pretrain(
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def random_views(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Seeded generic augmentation of a batch: contrast in [0.5, 1] (one draw a batch) and pixel noise (sd 0.3)."""
+def random_views(images: Tensor, rng: np.random.Generator, turns: float = 0.0) -> Tensor:
+    """Seeded generic augmentation of a batch: contrast in [0.5, 1] (one draw a batch) and pixel noise (sd 0.3).
+
+    With ``turns`` > 0 the batch is cut into eight parts, and each part is turned by a random number of quarter turns
+    and mirrored at random with that probability.
+    """
+    if turns > 0:
+        parts = []
+        for part in images.chunk(8):
+            if rng.random() < turns:
+                part = torch.rot90(part, int(rng.integers(0, 4)), (2, 3))
+                part = part.flip(3) if rng.random() < 0.5 else part
+            parts.append(part)
+        images = torch.cat(parts)
     noise = torch.from_numpy(rng.standard_normal(tuple(images.shape), dtype=np.float32))
     return images * float(rng.uniform(0.5, 1.0)) + 0.3 * noise

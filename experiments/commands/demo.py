@@ -1,0 +1,68 @@
+"""``mergebound demo``: the main job on the embedded digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command()
+    def demo(
+        out: Annotated[Path, typer.Option(help="Folder for the report, tables, figures, experts and data.")] = Path(
+            "out/demo"
+        ),
+        spec: Annotated[
+            str, typer.Option("--spec", help="Preset (digits8, digits8-full, digits8-smoke) or a YAML file.")
+        ] = "digits8",
+        workers: Annotated[
+            int | None, typer.Option(help="Worker processes, one thread each (default: one per core and architecture).")
+        ] = None,
+    ) -> None:
+        """Fine-tune experts, predict the risk of their merges, merge, measure, and report.
+
+        Everything runs on images that come with scikit-learn.  Finished experts and merges are kept under OUT/work:
+        stop with Ctrl-C whenever you like, and the same command continues.
+        """
+        from experiments.demo import run_demo
+        from experiments.report import headline
+        from experiments.runner import Status
+        from experiments.spec import load_spec
+        from experiments.validation import headline_columns, rich_table
+
+        console = Console()
+        chosen = load_spec(spec)
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("{task.fields[name]:<10}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[stage]}"),
+            console=Console(stderr=True),
+        ) as progress:
+            bars = {
+                name: progress.add_task(name, total=1.0, name=name, stage="waiting", start=False)
+                for name in (*chosen.architectures, "report")
+            }
+
+            def watch(status: Status) -> None:
+                bar = bars[status.architecture]
+                progress.start_task(bar)
+                progress.update(bar, completed=status.fraction, stage=status.stage)
+
+            outcome = run_demo(
+                chosen, out, workers=workers, watch=watch, command=f"mergebound demo --spec {spec} --out {out.name}"
+            )
+        console.print(rich_table(outcome.tables.validation, "Predicted against measured", headline_columns()))
+        for sentence in headline(outcome.frames.merges, outcome.tables):
+            console.print(f"• {sentence}", markup=False, highlight=False)
+        console.print(f"Report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)

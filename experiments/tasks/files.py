@@ -1,0 +1,286 @@
+"""The user's own images: ``.npz`` files and folders of class-named sub-folders.
+
+``.npz``: ``x_<split>`` and ``y_<split>`` (or plain ``x``, ``y``), optionally ``class_names``.  ``x`` is uint8, grey
+``(n, h, w)`` or colour ``(n, h, w, 1 | 3)``, which is scaled to [0, 1] and normalised; or floating, ``(n, h, w)`` or
+``(n, c, h, w)``, which is taken as normalised already.  Folders: one sub-folder per class, classes numbered in the
+order of their names, optionally below ``train/``, ``val/`` and so on.
+
+Arrays of another size are resized to the network's; photographs in folders are scaled on their short side and cut out
+of the middle, as timm evaluates.  Nothing in a file is executed (``allow_pickle=False``).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.tasks.types import Split
+from theory.errors import MergeboundError
+
+SPLITS = ("calibration", "val", "valid", "validation", "test", "train")
+"""Names of splits, in the order in which they are preferred: held-out images first, test images before training ones."""
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """What a network takes: channels, height and width in pixels, and the normalisation of images in [0, 1].
+
+    ``mean`` and ``std`` have one number per channel; ``interpolation`` is ``bilinear`` or ``bicubic``; ``crop`` is the
+    share of a photograph's short side that is kept.
+    """
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    interpolation: str = "bicubic"
+    crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise MergeboundError(
+                    f"{name}: {len(values)} numbers for a network that takes {self.channels} channel(s); give one number "
+                    "or one per channel"
+                )
+        if not all(value > 0 for value in self.std):
+            raise MergeboundError(f"std: {self.std} holds a number that is not positive; give positive numbers")
+
+
+@dataclass(frozen=True)
+class LoadedImages:
+    """Images of one task, ready for the network.
+
+    Attributes:
+        split: images (n, channels, height, width) float32, labels (n,), row numbers in the source.
+        name: the name of the split that was read (empty where the source has none).
+        total: images that the source has in this split.
+        class_names: names by label; empty if the source gives none.
+    """
+
+    split: Split
+    name: str
+    total: int
+    class_names: tuple[str, ...]
+
+
+def load_images(
+    path: Path, form: InputFormat, *, images: int = 128, seed: int = 0, split: str | None = None
+) -> LoadedImages:
+    """A random subset of a data set.
+
+    Args:
+        path: an ``.npz`` file or a folder.
+        form: what the network takes.
+        images: how many images at most.
+        seed: names the subset; sources with equally many images give the same rows.
+        split: which part; default the first of :data:`SPLITS` that is there.
+
+    Raises:
+        MergeboundError: names the file, the field and the remedy.
+    """
+    if images < 1:
+        raise MergeboundError(f"images = {images}: give a positive number of calibration images")
+    if path.is_dir():
+        return _from_folder(path, form, images, seed, split)
+    if not path.exists():
+        raise MergeboundError(f"{path}: there is no such file or folder; check the path of --data")
+    if path.suffix != ".npz":
+        raise MergeboundError(f"{path}: not an .npz file nor a folder of class-named sub-folders; convert the images")
+    return _from_npz(path, form, images, seed, split)
+
+
+def check_labels(path: Path, labels: Tensor, classes: int, head: str) -> None:
+    """Check that every label is a class of the head.
+
+    Raises:
+        MergeboundError: names the data file and the checkpoint whose head is too small.
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise MergeboundError(
+            f"{path}: label {low if low < 0 else high} is out of range for the head of {head}, which has {classes} "
+            "classes numbered from 0; give the data in the order of --experts, or renumber the labels"
+        )
+
+
+def subset(count: int, images: int, seed: int) -> np.ndarray:
+    """Row numbers of a random subset without replacement, ascending, (min(count, images),)."""
+    if count <= images:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([seed, 0xF11E]).permutation(count)[:images])
+
+
+# --- npz -------------------------------------------------------------------------------------------------------------
+
+
+def _from_npz(path: Path, form: InputFormat, images: int, seed: int, split: str | None) -> LoadedImages:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            keys = tuple(archive.files)
+            x_key, y_key, name = _keys(path, keys, split)
+            x, y = archive[x_key], archive[y_key]
+            names = tuple(str(v) for v in archive["class_names"]) if "class_names" in keys else ()
+    except MergeboundError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise MergeboundError(
+            f"{path}: cannot be read as .npz ({reason}); save plain arrays with numpy.savez_compressed"
+        ) from error
+    if y.ndim != 1 or y.dtype.kind not in "iu":
+        raise MergeboundError(f"{path}: {y_key} is {y.dtype} of shape {y.shape}; store integer labels of shape (n,)")
+    if len(x) != len(y):
+        raise MergeboundError(f"{path}: {x_key} has {len(x)} images but {y_key} has {len(y)} labels; make them match")
+    if not len(y):
+        raise MergeboundError(f"{path}: {x_key} holds no images; choose another split with --split or other data")
+    rows = subset(len(y), images, seed)
+    batch = _array_to_batch(path, x_key, x[rows], form)
+    labels = torch.from_numpy(y[rows].astype(np.int64))
+    return LoadedImages(Split(batch, labels, rows), name, len(y), names)
+
+
+def _keys(path: Path, keys: Sequence[str], split: str | None) -> tuple[str, str, str]:
+    pairs = {key[2:]: (key, f"y_{key[2:]}") for key in keys if key.startswith("x_") and f"y_{key[2:]}" in keys}
+    if "x" in keys and "y" in keys:
+        pairs[""] = ("x", "y")
+    if not pairs:
+        raise MergeboundError(
+            f"{path}: no images among its arrays ({', '.join(keys) or 'none'}); name them x_<split> and y_<split>, as "
+            "x_test and y_test"
+        )
+    name = _choose(path, tuple(pairs), split)
+    return (*pairs[name], name)
+
+
+def _choose(path: Path, found: Sequence[str], split: str | None) -> str:
+    if split is not None:
+        if split not in found:
+            raise MergeboundError(
+                f"{path}: no split {split!r}; choose --split among {', '.join(found) or '(there are no splits)'}"
+            )
+        return split
+    return next((name for name in (*SPLITS, "") if name in found), found[0])
+
+
+def _array_to_batch(path: Path, key: str, x: np.ndarray, form: InputFormat) -> Tensor:
+    """(n, channels, height, width) float32, normalised."""
+    if x.dtype == np.uint8:
+        if x.ndim == 3:
+            x = x[..., None]
+        if x.ndim != 4 or x.shape[-1] not in (1, 3):
+            raise MergeboundError(
+                f"{path}: {key} is uint8 of shape {x.shape}; store (n, height, width) or (n, height, width, 3)"
+            )
+        batch = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+        scaled = _resize(batch.float() / 255.0, form).clamp(0.0, 1.0)
+        return _normalise(_channels(path, scaled, form), form)
+    if x.dtype.kind == "f":
+        if x.ndim == 3:
+            x = x[:, None]
+        if x.ndim != 4 or x.shape[1] not in (1, form.channels):
+            raise MergeboundError(
+                f"{path}: {key} is {x.dtype} of shape {x.shape}; store (n, height, width) or (n, channels, height, "
+                f"width) with 1 or {form.channels} channel(s), already normalised"
+            )
+        if not np.isfinite(x).all():
+            raise MergeboundError(f"{path}: {key} holds NaN or infinite pixels; repair or remove those images")
+        return _channels(path, _resize(torch.from_numpy(x.astype(np.float32)), form), form)
+    raise MergeboundError(f"{path}: {key} has type {x.dtype}; store uint8 images, or floating ones already normalised")
+
+
+def _channels(path: Path, batch: Tensor, form: InputFormat) -> Tensor:
+    if batch.shape[1] == form.channels:
+        return batch
+    if batch.shape[1] == 1:
+        return batch.expand(-1, form.channels, -1, -1).contiguous()
+    raise MergeboundError(
+        f"{path}: the images have {batch.shape[1]} channels but the network takes {form.channels}; convert them to grey"
+    )
+
+
+def _resize(batch: Tensor, form: InputFormat) -> Tensor:
+    if batch.shape[-2:] == (form.height, form.width):
+        return batch
+    mode = form.interpolation if form.interpolation in ("bilinear", "bicubic") else "bicubic"
+    return torch.nn.functional.interpolate(
+        batch, size=(form.height, form.width), mode=mode, align_corners=False, antialias=True
+    )
+
+
+def _normalise(batch: Tensor, form: InputFormat) -> Tensor:
+    mean = torch.tensor(form.mean, dtype=torch.float32).view(1, -1, 1, 1)
+    std = torch.tensor(form.std, dtype=torch.float32).view(1, -1, 1, 1)
+    return (batch - mean) / std
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _from_folder(path: Path, form: InputFormat, images: int, seed: int, split: str | None) -> LoadedImages:
+    folders = _folders(path)
+    splits = [folder.name for folder in folders if folder.name in SPLITS and _folders(folder)]
+    root, name = path, ""
+    if split is not None or (splits and len(splits) == len(folders)):
+        name = _choose(path, splits if split is None else [folder.name for folder in folders], split)
+        root = path / name
+    classes = _folders(root)
+    files = [
+        (file, label)
+        for label, folder in enumerate(classes)
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    ]
+    if not files:
+        raise MergeboundError(
+            f"{root}: no images in class-named sub-folders; put them as {root.name}/<class>/<image> "
+            f"({', '.join(IMAGE_SUFFIXES[:3])}, ...)"
+        )
+    rows = subset(len(files), images, seed)
+    batch = torch.stack([_read_photo(files[row][0], form) for row in rows])
+    labels = torch.tensor([files[row][1] for row in rows], dtype=torch.int64)
+    loaded = Split(_normalise(batch, form), labels, rows)
+    return LoadedImages(loaded, name, len(files), tuple(folder.name for folder in classes))
+
+
+def _folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _read_photo(path: Path, form: InputFormat) -> Tensor:
+    """One photograph, (channels, height, width) in [0, 1]: short side scaled, middle cut out."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            if form.channels == 1 and len(opened.getbands()) > 1:
+                raise MergeboundError(
+                    f"{path}: a {opened.mode} image, but the network takes one channel; convert the images to grey"
+                )
+            picture = opened.convert({1: "L", 3: "RGB"}.get(form.channels, "RGB"))
+    except MergeboundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).partition("\n")[0].replace(str(path), path.name)
+        raise MergeboundError(f"{path}: not a readable image ({reason}); remove or replace the file") from error
+    scale = max(form.height / picture.height, form.width / picture.width) / form.crop
+    size = (max(form.width, round(picture.width * scale)), max(form.height, round(picture.height * scale)))
+    if size != picture.size:
+        filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+        picture = picture.resize(size, filters.get(form.interpolation, Image.Resampling.BICUBIC))
+    left, top = (size[0] - form.width) // 2, (size[1] - form.height) // 2
+    picture = picture.crop((left, top, left + form.width, top + form.height))
+    array = np.asarray(picture, dtype=np.float32) / 255.0
+    tensor = torch.from_numpy(array)
+    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
