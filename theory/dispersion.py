@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -77,11 +79,17 @@ def smallest_bound(
 
 def smallest(candidates: dict[str, FloatArray]) -> tuple[FloatArray, str]:
     """Elementwise minimum of named bounds and the names that attain it, in order, joined by ``or``."""
-    names = list(candidates)
-    values = np.broadcast_arrays(*candidates.values())
-    stacked = np.stack(values)
-    winners = [names[index] for index in np.unique(np.argmin(stacked, axis=0))]
-    return np.asarray(stacked.min(axis=0)), " or ".join(winners)
+    least = np.asarray(functools.reduce(np.minimum, candidates.values()))
+    open_places = np.ones(least.shape, dtype=bool)
+    winners = []
+    for name, value in candidates.items():
+        attained = open_places & (value == least)
+        if attained.any():
+            winners.append(name)
+            open_places &= ~attained
+        if not open_places.any():
+            break
+    return least, " or ".join(winners)
 
 
 def _aligned(

@@ -299,9 +299,7 @@ def _assumptions(
         unknown="not stated; set shared_samples",
     )
     if shared:
-        independence = Assumption(
-            independence.name, independence.statement, "violated", independence.why, covered=not held_out
-        )
+        independence = Assumption(independence.name, independence.statement, "violated", independence.why, covered=True)
     smooth = Assumption(
         "A4",
         "per-sample losses are nonnegative and L-smooth",
@@ -328,7 +326,17 @@ def _assumptions(
         ),
         smooth,
     ]
-    return [items[0], items[3]] if held_out else items
+    if not held_out:
+        return items
+    fresh = judge(
+        "held-out",
+        "the held-out data served neither training nor any choice",
+        choices,
+        holds="stated (data_independent_choices)",
+        violated="it did; the expert risks are optimistic",
+        unknown="not stated; set data_independent_choices",
+    )
+    return [fresh, smooth]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from theory.clock import Clock, Steps, lowest_curvature, step_excess, write_out
+from theory.clock import Clock, Steps, step_excess, write_out
 from theory.errors import AssumptionError, RecipeError
 from theory.recipe import Expert
 from theory.symbolic import FloatArray, Formula, evaluate, times, vacuous
@@ -146,19 +146,22 @@ def _per_step_gap(expert: Expert) -> FloatArray:
 def epsilon_from_losses(expert: Expert, timing: Clock, log_w: FloatArray) -> FloatArray:
     """Stability from the training log alone (theory section 5): per-sample L and the batch loss before each step.
 
-    First two samplings: ``m <= 0`` or every ``kappa >= 0``; reshuffling: the rms line
-    ``sum_epochs sqrt(sum_k w_k^2 D_k^2/(n b_k))``.  Raises :class:`AssumptionError` where it does not apply.
+    First two samplings: rms form with D_k inside; reshuffling: ``sum_epochs sqrt(sum_k w_k^2 D_k^2/(n b_k))``.  Both
+    need steps that contract no more than the decay makes them (``m <= 0`` or ``kappa >= 0``): the step of the exchanged
+    sample is not common to the twins, so its share of a contraction cannot be used together with this gap.  Raises
+    :class:`AssumptionError` where it does not apply.
     """
     if expert.batch_losses is None or expert.L is None:
         raise RecipeError(
             f"expert {expert.name!r}: batch_losses and L are both needed to bound the gradient gap from the log"
         )
     steps = write_out(expert)
-    contracting = np.any(step_excess(expert, steps.learning_rate, per_step=True) < 0)
-    if np.any(lowest_curvature(expert) > 0) and contracting and expert.sampling != "reshuffle":
+    excess = step_excess(expert, steps.learning_rate, per_step=True)
+    decay = steps.learning_rate * np.asarray(expert.weight_decay, dtype=np.float64)[..., None]
+    if np.any(excess < -decay * (1 + 1e-12) - 1e-15):
         raise AssumptionError(
-            f"expert {expert.name!r}: curvature is strongly convex and contracting, where the gap from the loss also "
-            "needs the population risk; give D_2 or D_inf instead"
+            f"expert {expert.name!r}: the steps contract (strongly_convex curvature, or a measured kappa < 0), "
+            "where the gap from the loss also needs the population risk; give D_2 or D_inf, or curvature 'convex'"
         )
     gap = _per_step_gap(expert)
     n = np.asarray(expert.n, dtype=np.float64)[..., None]

@@ -55,7 +55,11 @@ def times(a: ArrayLike, b: ArrayLike) -> FloatArray:
     """Product with ``0 * inf = 0``: a factor that is exactly zero switches an infinite one off."""
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     with np.errstate(all="ignore"):
-        return np.where((left == 0) | (right == 0), 0.0, left * right)
+        product = np.asarray(left * right)
+    undefined = np.isnan(product)
+    if not undefined.any():
+        return product
+    return np.where(undefined & ((left == 0) | (right == 0)), 0.0, product)
 
 
 def vacuous(function: Callable[Arguments, FloatArray]) -> Callable[Arguments, FloatArray]:

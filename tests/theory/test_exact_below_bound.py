@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratic_recipes import random_problem
 
-from theory import Merge, clock, expert_drift, expert_epsilon, expert_moments, master_bound, merge_moments
+from theory import (
+    AssumptionError,
+    Merge,
+    clock,
+    expert_drift,
+    expert_epsilon,
+    expert_moments,
+    master_bound,
+    merge_moments,
+)
 from theory.dispersion import centred_bound, orthogonal_bound, triangle_bound
 from theory.drift import drift_base, drift_energy, drift_noise
 from theory.errors import RecipeError
@@ -139,3 +151,22 @@ def test_orthogonal_form_needs_its_assumption() -> None:
     assert orthogonal_bound(d, alpha, p) < 9.0 <= triangle_bound(d, alpha, p)
     uniform = orthogonal_bound(np.array([1.0, 2.0, 3.0]), np.full(3, 1 / 3), np.full(3, 1 / 3))
     assert np.isclose(uniform, np.mean([1, 4, 9]) * (1 - 1 / 3))
+
+
+def test_forms_refuse_what_they_do_not_cover() -> None:
+    """Trap: 6(a) and 6(c) need conditionally unbiased batches and no momentum; both are refused by name."""
+    problem = random_problem(11, size=1, sampling="reshuffle", momentum=0.0, learning_rate=1e-3, batch_size=1)
+    expert = problem.experts[0]
+    for form in (lambda: drift_noise(expert, clock(expert)), lambda: drift_energy(expert)):
+        with pytest.raises(AssumptionError, match="reshuffle"):
+            form()
+    heavy = replace(expert, sampling="with_replacement", momentum=0.5)
+    for form in (
+        lambda: drift_noise(heavy, clock(heavy)),
+        lambda: drift_energy(heavy),
+        lambda: pl_training_risk(heavy),
+    ):
+        with pytest.raises(AssumptionError, match="momentum"):
+            form(heavy)
+    with pytest.raises(AssumptionError, match="1/"):
+        drift_energy(replace(expert, sampling="with_replacement", learning_rate=2.0 / float(expert.L)))  # type: ignore[arg-type]

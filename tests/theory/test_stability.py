@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, permutations, product
 
 import numpy as np
@@ -118,3 +119,60 @@ def test_log_based_gap_needs_the_right_curvature() -> None:
     )
     with pytest.raises(RecipeError, match="population risk"):
         epsilon_from_losses(contracting, timing, timing.log_w)
+
+
+def test_trap_gap_from_the_loss_under_reshuffling_needs_no_contraction_either() -> None:
+    """One sample, f = (x - z)^2/2, x_0 = E z: the run forgets x_0, the loss falls to 0, and the twins end apart.
+
+    The rms reshuffling line with the contracting clock goes to zero with K although epsilon goes to sqrt(2) s.
+    """
+    eta, steps = 0.3, 40
+    losses = 0.5 * (1 - eta) ** (2 * np.arange(steps))  # E F_B(x_k) for unit variance
+    exact = np.sqrt(2) * (1 - (1 - eta) ** steps)
+    naive = sum(eta * (1 - eta) ** (steps - 1 - k) * 2 * np.sqrt(2 * losses[k]) for k in range(steps))
+    assert naive < 1e-3 * exact
+    common = dict(n=1, batch_size=1, learning_rate=eta, steps=steps, sampling="reshuffle", L=1.0)
+    log = Schedule(losses)
+    contracting = Expert("a", curvature="strongly_convex", mu=1.0, batch_losses=log, **common)  # type: ignore[arg-type]
+    timing = clock(contracting)
+    with pytest.raises(RecipeError, match="contract"):
+        epsilon_from_losses(contracting, timing, timing.log_w)
+    convex = Expert("a", curvature="convex", batch_losses=log, **common)  # type: ignore[arg-type]
+    timing = clock(convex)
+    assert exact <= float(epsilon_from_losses(convex, timing, timing.log_w))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gap_from_the_loss_log_covers_reshuffling(seed: int) -> None:
+    """Measured batch losses (many runs) bound the exact stability of reshuffled SGD on quadratics."""
+    from quadratic_recipes import random_task
+
+    from theory import expert_moments
+    from theory.quadratic import draw_batches, draw_data
+
+    rng = np.random.default_rng(seed)
+    task, base, runs = random_task(rng, 2, flat=False), rng.standard_normal(2), 400
+    L = float(np.linalg.eigvalsh(task.H)[-1])
+    n, steps = int(rng.integers(1, 6)), int(rng.integers(2, 14))
+    expert = Expert(
+        "a",
+        n,
+        int(rng.integers(1, n + 1)),
+        float(rng.uniform(0.1, 1.5)) / L,
+        steps,
+        momentum=float(rng.choice([0.0, 0.5])),
+        sampling="reshuffle",
+        curvature="convex",
+        L=L,
+    )
+    data, batches = draw_data(task, n, runs, rng), draw_batches(expert, runs, rng)
+    x, buffer, losses = np.tile(base, (runs, 1)), np.zeros((runs, 2)), []
+    for batch in batches:
+        gaps = x[:, None] - data[np.arange(runs)[:, None], batch]
+        losses.append(float(np.mean(0.5 * np.einsum("rba,ac,rbc->rb", gaps, task.H, gaps))))
+        buffer = expert.momentum * buffer + (gaps @ task.H).mean(axis=1)
+        x = x - float(expert.learning_rate) * buffer  # type: ignore[arg-type]
+    logged = replace(expert, batch_losses=Schedule(np.array(losses)))
+    timing = clock(logged)
+    exact = expert_moments(task, base, expert).epsilon
+    assert exact <= float(epsilon_from_losses(logged, timing, timing.log_w)) * 1.1
