@@ -14,7 +14,7 @@ from theory.recipe import Expert, per_expert
 from theory.symbols import symbol
 
 if TYPE_CHECKING:
-    from theory.risk import Bound, ExpertTerms
+    from theory.bound import Bound, ExpertTerms
 
 FIELDS = {
     "learning_rate": "eta",

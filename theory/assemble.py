@@ -1,0 +1,143 @@
+"""From ingredients to a bound object: verdicts, terms with shares, tier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from theory.assumptions import Assumption, judge, tier_of
+from theory.bound import Bound, ExpertTerms, Term
+from theory.master import TERM_NAMES, assemble_master, task_stability
+from theory.recipe import Merge
+from theory.symbolic import FloatArray
+
+
+def base_assumptions(
+    *,
+    shared: bool | None,
+    choices: bool | None,
+    per_sample: bool | None,
+    measured_smoothness: bool,
+    held_out: bool,
+) -> list[Assumption]:
+    independence = judge(
+        "A1",
+        "samples of different tasks are independent",
+        None if shared is None else not shared,
+        holds="stated in the recipe",
+        violated="tasks share samples; all copies are exchanged at once (sensitivities add up)",
+        unknown="not stated; set shared_samples",
+    )
+    if shared:
+        independence = Assumption(independence.name, independence.statement, "violated", independence.why, covered=True)
+    smooth = Assumption(
+        "A4",
+        "per-sample losses are nonnegative and L-smooth",
+        "unknown" if measured_smoothness else "holds",
+        "L was measured at points, not everywhere" if measured_smoothness else "L is stated as known",
+    )
+    items = [
+        independence,
+        judge(
+            "A2",
+            "base, hyperparameters, checkpoints, coefficients, seeds do not depend on the training samples",
+            choices,
+            holds="stated in the recipe",
+            violated="they do; the bound does not account for it",
+            unknown="not stated; set data_independent_choices",
+        ),
+        judge(
+            "A3",
+            "the loss is a per-sample loss (no BatchNorm in train mode)",
+            per_sample,
+            holds="stated in the recipe",
+            violated="it is not; the stability and drift theorems do not cover it",
+            unknown="not stated; set per_sample_loss",
+        ),
+        smooth,
+    ]
+    if not held_out:
+        return items
+    fresh = judge(
+        "held-out",
+        "the held-out data served neither training nor any choice",
+        choices,
+        holds="stated (data_independent_choices)",
+        violated="it did; the expert risks are optimistic",
+        unknown="not stated; set data_independent_choices",
+    )
+    return [fresh, smooth]
+
+
+@dataclass(frozen=True, eq=False)
+class Ingredients:
+    """Everything the assembly needs; per-expert arrays have shape ``(N, ...)``."""
+
+    names: tuple[str, ...]
+    risks: FloatArray
+    weights: FloatArray
+    smoothness: FloatArray
+    sensitivity: FloatArray
+    epsilon: FloatArray
+    split: tuple[FloatArray, FloatArray] | None
+    trained: np.ndarray
+    samples: FloatArray | None
+    shared: bool
+    held_out: bool
+
+
+def assemble_bound(
+    parts: Ingredients,
+    V: FloatArray,
+    V_form: str,
+    experts: tuple[ExpertTerms, ...],
+    assumptions: list[Assumption],
+    measured: list[str],
+    merge: Merge | None,
+) -> Bound:
+    stability = task_stability(
+        parts.sensitivity,
+        parts.epsilon,
+        trained=parts.trained,
+        split=parts.split,
+        shared_samples=parts.shared,
+        samples=parts.samples,
+    )
+    root = np.zeros(1) if parts.held_out else np.sqrt(stability)
+    terms = assemble_master(parts.risks, parts.weights, parts.smoothness, V, 1.0, root)
+    values = dict(
+        zip(TERM_NAMES, np.broadcast_arrays(terms.training, terms.dispersion, terms.instability), strict=True)
+    )
+    total = sum(values.values(), np.zeros(()))
+    with np.errstate(all="ignore"):
+        infinite = np.isinf(total)
+        shares = {
+            name: np.where(infinite, np.isinf(value) * 1.0, value / np.where((total == 0) | infinite, 1.0, total))
+            for name, value in values.items()
+        }
+        crowd = sum(shares.values(), np.zeros(()))
+        shares = {name: share / np.where(crowd == 0, 1.0, crowd) for name, share in shares.items()}
+    risk = "held-out" if parts.held_out else "training"
+    stability_formula = (
+        "sqrt(sum p_i L_i/2 (sum_l c_l eps_l)^2)" if parts.shared else "sqrt(sum p_i L_i/2 c_i^2 eps_i^2)"
+    )
+    if np.any(parts.trained):
+        stability_formula = stability_formula.replace("c_i^2 eps_i^2", "(c_i^2 eps_i^2 + eps_private,i^2)")
+    formulas = {
+        "training": f"sqrt(sum p_j F_j(x_j)), {risk} risks",
+        "dispersion": f"sqrt(L/2 V), V {V_form}",
+        "instability": "not needed: held-out risks" if parts.held_out else stability_formula,
+    }
+    sources = {"training": "Theorem 4", "dispersion": "Theorem 4", "instability": "Theorems 1 and 2"}
+    return Bound(
+        value=np.asarray(terms.value),
+        terms=tuple(Term(name, values[name], shares[name], formulas[name], sources[name]) for name in TERM_NAMES),
+        tier=tier_of(assumptions, measured),
+        assumptions=tuple(assumptions),
+        measured=tuple(dict.fromkeys(measured)),
+        experts=experts,
+        V=V,
+        V_form=V_form,
+        merge=merge,
+    )

@@ -1,0 +1,165 @@
+"""What the bound needs of one expert: the smallest drift and stability that apply, and the measured fields used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from theory.bound import ExpertTerms
+from theory.clock import Clock, clock, require_sgd
+from theory.dispersion import smallest
+from theory.drift import drift_base, drift_energy, drift_log, drift_losses, drift_noise
+from theory.errors import AssumptionError, RecipeError
+from theory.recipe import Expert
+from theory.stability import epsilon_cap, epsilon_from_losses, epsilon_rms, epsilon_sup, gamma
+from theory.symbolic import FloatArray
+from theory.training import pl_training_risk
+
+_DRIFT_FIELDS: dict[str, tuple[str, ...]] = {
+    "6(a)": ("clock", "initial_gradient_norm", "sigma"),
+    "6(b)": ("clock", "initial_gradient_norm", "sigma0"),
+    "6(c)": ("initial_risk", "training_risk", "sigma", "L", "base_norm"),
+    "6(d), gradient log": ("batch_gradient_norms",),
+    "6(d), loss log": ("batch_losses", "L"),
+    "measured": ("drift",),
+}
+_EPSILON_FIELDS: dict[str, tuple[str, ...]] = {
+    "Theorem 2 (sup)": ("clock", "D_inf"),
+    "Theorem 2 (envelope)": ("clock", "D_envelope"),
+    "Theorem 2 (rms)": ("clock", "D_2"),
+    "Theorem 2, gap from the loss log": ("clock", "batch_losses", "L"),
+    "cap sqrt(2) d": (),
+    "measured": ("epsilon",),
+}
+
+
+def _attempt(
+    candidates: dict[str, Callable[[], FloatArray]],
+) -> tuple[dict[str, FloatArray], list[str]]:
+    found: dict[str, FloatArray] = {}
+    refused: list[str] = []
+    for name, compute in candidates.items():
+        try:
+            found[name] = compute()
+        except AssumptionError as error:
+            refused.append(str(error))
+        except RecipeError:
+            continue
+    return found, refused
+
+
+def _clock_or_none(expert: Expert) -> Clock | None:
+    covered = expert.optimizer.lower() == "sgd" and not expert.gradient_clipping
+    if not covered or (expert.L is None and expert.kappa is None):
+        return None
+    return clock(expert)
+
+
+@np.errstate(all="ignore")
+def expert_drift(expert: Expert, timing: Clock | None = None) -> tuple[FloatArray, str]:
+    """The smallest drift bound that applies to an expert (Theorem 3 or measured) and its form; shape ``(...)``.
+
+    Raises :class:`AssumptionError` for optimizers that are not covered and have no measured drift, and
+    :class:`RecipeError` with the remedy if no form has what it needs.
+    """
+    timing = _clock_or_none(expert) if timing is None else timing
+    candidates: dict[str, Callable[[], FloatArray]] = {}
+    if timing is not None:
+        known = timing
+        candidates["6(a)"] = lambda: drift_noise(expert, known)
+        candidates["6(b)"] = lambda: drift_base(expert, known)
+    candidates["6(c)"] = lambda: drift_energy(expert)
+    candidates["6(d), gradient log"] = lambda: drift_log(expert)
+    candidates["6(d), loss log"] = lambda: drift_losses(expert)
+    if expert.drift is not None:
+        candidates["measured"] = lambda: np.asarray(expert.drift, dtype=np.float64)
+    found, refused = _attempt(candidates)
+    if not found:
+        require_sgd(expert)
+        reason = f" ({refused[0]})" if refused else ""
+        raise RecipeError(
+            f"expert {expert.name!r}: no bound on the drift applies; give initial_gradient_norm with sigma0 (any "
+            f"sampling) or sigma, batch_gradient_norms from the training log, or the measured drift{reason}"
+        )
+    return smallest(found)
+
+
+@np.errstate(all="ignore")
+def expert_epsilon(
+    expert: Expert, timing: Clock | None = None, total_drift: FloatArray | None = None
+) -> tuple[FloatArray, str]:
+    """The smallest stability bound that applies (Theorem 2, cap, or measured) and its form; shape ``(...)``."""
+    timing = _clock_or_none(expert) if timing is None else timing
+    candidates: dict[str, Callable[[], FloatArray]] = {}
+    if timing is not None:
+        known = timing
+        variance = gamma(expert, known)
+        for form, gap in (("sup", expert.D_inf), ("envelope", expert.D_envelope)):
+            if gap is not None:
+                value = epsilon_sup(gap, known.tau, expert.n, variance)
+                candidates[f"Theorem 2 ({form})"] = lambda value=value: value  # type: ignore[misc]
+        if expert.D_2 is not None and expert.sampling != "reshuffle":
+            rms = epsilon_rms(expert.D_2, known.tau, expert.n, variance)
+            candidates["Theorem 2 (rms)"] = lambda: rms
+        if expert.batch_losses is not None and known.log_w is not None:
+            log_w = known.log_w
+            candidates["Theorem 2, gap from the loss log"] = lambda: epsilon_from_losses(expert, known, log_w)
+    if total_drift is not None:
+        candidates["cap sqrt(2) d"] = lambda: epsilon_cap(total_drift)
+    if expert.epsilon is not None:
+        candidates["measured"] = lambda: np.asarray(expert.epsilon, dtype=np.float64)
+    found, _ = _attempt(candidates)
+    if not found:
+        require_sgd(expert)
+        raise RecipeError(
+            f"expert {expert.name!r}: no bound on the stability applies; give D_inf, D_2 (not under reshuffling) or "
+            "D_envelope, the measured epsilon, or what a drift bound needs"
+        )
+    return smallest(found)
+
+
+def _used(expert: Expert, timing: Clock | None, forms: Sequence[tuple[str, dict[str, tuple[str, ...]]]]) -> list[str]:
+    """The measured fields behind the chosen forms."""
+    names: list[str] = []
+    for chosen, table in forms:
+        for form, needs in table.items():
+            if form in chosen.split(" or "):
+                names.extend(needs)
+    if "clock" in names and timing is not None:
+        names.extend(("kappa",) if expert.kappa is not None else ("L", "mu"))
+    given = [name for name in dict.fromkeys(names) if name != "clock" and getattr(expert, name) is not None]
+    return [f"{expert.name}: {name}" for name in expert.is_measured(*given)]
+
+
+def expert_terms(
+    expert: Expert, c: FloatArray, *, needs_drift: bool
+) -> tuple[ExpertTerms, tuple[FloatArray, FloatArray], list[str]]:
+    timing = _clock_or_none(expert)
+    try:
+        drift, drift_form = expert_drift(expert, timing)
+    except RecipeError:
+        if needs_drift:
+            raise
+        drift, drift_form = None, "not needed"
+    total = drift
+    if drift is not None and expert.private_drift is not None and "measured" in drift_form:
+        total = np.hypot(drift, np.asarray(expert.private_drift, dtype=np.float64))
+    epsilon, epsilon_form = expert_epsilon(expert, timing, total)
+    split = (np.asarray(np.inf), np.asarray(np.inf))
+    if expert.head == "trained" and expert.private_drift is not None:
+        split = (epsilon_cap(np.asarray(expert.drift, dtype=np.float64)), epsilon_cap(expert.private_drift))
+    forms = [(drift_form, _DRIFT_FIELDS), (epsilon_form, _EPSILON_FIELDS)]
+    if expert.private_drift is not None:
+        forms.append(("split", {"split": ("drift", "private_drift")}))
+    used = _used(expert, timing, forms)
+    if expert.training_risk is not None:
+        risk, risk_form = np.asarray(expert.training_risk, dtype=np.float64), "given"
+        used += [f"{expert.name}: {name}" for name in expert.is_measured("training_risk")]
+    else:
+        risk, risk_form = pl_training_risk(expert), "PL bound"
+        needs = ("initial_risk", "sigma", "minimal_risk", "pl_constant", "mu", "base_norm")
+        used += [f"{expert.name}: {name}" for name in expert.is_measured(*needs)]
+    used += [f"{expert.name}: {name}" for name in expert.is_measured("L")]
+    row = ExpertTerms(expert.name, risk, risk_form, drift, drift_form, epsilon, epsilon_form, c)
+    return row, split, used
