@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from theory.errors import MergeboundError
 
@@ -36,6 +37,7 @@ def build_app() -> typer.Typer:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``mergebound`` command."""
     errors = Console(stderr=True)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # timm scripts functions at import
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors)])
     try:
         build_app()(args=argv, prog_name="mergebound")

@@ -66,6 +66,12 @@ class PoolStatistics:
     smoothness: np.ndarray
     costs: UnitCosts
 
+    @property
+    def classes(self) -> int:
+        """Number of classes C."""
+        weight = self.readouts[0].weight
+        return int(next(iter(self.base_features.values())).shape[1] if weight is None else weight.shape[0])
+
     def group(self, members: Sequence[int]) -> GroupStatistics:
         """The statistics of one group of experts, through each one's own head."""
         base_logits, expert_logits, base_products, own_products, labels = [], [], [], [], []

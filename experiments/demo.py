@@ -74,7 +74,7 @@ def run_demo(
 
 
 def export_data(spec: ValidationSpec, folder: Path) -> None:
-    """Write every task's calibration and test images as ``.npz``, so that ``mergebound predict`` can be tried on them."""
+    """Write every task's calibration and test images as ``.npz``, for trying ``mergebound predict`` on them."""
     import io
 
     family = digits8(seed=spec.seed, **spec.family.model_dump())
@@ -135,12 +135,18 @@ def assumptions(spec: ValidationSpec) -> list[tuple[str, str, str]]:
         (
             "A4 smoothness",
             "unknown",
-            "a network has no global L: it is estimated from below by power iteration at the base and the expert, so the "
+            "a network has no global L: it is estimated from below by power iteration at base and expert, so the "
             "master bound is estimated, never certified",
         ),
-        ("Heads", "holds", {"trained": "each task's own trained head; its drift enters as private stability",
-                            "frozen": "heads frozen: no private stability",
-                            "shared": "one head, merged like the rest (soups of one task)"}[spec.heads]),
+        (
+            "Heads",
+            "holds",
+            {
+                "trained": "each task's own trained head; its drift enters as private stability",
+                "frozen": "heads frozen: no private stability",
+                "shared": "one head, merged like the rest (soups of one task)",
+            }[spec.heads],
+        ),
     ]
 
 
@@ -153,5 +159,3 @@ def notes(spec: ValidationSpec) -> list[str]:
         "The master bound for TIES uses a local sensitivity at fixed support and signs; TIES is discontinuous.",
         "base_loss puts each expert's final head on the base; the collapse label is: merged loss above it.",
     ]
-
-

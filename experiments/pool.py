@@ -64,13 +64,22 @@ def draw_pool(spec: ValidationSpec, regime: str) -> tuple[PlannedExpert, ...]:
 
 
 def draw_groups(spec: ValidationSpec, regime: str, pool: tuple[PlannedExpert, ...]) -> tuple[PlannedGroup, ...]:
-    """``groups_per_size`` groups of every size, alternating between the halves; tasks within a group are distinct."""
+    """``groups_per_size`` groups of every size, alternating between the halves.
+
+    Tasks within a group are distinct; with a shared head (soups) all experts of a group are of one task.
+    """
     number = sorted(spec.regimes).index(regime)
     rng = np.random.default_rng([spec.seed, 0x6809, number])
     groups: list[PlannedGroup] = []
     for size in spec.group_sizes:
         for copy in range(spec.groups_per_size):
             half = "AB"[copy % 2]
+            if spec.heads == "shared":
+                task = str(rng.choice(spec.family.tasks))
+                own = [i for i, e in enumerate(pool) if e.half == half and e.task == task]
+                chosen = rng.choice(own, size=size, replace=False)
+                groups.append(PlannedGroup(len(groups), half, tuple(sorted(int(i) for i in chosen))))
+                continue
             tasks = rng.choice(len(spec.family.tasks), size=size, replace=False)
             members = []
             for task in sorted(tasks):

@@ -8,6 +8,7 @@ import queue
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Status:
 
 def _work(spec: ValidationSpec, architecture: str, folder: Path, channel: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # timm scripts functions at import
     import torch
 
     torch.set_num_threads(1)
@@ -163,5 +165,3 @@ def _check_alive(running: dict[str, Any], heard: float, limit: float) -> None:
         raise MergeboundError(
             f"no worker has reported for {limit:.0f} seconds; run the same command again to continue where it stopped"
         )
-
-

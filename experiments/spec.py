@@ -83,7 +83,7 @@ class ValidationSpec(_Strict):
     name: str
     seed: int = 0
     architectures: tuple[Literal[DIGIT_ARCHITECTURES], ...]  # type: ignore[valid-type]
-    heads: Literal["trained", "frozen"] = "trained"
+    heads: Literal["trained", "frozen", "shared"] = "trained"
     family: FamilySpec = FamilySpec()
     base: BaseSpec = BaseSpec()
     regimes: dict[str, RegimeSpec]
@@ -99,13 +99,23 @@ class ValidationSpec(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> ValidationSpec:
         largest = max(self.group_sizes)
-        if largest > len(self.family.tasks):
+        if self.heads == "shared" and largest > self.experts_per_task // 2:
+            raise ValueError(
+                f"group_sizes: a soup of {largest} experts of one task needs experts_per_task >= {2 * largest} "
+                f"(two halves), but it is {self.experts_per_task}"
+            )
+        if self.heads != "shared" and largest > len(self.family.tasks):
             raise ValueError(
                 f"group_sizes: a group of {largest} needs {largest} tasks but family.tasks has {len(self.family.tasks)}"
             )
-        smallest = min(self.family.train_per_task, *(
-            round(share * self.family.train_per_task) for regime in self.regimes.values() for share in regime.data_share
-        ))
+        smallest = min(
+            self.family.train_per_task,
+            *(
+                round(share * self.family.train_per_task)
+                for regime in self.regimes.values()
+                for share in regime.data_share
+            ),
+        )
         for name, regime in self.regimes.items():
             if max(regime.batch_size) > smallest and not self.family.share_images:
                 raise ValueError(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -226,8 +227,9 @@ def minimise_risk(
     Raises:
         MergeboundError: empty or inverted bounds.
     """
-    from scipy.optimize import minimize
+    import scipy.optimize
 
+    minimize: Any = scipy.optimize.minimize
     experts = len(fields[0].slopes)
     p = uniform_weights(len(fields)) if weights is None else np.asarray(weights, dtype=np.float64)
     low, high = bounds

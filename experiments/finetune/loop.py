@@ -160,7 +160,7 @@ def finetune(
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     finite = finite and all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
     _release(model)
-    return state, TrainingLog(*columns, seconds=seconds, finite=finite)
+    return state, TrainingLog(columns[0], columns[1], columns[2], columns[3], seconds, finite)
 
 
 def _flatten(parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ class EvaluationBatchNorm(nn.Module):
 
     def __init__(self, source: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
-        self.eps = source.eps
+        self.eps = float(source.eps)
         self.weight = source.weight
         self.bias = source.bias
         self.register_buffer("running_mean", source.running_mean)
@@ -38,6 +38,9 @@ class EvaluationBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", source.num_batches_tracked)
         self.drop = getattr(source, "drop", nn.Identity())
         self.act = getattr(source, "act", nn.Identity())
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (x.ndim - 2)
@@ -125,9 +128,7 @@ class Backbone:
         twin = differentiable_copy(model)
         space = flat_space(dict(base), parts)
         coordinates = set(space.names)
-        constants = {
-            f"model.{name}": tensor.detach() for name, tensor in base.items() if name not in coordinates
-        }
+        constants = {f"model.{name}": tensor.detach() for name, tensor in base.items() if name not in coordinates}
         return cls(_Features(twin, pooled=bool(prefix)), space, parts, constants, prefix)
 
     def vector(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -147,13 +148,14 @@ class Backbone:
         return out
 
     def _views(self, vector: Tensor) -> dict[str, Tensor]:
-        pieces = vector.split([b - a for a, b in zip(self.space.offsets, self.space.offsets[1:], strict=False)])
+        lengths = [b - a for a, b in zip(self.space.offsets, self.space.offsets[1:], strict=False)]
+        pieces = torch.split(vector, lengths)
         return {name: p.view(s) for name, p, s in zip(self.space.names, pieces, self.space.shapes, strict=True)}
 
     @torch.no_grad()
     def features(self, vector: Tensor, images: Tensor) -> Tensor:
         """Features of n images, (n, d), in evaluation mode."""
-        return torch.cat([self.call(vector, part) for part in images.split(CHUNK_IMAGES)])
+        return torch.cat([self.call(vector, part) for part in torch.split(images, CHUNK_IMAGES)])
 
     @torch.no_grad()
     def products(self, vector: Tensor, directions: Tensor, images: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ class Backbone:
         def one(direction: Tensor) -> Tensor:
             return jvp(lambda v: self.call(v, images), (vector,), (direction,))[1]  # type: ignore[no-any-return]
 
-        parts = [vmap(one)(part) for part in directions.split(CHUNK_DIRECTIONS)]
+        parts = [vmap(one)(part) for part in torch.split(directions, CHUNK_DIRECTIONS)]
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -170,14 +172,11 @@ class Backbone:
         """Features and J(x_k) d_k for K points (K, P), directions (K, P) and image sets (K, n, ...): (K, n, d) each."""
 
         def one(vector: Tensor, direction: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-            return jvp(lambda v: self.call(v, batch), (vector,), (direction,))  # type: ignore[no-any-return]
+            features, product = jvp(lambda v: self.call(v, batch), (vector,), (direction,))[:2]
+            return features, product
 
-        parts = [
-            vmap(one)(v, d, x)
-            for v, d, x in zip(
-                vectors.split(CHUNK_DIRECTIONS), directions.split(CHUNK_DIRECTIONS), images.split(CHUNK_DIRECTIONS), strict=True
-            )
-        ]
+        chunks = (torch.split(t, CHUNK_DIRECTIONS) for t in (vectors, directions, images))
+        parts = [vmap(one)(v, d, x) for v, d, x in zip(*chunks, strict=True)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -189,31 +188,28 @@ def smoothness(
     An estimate of the smoothness L at one point, from below (tier *estimated*).
     """
     generator = torch.Generator().manual_seed(seed)
-    head = None if readout.weight is None else (readout.weight, torch.zeros(len(readout.weight)))
+    point: tuple[Tensor, ...] = (vector,)
+    if readout.weight is not None:
+        point += (readout.weight, torch.zeros(len(readout.weight)) if readout.bias is None else readout.bias)
 
-    def logits(v: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        out = backbone.call(v, images)
-        return out if weight is None else out @ weight.T + bias
+    def logits(*parameters: Tensor) -> Tensor:
+        features = backbone.call(parameters[0], images)
+        return features if len(parameters) == 1 else features @ parameters[1].T + parameters[2]
 
-    point = (vector,) if head is None else (vector, *head)
-
-    def at(*parameters: Tensor) -> Tensor:
-        return logits(parameters[0], *(parameters[1:] or (None, None)))
-
-    direction = tuple(torch.randn(p.shape, generator=generator) for p in point)
-    norm = torch.sqrt(sum((d**2).sum() for d in direction))  # type: ignore[arg-type]
-    direction = tuple(d / norm for d in direction)
-    out, pull = vjp(at, *point)
-    shifted = out if readout.bias is None else out + readout.bias
-    p = torch.softmax(shifted, dim=-1)
+    direction = _unit(tuple(torch.randn(p.shape, generator=generator) for p in point))[0]
+    out, pull = vjp(logits, *point)[:2]
+    p = torch.softmax(out, dim=-1)
     value = 0.0
     for _ in range(iterations):
-        _, change = jvp(at, point, direction)
-        weighted = p * (change - (p * change).sum(-1, keepdim=True)) / len(images)
-        product = pull(weighted)
-        norm = torch.sqrt(sum((d**2).sum() for d in product))  # type: ignore[arg-type]
-        value = float(norm)
+        change = jvp(logits, point, direction)[1]
+        product = pull(p * (change - (p * change).sum(-1, keepdim=True)) / len(images))
+        direction, value = _unit(product)
         if value == 0.0:
             return 0.0
-        direction = tuple(d / norm for d in product)
     return value
+
+
+def _unit(parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], float]:
+    """Scale a tuple of tensors to joint norm one (zero stays zero); also the norm it had."""
+    norm = float(torch.stack([part.square().sum() for part in parts]).sum().sqrt())
+    return tuple(part / max(norm, 1e-30) for part in parts), norm

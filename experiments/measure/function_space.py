@@ -134,9 +134,7 @@ def collect(
     base_logits, expert_logits, base_products, own_products = [], [], [], []
     for j, (readout, x) in enumerate(zip(readouts, images, strict=True)):
         base_logits.append(_numpy(readout.logits(backbone.features(base, x))))
-        expert_logits.append(
-            _numpy(torch.stack([readout.logits(backbone.features(vector, x)) for vector in experts]))
-        )
+        expert_logits.append(_numpy(torch.stack([readout.logits(backbone.features(vector, x)) for vector in experts])))
         if base_tangent:
             base_products.append(_numpy(readout.products(backbone.products(base, deltas, x))))
         if own_tangent:
@@ -240,10 +238,13 @@ def price(
             out["se_secant"] = float(prediction.standard_error)
     own = stats.own_risks()
     if "tangent_base" in logits:
-        centre, half = logits["secant_tangent"], [
-            0.5 * (t - s) for s, t in zip(logits["secant"], logits["tangent_base"], strict=True)
-        ]
-        out["cert_bracket"] = _joint(p, [certificate.remainder_bound(*c) for c in zip(centre, labels, half, strict=True)])
+        centre, half = (
+            logits["secant_tangent"],
+            [0.5 * (t - s) for s, t in zip(logits["secant"], logits["tangent_base"], strict=True)],
+        )
+        out["cert_bracket"] = _joint(
+            p, [certificate.remainder_bound(*c) for c in zip(centre, labels, half, strict=True)]
+        )
     if "tangent_expert" not in logits:
         return out
     changes = [h - stats.own_logits(j) for j, h in enumerate(logits["tangent_expert"])]
@@ -256,16 +257,17 @@ def price(
         [certificate.directional_curvature(h, c) for h, c in zip(midpoint.logits, midpoint.products, strict=True)]
     )
     largest = np.maximum(curvature, middle)
-    slope = np.array(
-        [certificate.directional_slope(stats.own_logits(j), labels[j], c) for j, c in enumerate(changes)]
-    )
+    slope = np.array([certificate.directional_slope(stats.own_logits(j), labels[j], c) for j, c in enumerate(changes)])
     out["pred_curvature_segment"] = float(certificate.curvature_risk(own, largest, p))
     out["pred_curvature_gradient"] = float(certificate.gradient_aware_risk(own, slope, largest, p))
     out["cert_curvature_segment"] = out["pred_curvature_segment"]
     remainder = [b - a for a, b in zip(changes, midpoint.products, strict=True)]
     out["cert_remainder"] = _joint(
         p,
-        [certificate.remainder_bound(h, y, r) for h, y, r in zip(logits["tangent_expert"], labels, remainder, strict=True)],
+        [
+            certificate.remainder_bound(h, y, r)
+            for h, y, r in zip(logits["tangent_expert"], labels, remainder, strict=True)
+        ],
     )
     ends = [stats.own_logits(j) + c for j, c in enumerate(midpoint.products)]
     out["pred_midpoint"] = float(predict_from_logits(ends, labels, p).risk)
@@ -295,6 +297,4 @@ def trivial(stats: GroupStatistics, merge: MergePoint) -> dict[str, float]:
 
 def sweep(stats: GroupStatistics, alphas: Array, kinds: Sequence[str]) -> Mapping[str, Array]:
     """Predicted joint risk of many coefficient vectors (A, N), by predictor."""
-    return {
-        kind: predict_from_logits([f.at(alphas) for f in stats.fields(kind)], stats.labels).risk for kind in kinds
-    }
+    return {kind: predict_from_logits([f.at(alphas) for f in stats.fields(kind)], stats.labels).risk for kind in kinds}

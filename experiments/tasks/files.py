@@ -268,6 +268,8 @@ def _read_photo(path: Path, form: InputFormat) -> Tensor:
                 raise MergeboundError(
                     f"{path}: a {opened.mode} image, but the network takes one channel; convert the images to grey"
                 )
+            if opened.mode.startswith(("I", "F")):
+                raise MergeboundError(f"{path}: more than 8 bits per channel ({opened.mode}); convert it to 8 bits")
             picture = opened.convert({1: "L", 3: "RGB"}.get(form.channels, "RGB"))
     except MergeboundError:
         raise

@@ -1,0 +1,69 @@
+"""Measuring merges on test images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from experiments.collected import PoolStatistics
+from experiments.tasks.types import Split
+from merging.partition import is_variance
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measured joint risk of a merge on the test sets: per-task loss and accuracy, and the standard error of the mean
+    loss (images shared by tasks are counted once)."""
+
+    losses: np.ndarray
+    accuracies: np.ndarray
+    standard_error: float
+
+    @property
+    def loss(self) -> float:
+        """Mean over tasks."""
+        return float(self.losses.mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over tasks."""
+        return float(self.accuracies.mean())
+
+
+def measure(pool: PoolStatistics, vector: Tensor, members: Sequence[int], splits: Mapping[str, Split]) -> Measured:
+    """Loss and accuracy of the merged coordinates on every member's own task, through its own head."""
+    names = [pool.tasks[j] for j in members]
+    unique = list(dict.fromkeys(names))
+    features = pool.backbone.features(vector, torch.cat([splits[name].images for name in unique]))
+    pieces = dict(zip(unique, torch.split(features, [len(splits[name]) for name in unique]), strict=True))
+    losses, accuracies, by_image = [], [], []
+    for j, name in zip(members, names, strict=True):
+        logits = pool.readouts[j].logits(pieces[name])
+        labels = splits[name].labels
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
+        by_image.append(pd.Series(loss.numpy(), index=splits[name].source))
+        losses.append(float(loss.mean()))
+        accuracies.append(float((logits.argmax(dim=1) == labels).double().mean()))
+    joined = pd.concat(by_image, axis=1).mean(axis=1)
+    error = float(joined.std(ddof=1) / np.sqrt(len(joined)))
+    return Measured(np.array(losses), np.array(accuracies), error)
+
+
+def dispersion(pool: PoolStatistics, vector: Tensor, members: Sequence[int]) -> float:
+    """V(M) = mean over experts of |M - x_j|^2."""
+    return float((vector - pool.vectors[list(members)]).double().square().sum(dim=1).mean())
+
+
+def clamp_variances(pool: PoolStatistics, vector: Tensor) -> Tensor:
+    """Clamp merged running variances at zero, as merging does."""
+    out = vector
+    for name, piece in pool.backbone.space.segments():
+        if is_variance(name):
+            out = out.clone() if out is vector else out
+            out[piece] = out[piece].clamp(min=0.0)
+    return out
