@@ -12,38 +12,30 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import jvp
 
-from experiments.measure.backbone import Backbone, Readout, smoothness
+from experiments.measure.backbone import Readout, smoothness
 from experiments.measure.function_space import GroupStatistics, MergePoint, predicted_logits, project
-from experiments.models import DIGIT_ARCHITECTURES, build_model
-from experiments.tasks.files import InputFormat, LoadedImages, check_labels, load_images
-from merging.checkpoint import load_state_dict, read_metadata
-from merging.compatible import check_compatible, check_finite
-from merging.errors import CheckpointError, MethodError
+from experiments.predict_group import Group, Progress, load_group
+from merging.errors import MethodError
 from merging.flat import FlatSpace
 from merging.merge import merge_flat
 from merging.method import Method
-from merging.partition import matches, partition
 from merging.registry import get
 from theory.assumptions import Assumption
 from theory.errors import MergeboundError
 from theory.function_space import Array, LogitField, cross_entropy, minimise_risk, uniform_weights
 from theory.risk import network_bound
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
-
 Objective = Literal["secant", "tangent", "middle"]
+OBJECTIVES: tuple[Objective, ...] = ("secant", "tangent", "middle")
 
 TANGENT_LIMIT = 2e10
 """Tangents are collected by default if parameters x images x experts^2 stays below this."""
@@ -55,63 +47,11 @@ _KINDS: dict[Objective, str] = {"secant": "secant", "tangent": "tangent_base", "
 
 
 @dataclass(frozen=True)
-class Group:
-    """Checkpoints and images, read and checked.
-
-    Attributes:
-        names: one distinct name per expert.
-        base_path, expert_paths, data_paths: where everything was read from.
-        architecture: the network's name.
-        networks: for each task j, logits as a function of the merged coordinates x, through expert j's private tensors.
-        base: x_0, (P,).
-        vectors: x_i, (N, P).
-        private: by expert, its private tensors.
-        patterns: glob patterns of private tensors.
-        data: calibration images of each task.
-        form: what the network takes.
-        classes: outputs of each expert's head.
-        batch_norm: whether the network normalises by batch statistics in training.
-    """
-
-    names: tuple[str, ...]
-    base_path: Path
-    expert_paths: tuple[Path, ...]
-    data_paths: tuple[Path, ...]
-    architecture: str
-    networks: tuple[Backbone, ...]
-    base: Tensor
-    vectors: Tensor
-    private: tuple[Mapping[str, Tensor], ...]
-    patterns: tuple[str, ...]
-    data: tuple[LoadedImages, ...]
-    form: InputFormat
-    classes: tuple[int, ...]
-    batch_norm: bool
-
-    @property
-    def size(self) -> int:
-        """Number of experts N."""
-        return len(self.names)
-
-    @cached_property
-    def sources(self) -> tuple[int, ...]:
-        """A number per task; tasks with the same number have the same images."""
-        where = [path.resolve() for path in self.data_paths]
-        return tuple(where.index(path) for path in where)
-
-    @property
-    def work(self) -> float:
-        """Parameters x images x experts^2: what decides whether tangents are cheap enough."""
-        images = max(len(item.split) for item in self.data)
-        return float(self.base.numel()) * images * self.size**2
-
-
-@dataclass(frozen=True)
 class Options:
     """What to predict.
 
     Attributes:
-        methods: names of merging methods; ``None``: average, task_arithmetic, risk_optimal, and with tangents ties, dare.
+        methods: merging methods; ``None``: average, task_arithmetic, risk_optimal; with tangents also ties, dare.
         settings: settings by method.
         coefficients: scales lambda of task arithmetic.
         alphas: coefficient vectors of the user's own, (N,) each.
@@ -149,7 +89,7 @@ class TaskRisk:
     """Predicted risk of a merge on one task, in nats."""
 
     expert: str
-    secant: Estimate
+    secant: Estimate | None
     tangent: Estimate | None
     middle: Estimate | None
 
@@ -175,10 +115,11 @@ class MethodPrediction:
         method, settings: as ``mergebound merge`` takes them.
         coefficients: alpha; for non-linear methods the least-squares projection on the task vectors.
         linear: whether alpha is all there is.
-        risk: the headline: the middle of the bracket (its logits averaged), or the secant without tangents.
+        risk: the headline: the middle (logits of secant and tangent averaged; it may lie outside the two risks), or the
+            secant without tangents.
         secant, tangent: the ends of the bracket.
         cost: merging cost, ``risk`` minus the experts' own (the standard error is that of the paired difference).
-        width: upper minus lower end of the bracket.
+        width: upper minus lower end of the bracket (secant and tangent, whichever is larger).
         verdict: ``narrow``, ``medium``, ``wide`` or ``unknown``; ``advice`` says what to do about it.
         dispersion: V = mean_j |M - x_j|^2.
         optimality_gap: the prediction exceeds its minimum over the allowed coefficients by at most this.
@@ -251,275 +192,12 @@ class Report:
     seconds: float
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def load_group(
-    base: Path,
-    experts: Sequence[Path],
-    data: Sequence[Path],
-    *,
-    names: Sequence[str] | None = None,
-    model: str | None = None,
-    model_options: Mapping[str, Any] | None = None,
-    private: Sequence[str] | None = None,
-    shared_head: bool = False,
-    images: int = 128,
-    seed: int = 0,
-    split: str | None = None,
-    image_size: int | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    progress: Progress | None = None,
-) -> Group:
-    """Read checkpoints and images and check that they belong together.
-
-    Args:
-        base, experts: checkpoints.
-        data: one data set per expert, see :mod:`experiments.tasks.files`.
-        names: one distinct name per expert; default the file stems, or paths where stems repeat.
-        model: a digit architecture or a timm model; default what the checkpoints' metadata say.
-        model_options: for timm's constructor.
-        private: glob patterns of tensors that stay each expert's own; default the classifier.
-        shared_head: nothing is private.
-        images, seed, split: which calibration images.
-        image_size, mean, std: instead of the model's own.
-
-    Raises:
-        MergeboundError: names the file, the field and the remedy.
-    """
-    if len(experts) != len(data):
-        raise MergeboundError(
-            f"--data: {len(data)} data sets for {len(experts)} experts; give one per expert, in the same order"
-        )
-    if len(experts) < 2:
-        raise MergeboundError(f"--experts: {len(experts)} expert(s) leave nothing to merge; give two or more")
-    labels = _names(experts) if names is None else tuple(names)
-    tell = progress or (lambda stage, done, total: None)
-    steps = 2 * len(experts) + 1
-    origin = load_state_dict(base)
-    tell(f"reading {base.name}", 1, steps)
-    architecture = model or _recorded_architecture((base, *experts))
-    network = _build(architecture, dict(model_options or {}), base)
-    patterns = _private_patterns(network, private, shared_head)
-    try:
-        parts = partition(origin, patterns)
-    except CheckpointError as error:
-        raise CheckpointError(f"{base}: {error}") from None
-    _check_model(network, origin, base, architecture, patterns)
-    check_finite(origin, {}, parts, base_name=str(base))
-    layout = FlatSpace.of(origin, parts.coordinates)
-    space = FlatSpace(layout.names, layout.shapes, layout.offsets, torch.float32)
-    whole = Backbone.of(network, origin, shared_head=True)
-    constants = {name: _single(origin[name]) for name in parts.constants}
-    rows, networks, heads = [], [], []
-    for number, path in enumerate(experts):
-        state = load_state_dict(path)
-        check_compatible(origin, {str(path): state}, parts)
-        check_finite(origin, {str(path): state}, parts)
-        own = _private_tensors(network, state, path, patterns)
-        rows.append(space.flatten(state))
-        named = {f"model.{name}": tensor for name, tensor in {**constants, **own}.items()}
-        networks.append(replace(whole, space=space, partition=parts, constants=named))
-        heads.append(own)
-        tell(f"reading {path.name}", number + 2, steps)
-    form = _input_format(network, architecture, image_size, mean, std)
-    loaded, classes = [], []
-    vectors = torch.stack(rows)
-    for j, path in enumerate(data):
-        item = load_images(path, form, images=images, seed=seed, split=split)
-        outputs = _outputs(networks[j], vectors[j], item, architecture, experts[j])
-        check_labels(path, item.split.labels, outputs, str(experts[j]))
-        loaded.append(item)
-        classes.append(outputs)
-        tell(f"reading {path.name}", len(experts) + j + 2, steps)
-    return Group(
-        labels,
-        base,
-        tuple(experts),
-        tuple(data),
-        architecture,
-        tuple(networks),
-        space.flatten(origin),
-        vectors,
-        tuple(heads),
-        patterns,
-        tuple(loaded),
-        form,
-        tuple(classes),
-        any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()),
-    )
-
-
-def _names(paths: Sequence[Path]) -> tuple[str, ...]:
-    stems = tuple(path.stem for path in paths)
-    return stems if len(set(stems)) == len(stems) else tuple(str(path) for path in paths)
-
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
-
-
-def _recorded_architecture(paths: Sequence[Path]) -> str:
-    for path in paths:
-        if path.suffix == ".safetensors":
-            recorded = read_metadata(path).get("architecture")
-            if isinstance(recorded, str):
-                return recorded
-    raise MergeboundError(
-        f"{paths[0]}: the checkpoints do not say which network they are of; pass --model with a timm model name (or "
-        f"{', '.join(DIGIT_ARCHITECTURES)})"
-    )
-
-
-def _build(architecture: str, options: dict[str, Any], base: Path) -> nn.Module:
-    for name in ("pretrained", "num_classes", "checkpoint_path"):
-        if name in options:
-            raise MergeboundError(f"--model-option {name}: weights and head come from the checkpoints; leave it out")
-    if architecture in DIGIT_ARCHITECTURES and options:
-        raise MergeboundError(
-            f"--model-option {next(iter(options))}: model {architecture!r} has no options; leave it out"
-        )
-    try:
-        return build_model(architecture, **options).eval()
-    except MergeboundError as error:
-        raise MergeboundError(f"--model {architecture} (for {base.name}): {error}") from None
-    except Exception as error:  # timm's constructors raise whatever their options make them raise
-        reason = str(error).partition("\n")[0]
-        raise MergeboundError(
-            f"--model {architecture}: timm cannot build it ({reason}); correct --model-option"
-        ) from error
-
-
-def _private_patterns(network: nn.Module, private: Sequence[str] | None, shared_head: bool) -> tuple[str, ...]:
-    if private is not None and shared_head and any(private):
-        raise MergeboundError("--private and --shared-head exclude each other; give one of them")
-    if shared_head:
-        return ()
-    if private is not None:
-        return tuple(pattern for pattern in private if pattern)
-    classifier = network.get_classifier() if hasattr(network, "get_classifier") else None  # type: ignore[operator]
-    if isinstance(classifier, nn.Module) and any(True for _ in classifier.parameters()):
-        for name, module in network.named_modules():
-            if module is classifier:
-                return (f"{name}.*",)
-    raise MergeboundError(
-        f"--private: no single classifier found in {type(network).__name__}; name the experts' own tensors, as "
-        "--private 'head.*', or pass --shared-head"
-    )
-
-
-def _check_model(
-    network: nn.Module, state: Mapping[str, Tensor], path: Path, architecture: str, patterns: tuple[str, ...]
-) -> None:
-    """Every tensor of the network in the checkpoint, and the other way round; private ones and a head's size apart."""
-    expected = network.state_dict()
-    classifier = network.get_classifier() if hasattr(network, "get_classifier") else None  # type: ignore[operator]
-    outputs = (
-        {id(tensor) for tensor in classifier.state_dict(keep_vars=True).values()}
-        if isinstance(classifier, nn.Module)
-        else set()
-    )
-    own = {name for name, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in outputs}
-    remedy = f"name the network of these checkpoints with --model (now {architecture!r}) and --model-option"
-    for name, tensor in expected.items():
-        if matches(name, patterns):
-            continue
-        if name not in state:
-            if name.endswith("num_batches_tracked"):
-                continue
-            raise MergeboundError(f"{path}: tensor '{name}' of the network is missing; {remedy}")
-        skip = 1 if name in own else 0
-        if state[name].shape[skip:] != tensor.shape[skip:]:
-            raise MergeboundError(
-                f"{path}: tensor '{name}' has shape {tuple(state[name].shape)} where the network has "
-                f"{tuple(tensor.shape)}; {remedy}"
-            )
-    for name in state:
-        if name not in expected and not matches(name, patterns):
-            raise MergeboundError(f"{path}: tensor '{name}' is not in the network; {remedy}")
-
-
-def _private_tensors(
-    network: nn.Module, state: Mapping[str, Tensor], path: Path, patterns: tuple[str, ...]
-) -> dict[str, Tensor]:
-    found = {}
-    for name in network.state_dict():
-        if not matches(name, patterns):
-            continue
-        if name not in state:
-            raise MergeboundError(
-                f"{path}: the private tensor '{name}' is missing; save the expert with its head, or change --private"
-            )
-        tensor = _single(state[name])
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{path}: tensor '{name}' holds NaN or infinite values; use a checkpoint saved before training diverged"
-            )
-        found[name] = tensor
-    return found
-
-
-def _input_format(
-    network: nn.Module,
-    architecture: str,
-    image_size: int | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-) -> InputFormat:
-    convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = 3 if convolution is None else convolution.in_channels
-    if architecture in DIGIT_ARCHITECTURES:
-        size, config = (8, 8), {"mean": (0.5,), "std": (0.5,)}
-    else:
-        from timm.data import resolve_model_data_config
-
-        config = resolve_model_data_config(network)
-        built = getattr(getattr(network, "patch_embed", None), "img_size", None)
-        size = tuple(built) if built is not None else tuple(config["input_size"][1:])
-    if image_size is not None:
-        if image_size < 1:
-            raise MergeboundError(f"--image-size {image_size}: give a positive number of pixels")
-        size = (image_size, image_size)
-
-    def per_channel(values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(values) if len(values) in (1, channels) else (float(np.mean(values)),)
-
-    return InputFormat(
-        channels,
-        size[0],
-        size[1],
-        per_channel(config["mean"]) if mean is None else mean,
-        per_channel(config["std"]) if std is None else std,
-        str(config.get("interpolation", "bicubic")),
-        float(config.get("crop_pct") or 1.0),
-    )
-
-
-def _outputs(network: Backbone, vector: Tensor, item: LoadedImages, architecture: str, path: Path) -> int:
-    try:
-        with torch.no_grad():
-            logits = network.call(vector, item.split.images[:1])
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        reason = str(error).partition("\n")[0]
-        raise MergeboundError(
-            f"{path}: the network {architecture!r} does not run on images of shape "
-            f"{tuple(item.split.images.shape[1:])} ({reason}); correct --image-size, --model-option or --private"
-        ) from error
-    if logits.ndim != 2:
-        raise MergeboundError(
-            f"{path}: the network {architecture!r} returns shape {tuple(logits.shape)} instead of one row of logits; "
-            "use an image classifier"
-        )
-    return int(logits.shape[1])
-
-
 # --- collecting ------------------------------------------------------------------------------------------------------
 
 
 def _batches(group: Group, j: int) -> Iterator[Tensor]:
     values = group.form.channels * group.form.height * group.form.width
-    yield from group.data[j].split.images.split(max(1, min(256, BATCH_VALUES // values)))
+    yield from torch.split(group.data[j].split.images, max(1, min(256, BATCH_VALUES // values)))
 
 
 def logits_at(group: Group, vector: Tensor, j: int) -> Array:
@@ -539,13 +217,12 @@ def product_at(group: Group, anchor: Tensor, direction: Tensor, j: int) -> Array
     try:
         with torch.no_grad():
             parts = [
-                jvp(lambda v, x=batch: network.call(v, x), (anchor,), (direction,))[1]  # type: ignore[misc]
-                for batch in _batches(group, j)
+                jvp(lambda v, x=batch: network.call(v, x), (anchor,), (direction,))[1] for batch in _batches(group, j)
             ]
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise MergeboundError(
-            f"--tangent: {group.architecture!r} has a layer without forward-mode derivatives ({reason}); pass --no-tangent"
+            f"--tangent: {group.architecture!r} has no forward-mode derivatives ({reason}); pass --no-tangent"
         ) from error
     return _wide(torch.cat(parts))
 
@@ -694,8 +371,8 @@ def predict(group: Group, options: Options | None = None, progress: Progress | N
         ),
         objective=objective,
         verdict_rule=(
-            f"narrow: upper end of the bracket at most {NARROW} x the lower, or within two standard errors; wide: at "
-            f"least {WIDE} x the lower and above the base's risk; medium otherwise"
+            f"wide: upper end of the bracket at least {WIDE} x the lower and above the base's risk, or all predictions "
+            f"above it; narrow: upper end at most {NARROW} x the lower, or within two standard errors; medium otherwise"
         ),
         experts=experts,
         expert_risk=_joint(group, own),
@@ -864,11 +541,8 @@ def _price(
         verdict=verdict,
         advice=advice,
         tasks=tuple(
-            TaskRisk(
-                group.names[j],
-                *(_single_task(losses[name][j]) if name in losses else None for name in _KINDS),  # type: ignore[arg-type]
-            )
-            for j in range(group.size)
+            TaskRisk(name, *(_single_task(losses[kind][j]) if kind in losses else None for kind in OBJECTIVES))
+            for j, name in enumerate(group.names)
         ),
         dispersion=plan.point.dispersion,
         optimality_gap=plan.gap,
@@ -882,7 +556,7 @@ def _joint(group: Group, losses: Sequence[Array]) -> Estimate:
     p = uniform_weights(group.size)
     by_source: dict[int, Array] = {}
     for j, source in enumerate(group.sources):
-        by_source[source] = by_source.get(source, 0.0) + p[j] * losses[j]  # type: ignore[assignment]
+        by_source[source] = by_source.get(source, 0.0) + p[j] * losses[j]
     value = sum(float(values.mean()) for values in by_source.values())
     variance = sum(float(values.var()) / max(len(values) - 1, 1) for values in by_source.values())
     return Estimate(value, float(np.sqrt(variance)))
@@ -898,11 +572,13 @@ def _verdict(joint: Mapping[Objective, Estimate], base_risk: float) -> tuple[flo
     low, high = sorted((joint["secant"].value, joint["tangent"].value))
     error = max(joint["secant"].standard_error, joint["tangent"].standard_error)
     width = high - low
+    if min(low, joint["middle"].value) > base_risk:
+        return width, "wide", "worse than the base by every prediction: collapse; do not merge like this"
     if width <= max((NARROW - 1.0) * low, 2.0 * error):
         return width, "narrow", "trust the prediction"
     if high >= WIDE * low and high > base_risk:
-        return width, "wide", "collapse is likely: do not merge like this without evaluating"
-    return width, "medium", "merging hurts; the truth is likely inside the bracket"
+        return width, "wide", "collapse is possible and the value uncertain: do not merge like this without evaluating"
+    return width, "medium", "merging hurts: read it as a ranking and evaluate the merge before use"
 
 
 def _bound(group: Group, plan: _Plan, own: Sequence[Array], stiffness: Array, gram: Array) -> MasterBound:
@@ -985,8 +661,8 @@ def _notes(group: Group, stats: GroupStatistics) -> list[str]:
     for j, risk in enumerate(stats.own_risks()):
         if risk >= np.log(group.classes[j]):
             notes.append(
-                f"{group.names[j]} is no better than chance on {group.data_paths[j].name}: check the order of --data, the "
-                "order of classes, --mean and --std"
+                f"{group.names[j]} is no better than chance on {group.data_paths[j].name}: check the order of --data, "
+                "the order of classes, --mean and --std"
             )
     if len(set(group.sources)) < group.size:
         notes.append("tasks share calibration images; standard errors account for it")

@@ -6,6 +6,6 @@ from collections.abc import Callable
 
 import typer
 
-from experiments.commands import bound, demo, merge
+from experiments.commands import bound, demo, merge, predict
 
-COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (demo.register, merge.register, bound.register)
+COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (demo.register, predict.register, merge.register, bound.register)

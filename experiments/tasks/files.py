@@ -24,7 +24,7 @@ from experiments.tasks.types import Split
 from theory.errors import MergeboundError
 
 SPLITS = ("calibration", "val", "valid", "validation", "test", "train")
-"""Names of splits, in the order in which they are preferred: held-out images first, test images before training ones."""
+"""Names of splits, in the order in which they are preferred: training images last."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -49,8 +49,8 @@ class InputFormat:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
                 raise MergeboundError(
-                    f"{name}: {len(values)} numbers for a network that takes {self.channels} channel(s); give one number "
-                    "or one per channel"
+                    f"{name}: {len(values)} numbers for a network that takes {self.channels} channel(s); give one "
+                    "number or one per channel"
                 )
         if not all(value > 0 for value in self.std):
             raise MergeboundError(f"std: {self.std} holds a number that is not positive; give positive numbers")
