@@ -21,7 +21,7 @@ Row = dict[str, Any]
 TUNING_GRID = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Coefficients lambda among which the tuned methods choose, by the measured loss on the calibration images."""
 
-RISK_OPTIMAL = ("secant", "tangent_base", "secant_tangent", "tangent_expert", "tangent_both")
+RISK_OPTIMAL = ("secant", "tangent_base", "secant_tangent", "tangent_expert", "tangent_both", "second_order")
 """Predictions that ``risk_optimal`` minimises."""
 
 
@@ -31,7 +31,7 @@ def sweep_rows(bench: Bench, group: PlannedGroup) -> list[Row]:
     values = np.array(bench.spec.sweep_values)
     alphas = np.repeat(values[:, None], size, axis=1)
     stats = pool.group(members)
-    predicted = sweep(stats, alphas, ("secant", "tangent_base", "secant_tangent"))
+    predicted = sweep(stats, alphas, ("secant", "tangent_base", "secant_tangent", "second_order"))
     total = pool.deltas[members].sum(dim=0)
     rows = []
     for k, value in enumerate(values):

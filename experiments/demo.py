@@ -155,7 +155,8 @@ def notes(spec: ValidationSpec) -> list[str]:
     return [
         "Predictions and every tuned coefficient use calibration images; test images are used for measurements only.",
         "Prediction: function-space risk (tier estimated). Certificates: upper bounds with an estimated remainder.",
-        "For TIES and DARE the secant is taken at the least-squares coefficients and a Jacobian product adds the rest.",
+        "For TIES and DARE the secant is taken at the projection of the merge on the experts' span; tangents use the "
+        "whole direction.",
         "The master bound for TIES uses a local sensitivity at fixed support and signs; TIES is discontinuous.",
         "base_loss puts each expert's final head on the base; the collapse label is: merged loss above it.",
     ]

@@ -188,6 +188,7 @@ def merge_rows(bench: Bench, group: PlannedGroup, merges: Mapping[Key, Merge]) -
                 "N": size,
                 "method": method.name,
                 "measured_loss": measured.loss,
+                "measured_loss_calibration": measure(pool, merge.vector, members, pool.calibration).loss,
                 "measured_accuracy": measured.accuracy,
                 "measured_se": measured.standard_error,
                 "expert_loss": float(own["test_loss"].mean()),
@@ -219,7 +220,7 @@ def _seconds(pool: PoolStatistics, size: int, linear: bool, merging: float, marg
     c = pool.costs
     directions = size if linear else size + 1
     forward, product = size * (size + 1) * c.forward, size * directions * c.product
-    chord = forward if linear else forward + size * c.product
+    chord = forward
     base, own = size * c.forward + product, size * c.forward + product
     return {
         "seconds_secant": chord,

@@ -50,6 +50,9 @@ def compute_tables(
     settings = settings or v.Settings()
     has_bracket = {"pred_secant", "pred_tangent_base"} <= set(merges.columns)
     brackets = v.bracket_table(merges, settings) if has_bracket else pd.DataFrame()
+    if has_bracket and merges["regime"].nunique() > 1:
+        pooled = v.bracket_table(merges, settings, by=("architecture",)).assign(regime="all")
+        brackets = pd.concat([brackets, pooled], ignore_index=True)
     selection = v.selection_table(merges, settings)
     best = pd.DataFrame()
     if optimal is not None and len(optimal):
@@ -221,12 +224,17 @@ _SELECTION: dict[str, str] = _CELL | {
 _BRACKETS: dict[str, str] = _CELL | {
     "merges": "Merges",
     "inside": "Inside",
-    "inside_tolerance": "Inside ± 2 s.e.",
+    "inside_sampling": "Inside, ± 2 s.e. of the bracket",
+    "inside_tolerance": "Inside, ± 2 s.e. of the measurement",
+    "inside_same_images": "Inside, same images",
     "below": "Below",
     "above": "Above",
     "width": "Median width",
     "collapsed": "Worse than base",
     "auc": "AUC of the width",
+    "auc_base": "AUC of upper/base",
+    "halved": "Below half the experts' accuracy",
+    "auc_halved": "AUC of the width for that",
 }
 _RANKS: dict[str, str] = _CELL | {
     "predictor": "Predictor",

@@ -18,7 +18,7 @@ from experiments.models import DIGIT_ARCHITECTURES
 from experiments.tasks.digits8 import EIGHT
 from theory.errors import MergeboundError
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised whenever the same spec would give other bits; part of the hash that names stored results."""
 
 Positive = Annotated[float, Field(gt=0)]

@@ -20,7 +20,7 @@ from scipy.optimize import linprog
 from experiments import statistics as st
 
 CELL = ("regime", "architecture")
-FUNCTION_SPACE = ("secant", "tangent_base", "tangent_expert", "tangent_both", "secant_tangent")
+FUNCTION_SPACE = ("secant", "tangent_base", "tangent_expert", "tangent_both", "secant_tangent", "second_order")
 """Names of the function-space predictions among which the best is chosen."""
 RISK_SCALED = ("expert_risk", "base_risk", "logit_mean")
 """Trivial predictors that are losses, for which a ratio to the measured loss makes sense."""
@@ -229,10 +229,14 @@ def bracket_table(
     """How often the bracket [min, max] of two predictions holds the measurement, and whether its width warns of
     collapse.
 
-    Columns: ``inside`` (share with interval), ``inside_tolerance`` (the same with the bracket widened by twice the
-    standard error of the measurement on either side), ``below`` and ``above`` (shares of measurements under and over
-    the bracket), ``ordered`` (share with lower <= upper), ``width`` (median max/min), ``collapsed`` (share with
-    measured loss above the base's), ``auc`` of log(max/min) for collapse, with interval.
+    Columns: ``inside`` (share with interval); ``inside_sampling`` (the bracket widened on either side by twice its own
+    standard error from the calibration images, which is known before merging); ``inside_tolerance`` (widened by twice
+    the standard error of the measurement); ``inside_same_images`` (merges measured on the calibration images, so that
+    only the error of linearisation is left); ``below`` and ``above`` (shares of measurements under and over the
+    bracket), ``ordered`` (share with lower <= upper), ``width`` (median max/min), ``collapsed`` (share with
+    measured loss above the base's), ``auc`` of log(max/min) for collapse, with interval, and ``auc_base`` of the
+    score log(upper / predicted risk of the base); ``halved`` (share of merges with less than half the experts'
+    accuracy) and ``auc_halved`` of the width for it.
     """
     settings = settings or Settings()
     rows: list[Row] = []
@@ -248,9 +252,15 @@ def bracket_table(
         slack = 2.0 * np.nan_to_num(_numbers(part, "measured_se")[keep])
         row: Row = dict(zip(by, key, strict=True)) | {"merges": int(keep.sum())}
         inside = ((low <= measured) & (measured <= high)).astype(float)
+        sampling = 2.0 * np.nan_to_num(_numbers(part, "se_secant")[keep])
+        widened = ((low - sampling <= measured) & (measured <= high + sampling)).astype(float)
         tolerant = ((low - slack <= measured) & (measured <= high + slack)).astype(float)
         _put(row, "inside", _share(inside, weights, settings))
+        _put(row, "inside_sampling", _share(widened, weights, settings))
         _put(row, "inside_tolerance", _share(tolerant, weights, settings))
+        same = _numbers(part, "measured_loss_calibration")[keep]
+        on_same = ((low <= same) & (same <= high)).astype(float)
+        row["inside_same_images"] = float(on_same.mean()) if np.isfinite(same).all() else float("nan")
         row["below"], row["above"] = float((measured < low).mean()), float((measured > high).mean())
         row["ordered"] = float((a <= b).mean())
         width = np.log(np.maximum(high, 1e-300) / np.maximum(low, 1e-300))
@@ -267,6 +277,11 @@ def bracket_table(
             return st.auc(score, flag, w)
 
         _put(row, "auc", st.interval(area, weights.overall[:, known], settings.scale, settings.level, (0.0, 1.0)))
+        reference = _numbers(part, "trivial_base_risk")[keep][known]
+        if np.isfinite(reference).all() and len(reference):
+            row["auc_base"] = float(st.auc(np.log(high[known] / reference), collapsed[known])[0])
+        halved = _numbers(part, "measured_accuracy")[keep] < 0.5 * _numbers(part, "expert_accuracy")[keep]
+        row["halved"], row["auc_halved"] = float(halved.mean()), float(st.auc(width, halved)[0])
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -493,6 +508,10 @@ def aims_table(selection: pd.DataFrame, brackets: pd.DataFrame, gentle: str = "m
     for row in brackets.to_dict("records"):
         inside, area = float(row["inside"]), float(row["auc"])
         add(row["regime"], row["architecture"], "bracket holds the measurement", inside, ">= 0.9", inside >= 0.9)
+        wide = float(row.get("inside_sampling", np.nan))
+        if np.isfinite(wide):
+            name = "bracket widened by its sampling error holds the measurement"
+            add(row["regime"], row["architecture"], name, wide, ">= 0.9", wide >= 0.9)
         if np.isfinite(area):
             add(
                 row["regime"], row["architecture"], "bracket width warns of collapse (AUC)", area, ">= 0.9", area >= 0.9

@@ -61,7 +61,11 @@ class LogitField:
             raise MergeboundError(
                 f"alpha has shape {a.shape}, expected {len(self.slopes)} coefficients, one per expert"
             )
-        return self.constant + np.tensordot(a, self.slopes, axes=1)
+        return np.asarray(self.constant + np.tensordot(a, self.slopes, axes=1))
+
+    def slopes_at(self, alpha: Array) -> Array:
+        """Derivative of the logits by each coefficient, (N, n, C); the same everywhere."""
+        return self.slopes
 
 
 def secant(base_logits: Array, expert_logits: Array, labels: Labels) -> LogitField:
@@ -88,13 +92,47 @@ def tangent(anchor_logits: Array, products: Array, labels: Labels, anchor: Array
     return LogitField(constant, products, labels, "tangent")
 
 
-def second_order(at_secant: LogitField, at_tangent: LogitField, alpha: npt.ArrayLike) -> Array:
-    """Logits with each expert's own quadratic term, without cross terms: ``t + sum_i alpha_i^2 (s_i - t_i)``.
+@dataclass(frozen=True)
+class QuadraticField:
+    """Logits of one task that are quadratic in each merging coefficient, without cross terms.
+
+    ``c + sum_i (alpha_i s_i + alpha_i^2 q_i)`` with ``constant`` c (n, C), ``slopes`` s and ``squares`` q (N, n, C);
+    ``labels`` (n,).
+    """
+
+    constant: Array
+    slopes: Array
+    squares: Array
+    labels: Labels
+    kind: str
+
+    def at(self, alpha: npt.ArrayLike) -> Array:
+        """Logits at the coefficients ``alpha`` of shape (..., N): shape (..., n, C)."""
+        a = np.asarray(alpha, dtype=np.float64)
+        linear = np.tensordot(a, self.slopes, axes=1)
+        return np.asarray(self.constant + linear + np.tensordot(a**2, self.squares, axes=1))
+
+    def slopes_at(self, alpha: Array) -> Array:
+        """Derivative of the logits by each coefficient, (N, n, C)."""
+        return np.asarray(self.slopes + 2.0 * alpha[:, None, None] * self.squares)
+
+
+Field = LogitField | QuadraticField
+
+
+def second_order_field(at_secant: LogitField, at_tangent: LogitField) -> QuadraticField:
+    """Tangent plus each expert's own quadratic term, so that it also passes through the expert: the curvature along
+    Delta_i is read off from the secant's excess over the tangent.  Both fields must be anchored at the base.
 
     Exact for quadratic logits whose mixed second derivatives between task vectors vanish.
     """
-    a = np.asarray(alpha, dtype=np.float64)
-    return at_tangent.at(a) + np.tensordot(a**2, at_secant.slopes - at_tangent.slopes, axes=1)
+    excess = at_secant.slopes - at_tangent.slopes
+    return QuadraticField(at_tangent.constant, at_tangent.slopes, excess, at_tangent.labels, "second_order")
+
+
+def second_order(at_secant: LogitField, at_tangent: LogitField, alpha: npt.ArrayLike) -> Array:
+    """Logits of :func:`second_order_field` at ``alpha``: ``t(alpha) + sum_i alpha_i^2 (s_i - t_i)``."""
+    return second_order_field(at_secant, at_tangent).at(alpha)
 
 
 def combine(first: LogitField, second: LogitField, weight: float = 0.5) -> LogitField:
@@ -160,9 +198,7 @@ def predict_from_logits(
     return Prediction(means @ p, means, np.sqrt(variances @ p**2))
 
 
-def predict_risk(
-    fields: Sequence[LogitField], alpha: npt.ArrayLike, weights: npt.ArrayLike | None = None
-) -> Prediction:
+def predict_risk(fields: Sequence[Field], alpha: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Prediction:
     """R~ at the coefficients ``alpha``, shape (N,) or (many, N): the risk of every merge, none of which is formed.
 
     Args:
@@ -173,7 +209,7 @@ def predict_risk(
     return predict_from_logits([field.at(alpha) for field in fields], [field.labels for field in fields], weights)
 
 
-def risk_gradient(fields: Sequence[LogitField], alpha: Array, weights: Array) -> tuple[float, Array]:
+def risk_gradient(fields: Sequence[Field], alpha: Array, weights: Array) -> tuple[float, Array]:
     """Value and gradient of R~ at one coefficient vector (N,)."""
     value, gradient = 0.0, np.zeros(len(alpha))
     for field, p in zip(fields, weights, strict=True):
@@ -183,7 +219,7 @@ def risk_gradient(fields: Sequence[LogitField], alpha: Array, weights: Array) ->
         value -= float(p) * float(log_p[rows, field.labels].mean())
         residual = np.exp(log_p)
         residual[rows, field.labels] -= 1.0
-        gradient += float(p) / n * np.tensordot(field.slopes, residual, axes=([1, 2], [0, 1]))
+        gradient += float(p) / n * np.tensordot(field.slopes_at(alpha), residual, axes=([1, 2], [0, 1]))
     return value, gradient
 
 
@@ -194,7 +230,8 @@ class Optimum:
     Attributes:
         alpha: (N,).
         risk: R~(alpha).
-        gap: Frank-Wolfe gap; R~(alpha) exceeds the minimum by at most this.
+        gap: Frank-Wolfe gap.  For fields affine in alpha R~ is convex and exceeds its minimum by at most this; for a
+            :class:`QuadraticField` it only measures how far alpha is from stationary.
         iterations: solver iterations.
     """
 
@@ -206,7 +243,7 @@ class Optimum:
 
 
 def minimise_risk(
-    fields: Sequence[LogitField],
+    fields: Sequence[Field],
     weights: npt.ArrayLike | None = None,
     *,
     bounds: tuple[float, float] = (0.0, 1.0),

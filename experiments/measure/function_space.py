@@ -22,13 +22,14 @@ from experiments.measure.backbone import Backbone, Readout
 from theory import certificate
 from theory.function_space import (
     Array,
+    Field,
     Labels,
     LogitField,
     combine,
     cross_entropy,
     predict_from_logits,
     secant,
-    second_order,
+    second_order_field,
     tangent,
     uniform_weights,
 )
@@ -81,19 +82,29 @@ class GroupStatistics:
         """The base's loss under each expert's final head, (N,)."""
         return np.array([cross_entropy(h, y).mean() for h, y in zip(self.base_logits, self.labels, strict=True)])
 
-    def fields(self, kind: str) -> list[LogitField]:
-        """Affine logit fields over alpha, one per task, of a predictor that is affine in alpha."""
-        j_all = range(self.size)
+    def fields(self, kind: str) -> Sequence[Field]:
+        """Logit fields over alpha, one per task, of one of :data:`PREDICTORS`."""
+        tasks = range(self.size)
         if kind == "secant":
-            return [secant(self.base_logits[j], self.expert_logits[j], self.labels[j]) for j in j_all]
+            return [self._secant(j) for j in tasks]
         if kind == "tangent_base":
-            return [tangent(self.base_logits[j], self.base_products[j], self.labels[j]) for j in j_all]
+            return [self._tangent(j) for j in tasks]
         if kind == "tangent_expert":
-            unit = np.eye(self.size)
-            return [tangent(self.own_logits(j), self.own_products[j], self.labels[j], unit[j]) for j in j_all]
-        pairs = {"tangent_both": ("tangent_base", "tangent_expert"), "secant_tangent": ("secant", "tangent_base")}
-        first, second = pairs[kind]
-        return [combine(a, b) for a, b in zip(self.fields(first), self.fields(second), strict=True)]
+            return [self._own_tangent(j) for j in tasks]
+        if kind == "tangent_both":
+            return [combine(self._tangent(j), self._own_tangent(j)) for j in tasks]
+        if kind == "secant_tangent":
+            return [combine(self._secant(j), self._tangent(j)) for j in tasks]
+        return [second_order_field(self._secant(j), self._tangent(j)) for j in tasks]
+
+    def _secant(self, j: int) -> LogitField:
+        return secant(self.base_logits[j], self.expert_logits[j], self.labels[j])
+
+    def _tangent(self, j: int) -> LogitField:
+        return tangent(self.base_logits[j], self.base_products[j], self.labels[j])
+
+    def _own_tangent(self, j: int) -> LogitField:
+        return tangent(self.own_logits(j), self.own_products[j], self.labels[j], np.eye(self.size)[j])
 
     def available(self) -> tuple[str, ...]:
         """Predictors that the collected statistics allow."""
@@ -199,17 +210,17 @@ def project(direction: Tensor, deltas: Tensor) -> tuple[Array, Tensor]:
 
 
 def predicted_logits(stats: GroupStatistics, merge: MergePoint, kind: str) -> list[Array]:
-    """Predicted logits of the merge on every task, (n, C) each."""
+    """Predicted logits of the merge on every task, (n, C) each.
+
+    The secant knows chords to the experts only, so it takes M at its projection on their span.  (Adding J(x_0) r to it
+    was tried: where merging hurts, that first-order term overshoots by far and spoils the bracket.)
+    """
     if kind == "tangent_both":
         return _mean(predicted_logits(stats, merge, "tangent_base"), predicted_logits(stats, merge, "tangent_expert"))
     if kind == "secant_tangent":
         return _mean(predicted_logits(stats, merge, "secant"), predicted_logits(stats, merge, "tangent_base"))
-    if kind == "second_order":
-        pairs = zip(stats.fields("secant"), stats.fields("tangent_base"), strict=True)
-        logits = [second_order(s, t, merge.alpha) for s, t in pairs]
-    else:
-        logits = [np.asarray(field.at(merge.alpha)) for field in stats.fields(kind)]
-    residual = merge.own_residual if kind == "tangent_expert" else merge.base_residual
+    logits = [field.at(merge.alpha) for field in stats.fields(kind)]
+    residual = {"secant": None, "tangent_expert": merge.own_residual}.get(kind, merge.base_residual)
     return logits if residual is None else [h + r for h, r in zip(logits, residual, strict=True)]
 
 
