@@ -294,6 +294,7 @@ def _input_format(
     convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if convolution is None else convolution.in_channels
     if architecture in DIGIT_ARCHITECTURES:
+        channels = 1
         size: tuple[int, ...] = (8, 8)
         config: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)}
     else:
