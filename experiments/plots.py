@@ -737,10 +737,11 @@ def method_comparison(
     handles.append(Line2D([], [], color=INK, marker="|", markersize=9, label="all N, 95 % interval"))
     _legend(figure, handles)
     caption = (
-        "Merging with coefficients that minimise the predicted risk (risk optimal, shaded) against other methods: joint "
-        f"test loss minus that of {pretty(reference)} on the same groups, mean over groups (left is better), 95 % "
-        "intervals from resampling experts. Tuned methods chose their coefficient by evaluating merges on the calibration "
-        f"images; risk optimal evaluated none. Tier: measured.{_seed_text(frame, seed)}"
+        "Merging with coefficients that minimise the predicted risk (risk optimal, shaded) against other methods: "
+        f"joint test loss minus that of {pretty(reference)} on the same groups, mean over groups (left is better), "
+        "95 % intervals from resampling experts. Tuned methods chose their coefficient by evaluating merges on the "
+        "calibration images; risk optimal evaluated none. Tier: estimated (coefficients), measured (losses)."
+        f"{_seed_text(frame, seed)}"
     )
     return Picture(figure, caption)
 
