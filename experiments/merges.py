@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.bounds import bound_columns
 from experiments.collected import PoolStatistics
@@ -19,6 +19,7 @@ from experiments.measure.function_space import MergePoint, Midpoint, price, proj
 from experiments.measured import dispersion, measure
 from experiments.pool import PlannedGroup
 from experiments.spec import MethodSpec, ValidationSpec
+from merging.batchnorm import reestimate_batchnorm
 from merging.merge import merge_flat
 
 Row = dict[str, Any]
@@ -34,6 +35,8 @@ class Bench:
     pool: PoolStatistics
     experts: Sequence[Expert]
     table: pd.DataFrame
+    model: nn.Module
+    base: Mapping[str, Tensor]
 
     def names(self, members: Sequence[int]) -> list[str]:
         """Names of experts by their index."""
@@ -209,10 +212,24 @@ def merge_rows(bench: Bench, group: PlannedGroup, merges: Mapping[Key, Merge]) -
                     shares_images=bench.spec.family.share_images or bench.spec.heads == "shared",
                     trained_heads=bench.spec.heads == "trained",
                 ),
+                **reestimated_columns(bench, merge.vector, members),
                 **_seconds(pool, size, merge.point.base_residual is None, merge.seconds, marginal),
             }
         )
     return rows
+
+
+def reestimated_columns(bench: Bench, vector: Tensor, members: Sequence[int]) -> Row:
+    """The merge with BatchNorm statistics re-estimated on the group's calibration images: measured only, not covered
+    by any prediction or bound.  Empty for networks without BatchNorm."""
+    pool = bench.pool
+    if not pool.backbone.partition.buffers:
+        return {}
+    state = {**bench.base, **pool.backbone.space.unflatten(vector)}
+    tasks = dict.fromkeys(pool.tasks[j] for j in members)
+    new = reestimate_batchnorm(bench.model, state, [pool.calibration[task].images for task in tasks])
+    measured = measure(pool, pool.backbone.vector(new), members, pool.test)
+    return {"reestimated_loss": measured.loss, "reestimated_accuracy": measured.accuracy}
 
 
 def _seconds(pool: PoolStatistics, size: int, linear: bool, merging: float, marginal: float) -> Row:

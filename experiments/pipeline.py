@@ -58,7 +58,7 @@ def run_regime(
     backbone = Backbone.of(model, base, shared_head=spec.heads == "shared")
     pool = collect_pool(backbone, base, experts, family, [g.members for g in groups], progress)
     table = expert_table(spec, architecture, regime, experts, pool, base)
-    bench = Bench(spec, pool, experts, table)
+    bench = Bench(spec, pool, experts, table, model, base)
     common = {"regime": regime, "architecture": architecture, "seed": spec.seed}
 
     def stage(name: str, keys: Sequence[str], make: Callable[[int], list[Row]]) -> pd.DataFrame:
