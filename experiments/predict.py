@@ -37,10 +37,10 @@ from theory.risk import network_bound
 Objective = Literal["secant", "tangent", "middle"]
 OBJECTIVES: tuple[Objective, ...] = ("secant", "tangent", "middle")
 
-TANGENT_LIMIT = 2e10
-"""Tangents are collected by default if parameters x images x experts^2 stays below this."""
+TANGENT_LIMIT = 3e11
+"""Tangents are collected by default up to this much work (:attr:`Group.work`): about a minute or two on one core."""
 NARROW, WIDE = 1.25, 2.0
-"""Upper over lower end of the bracket: up to NARROW it is trusted, from WIDE on it warns."""
+"""Largest over smallest of secant, tangent and middle: up to NARROW it is trusted, from WIDE on it warns."""
 BATCH_VALUES = 2**22
 SMOOTHNESS_IMAGES = 32
 _KINDS: dict[Objective, str] = {"secant": "secant", "tangent": "tangent_base", "middle": "secant_tangent"}
@@ -119,7 +119,7 @@ class MethodPrediction:
             secant without tangents.
         secant, tangent: the ends of the bracket.
         cost: merging cost, ``risk`` minus the experts' own (the standard error is that of the paired difference).
-        width: upper minus lower end of the bracket (secant and tangent, whichever is larger).
+        width: largest minus smallest of secant, tangent and middle.
         verdict: ``narrow``, ``medium``, ``wide`` or ``unknown``; ``advice`` says what to do about it.
         dispersion: V = mean_j |M - x_j|^2.
         optimality_gap: the prediction exceeds its minimum over the allowed coefficients by at most this.
@@ -366,13 +366,14 @@ def predict(group: Group, options: Options | None = None, progress: Progress | N
         private=group.patterns,
         tangents=tangent,
         tangents_rule=(
-            f"parameters x images x experts^2 = {group.base.numel()} x {images} x {group.size}^2 = {group.work:.2g}, "
+            f"parameters x positions x images x experts^2 = {group.base.numel()} x {group.positions:g} x {images} x "
+            f"{group.size}^2 = {group.work:.2g}, "
             f"{comparison} {TANGENT_LIMIT:.0e}" + ("" if wanted.tangent is None else "; the choice was given")
         ),
         objective=objective,
         verdict_rule=(
-            f"wide: upper end of the bracket at least {WIDE} x the lower and above the base's risk, or all predictions "
-            f"above it; narrow: upper end at most {NARROW} x the lower, or within two standard errors; medium otherwise"
+            f"wide: largest of secant, tangent and middle at least {WIDE} x the smallest and above the base's "
+            f"risk, or all above it; narrow: largest at most {NARROW} x the smallest, or within a standard error; medium otherwise"
         ),
         experts=experts,
         expert_risk=_joint(group, own),
@@ -569,12 +570,13 @@ def _single_task(losses: Array) -> Estimate:
 def _verdict(joint: Mapping[Objective, Estimate], base_risk: float) -> tuple[float | None, str, str]:
     if "tangent" not in joint:
         return None, "unknown", "secant only: no bracket; --tangent adds it"
-    low, high = sorted((joint["secant"].value, joint["tangent"].value))
+    values = [joint[name].value for name in OBJECTIVES]
+    low, high = min(values), max(values)
     error = max(joint["secant"].standard_error, joint["tangent"].standard_error)
     width = high - low
-    if min(low, joint["middle"].value) > base_risk:
+    if low > base_risk:
         return width, "wide", "worse than the base by every prediction: collapse; do not merge like this"
-    if width <= max((NARROW - 1.0) * low, 2.0 * error):
+    if width <= max((NARROW - 1.0) * low, error):
         return width, "narrow", "trust the prediction"
     if high >= WIDE * low and high > base_risk:
         return width, "wide", "collapse is possible and the value uncertain: do not merge like this without evaluating"

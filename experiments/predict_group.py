@@ -72,10 +72,15 @@ class Group:
         return tuple(where.index(path) for path in where)
 
     @property
+    def positions(self) -> float:
+        """How often a parameter is used per image, roughly: once per 16 x 16 pixels."""
+        return max(1.0, self.form.height * self.form.width / 256.0)
+
+    @property
     def work(self) -> float:
-        """Parameters x images x experts^2: what decides whether tangents are cheap enough."""
+        """Parameters x positions x images x experts^2, about the multiplications of the secant's forward passes."""
         images = max(len(item.split) for item in self.data)
-        return float(self.base.numel()) * images * self.size**2
+        return float(self.base.numel()) * self.positions * images * self.size**2
 
 
 def load_group(

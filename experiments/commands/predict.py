@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from experiments.predict import Estimate, MethodPrediction, Options, Report
 
 SEVERAL = ("--experts", "--data")
-WIDTH = 118
-"""Columns where the output is not a terminal."""
+WIDTH, NARROW = 118, 100
+"""Columns where the output is not a terminal; terminals below NARROW do not see every method's bound."""
 _MARKS = {"narrow": "[green]narrow[/]", "medium": "[yellow]medium[/]", "wide": "[bold red]wide[/]", "unknown": "-"}
 
 
@@ -380,7 +380,7 @@ def _print(report: Report, written: Path | None) -> None:
     )
     console.print(_expert_table(report))
     console.print()
-    console.print(_method_table(report))
+    console.print(_method_table(report, narrow=console.width < NARROW))
     console.print()
     console.print(f"[dim]{escape(report.verdict_rule)}; tangents: {escape(report.tangents_rule)}[/]")
     best = next(row for row in report.methods if row.label == report.best)
@@ -412,9 +412,9 @@ def _print(report: Report, written: Path | None) -> None:
 def _grid(first: str, *others: str) -> Table:
     """A plain table whose numbers are never broken over lines."""
     table = Table(box=None, pad_edge=False)
-    table.add_column(first, overflow="fold")
+    table.add_column(first, overflow="fold", min_width=12)
     for name in others:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=name != "data", overflow="fold")
     return table
 
 
@@ -434,19 +434,21 @@ def _expert_table(report: Report) -> Table:
     return table
 
 
-def _method_table(report: Report) -> Table:
-    table = _grid("method", "predicted risk", "secant", "tangent", "bracket", "merging cost", "bound")
+def _method_table(report: Report, *, narrow: bool) -> Table:
+    columns = ("predicted risk", "secant", "tangent", "bracket", "merging cost", *(() if narrow else ("bound",)))
+    table = _grid("method", *columns)
     for row in report.methods:
-        table.add_row(
-            escape(row.label),
+        values = (
             _show(row.risk),
             _show(row.secant),
             _show(row.tangent),
             _MARKS[row.verdict],
             _show(row.cost, plus=True),
-            "-" if row.bound is None else f"{row.bound.value:.3g}" + (" (vacuous)" if row.bound.vacuous else ""),
-            style="bold" if row.label == report.best else None,
         )
+        vacuous = " (vacuous)" if row.bound is not None and row.bound.vacuous else ""
+        bound = "-" if row.bound is None else f"{row.bound.value:.3g}{vacuous}"
+        style = "bold" if row.label == report.best else None
+        table.add_row(escape(row.label), *values, *(() if narrow else (bound,)), style=style)
     return table
 
 

@@ -341,6 +341,17 @@ def test_secant_only_and_text(digits: Path, capsys: pytest.CaptureFixture[str]) 
         assert part in text
 
 
+def test_large_networks_get_the_secant_alone(linear: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    group = group_of(linear)
+    assert group.work == 64 * 6 * 40 * 9 + 6 * 40 * 9  # parameters, images, experts^2
+    assert predict(group).tangents
+    monkeypatch.setattr("experiments.predict.TANGENT_LIMIT", group.work - 1)
+    report = predict(group)
+    assert not report.tangents
+    assert all(row.bound is None for row in report.methods)
+    assert predict(group, Options(methods=("ties",))).tangents
+
+
 def test_heads_can_be_shared(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = as_json(capsys, "--shared-head", "--methods", "average", "--coefficients", "0.5", "--bound")
     assert report["private"] == []
@@ -417,7 +428,11 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...], str]] = {
         "e1.safetensors: the private tensor 'head.bias' is missing",
     ),
     "NaN weights": (lambda: edit("e2.safetensors", spoil), (*EXPERTS, *DATA), "'fc_norm.weight' holds 1 NaN"),
-    "NaN base": (lambda: edit("base.safetensors", spoil), (*EXPERTS, *DATA), "base.safetensors: tensor 'fc_norm.weight'"),
+    "NaN base": (
+        lambda: edit("base.safetensors", spoil),
+        (*EXPERTS, *DATA),
+        "base.safetensors: tensor 'fc_norm.weight'",
+    ),
     "NaN head": (
         lambda: edit("e2.safetensors", lambda s: s["head.bias"].fill_(float("inf"))),
         (*EXPERTS, *DATA),
