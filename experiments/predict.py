@@ -373,7 +373,8 @@ def predict(group: Group, options: Options | None = None, progress: Progress | N
         objective=objective,
         verdict_rule=(
             f"wide: largest of secant, tangent and middle at least {WIDE} x the smallest and above the base's "
-            f"risk, or all above it; narrow: largest at most {NARROW} x the smallest, or within a standard error; medium otherwise"
+            f"risk, or all above it; narrow: largest at most {NARROW} x the smallest, or within a standard error; "
+            "medium otherwise"
         ),
         experts=experts,
         expert_risk=_joint(group, own),
