@@ -82,8 +82,8 @@ def export_data(spec: ValidationSpec, folder: Path) -> None:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
-            x_train=task.calibration.images.numpy(),
-            y_train=task.calibration.labels.numpy(),
+            x_calibration=task.calibration.images.numpy(),
+            y_calibration=task.calibration.labels.numpy(),
             x_test=task.test.images.numpy(),
             y_test=task.test.labels.numpy(),
             class_names=np.array([str(k) for k in range(task.classes)]),
