@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -660,7 +661,7 @@ def rich_table(
     """``table`` for the terminal; numbers right-aligned, a repeated regime or architecture shown once."""
     text = readable(table, columns, digits)
     out = Table(title=title or None, title_justify="left", header_style="bold")
-    words = {"regime", "architecture", "predictor", "kind", "tier", "method", "chosen", "aim", "target"}
+    words = {"regime", "architecture", "network", "predictor", "kind", "tier", "method", "chosen", "aim", "target"}
     names = list(text.columns)
     for name in names:
         out.add_column(str(name), justify="left" if str(name).lower() in words else "right", overflow="fold")
@@ -669,7 +670,7 @@ def rich_table(
         row = [str(value) for value in values]
         shown = list(row)
         for k, name in enumerate(names):
-            if str(name).lower() not in ("regime", "architecture") or row[: k + 1] != previous[: k + 1]:
+            if str(name).lower() not in ("regime", "architecture", "network") or row[: k + 1] != previous[: k + 1]:
                 break
             shown[k] = ""
         out.add_row(*shown)
@@ -677,18 +678,41 @@ def rich_table(
     return out
 
 
-def headline_columns() -> dict[str, str]:
-    """The columns of the validation table that fit a terminal, with short headings."""
-    return {
-        "regime": "Regime",
-        "architecture": "Architecture",
-        "predictor": "Predictor",
-        "tier": "Tier",
-        "merges": "Merges",
-        "spearman_risk": "Spearman risk",
-        "spearman_cost": "Spearman cost",
-        "ratio_q50": "Pred/meas",
-        "median_error": "Median error",
-        "valid": "Valid",
-        "relative_cost": "Cost/eval",
-    }
+def summary(table: pd.DataFrame, *, wide: bool = True) -> pd.DataFrame:
+    """The validation table for a terminal: one line per predictor, quantiles and intervals folded into their value.
+
+    ``wide`` adds the intervals of the correlations, the quantiles, and the last two columns (about 140 characters).
+    """
+    from experiments.plots import pretty
+
+    def number(value: object) -> str:
+        if value is None or pd.isna(value):  # type: ignore[call-overload]
+            return "–"
+        size = abs(float(value))  # type: ignore[arg-type]
+        return f"{value:.2f}" if size < 10 else f"{value:.0f}" if size < 1e5 else f"{value:.0e}"
+
+    def folded(row: Mapping[Any, Any], name: str) -> str:
+        low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+        known = wide and low is not None and not pd.isna(low)  # type: ignore[call-overload]
+        return number(row.get(name)) + (f" [{number(low)}, {number(high)}]" if known else "")
+
+    lines = []
+    for row in table.to_dict("records"):
+        kind = "" if row["kind"] == "prediction" else f"{row['kind']}: "
+        ratio = number(row.get("ratio_q50"))
+        if wide and ratio != "–":
+            ratio += f" ({number(row.get('ratio_q05'))}–{number(row.get('ratio_q95'))})"
+        line = {
+            "Regime": str(row["regime"]),
+            "Network": pretty(row["architecture"]),
+            "Predictor": kind + pretty(row["predictor"]),
+            "Tier": str(row["tier"]),
+            "Pred/meas": ratio,
+            "Error": number(row.get("median_error")),
+            "Spearman risk": folded(row, "spearman_risk"),
+            "Spearman cost": folded(row, "spearman_cost"),
+        }
+        if wide:
+            line |= {"Valid": number(row.get("valid")), "Cost/eval": number(row.get("relative_cost"))}
+        lines.append(line)
+    return pd.DataFrame(lines)

@@ -34,9 +34,11 @@ def register(app: typer.Typer) -> None:
         from experiments.report import headline
         from experiments.runner import Status
         from experiments.spec import load_spec
-        from experiments.validation import headline_columns, rich_table
+        from experiments.validation import rich_table, summary
 
         console = Console()
+        if not console.is_terminal:
+            console = Console(width=150)
         chosen = load_spec(spec)
         with Progress(
             SpinnerColumn(),
@@ -62,7 +64,10 @@ def register(app: typer.Typer) -> None:
             outcome = run_demo(
                 chosen, out, workers=workers, watch=watch, command=f"mergebound demo --spec {spec} --out {out.name}"
             )
-        console.print(rich_table(outcome.tables.validation, "Predicted against measured", headline_columns()))
+        table = summary(outcome.tables.validation, wide=console.width >= 140)
+        console.print(
+            rich_table(table, "Predicted against measured joint test risk (Cost/eval: time against evaluating)")
+        )
         for sentence in headline(outcome.frames.merges, outcome.tables):
             console.print(f"• {sentence}", markup=False, highlight=False)
         console.print(f"Report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)
