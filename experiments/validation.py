@@ -693,7 +693,7 @@ def summary(table: pd.DataFrame, *, wide: bool = True) -> pd.DataFrame:
 
     def folded(row: Mapping[Any, Any], name: str) -> str:
         low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-        known = wide and low is not None and not pd.isna(low)  # type: ignore[call-overload]
+        known = wide and low is not None and not pd.isna(low)
         return number(row.get(name)) + (f" [{number(low)}, {number(high)}]" if known else "")
 
     lines = []

@@ -70,4 +70,5 @@ def register(app: typer.Typer) -> None:
         )
         for sentence in headline(outcome.frames.merges, outcome.tables):
             console.print(f"• {sentence}", markup=False, highlight=False)
+        console.print(rich_table(outcome.tables.aims, "Stated aims, and what was reached"))
         console.print(f"Report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)
