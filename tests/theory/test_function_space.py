@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from theory.errors import MergeboundError
 from theory.function_space import (
     Array,
+    Field,
     LogitField,
     Optimum,
     combine,
@@ -25,6 +29,7 @@ from theory.function_space import (
     risk_gradient,
     secant,
     second_order,
+    second_order_field,
     tangent,
     uniform_weights,
 )
@@ -46,7 +51,7 @@ def random_fields(
     ]
 
 
-def risk(fields: list[LogitField], alpha: Array, weights: Array) -> float:
+def risk(fields: Sequence[Field], alpha: Array, weights: Array) -> float:
     return float(predict_risk(fields, alpha, weights).risk)
 
 
@@ -137,6 +142,16 @@ def test_second_order_is_exact_for_quadratic_logits_without_mixed_derivatives() 
     )
 
 
+def test_second_order_field_passes_through_base_and_experts_with_the_tangents_slope_at_the_base() -> None:
+    rng = np.random.default_rng(8)
+    base, experts, products = rng.standard_normal((5, 3)), *rng.standard_normal((2, 4, 5, 3))
+    labels = rng.integers(0, 3, 5)
+    field = second_order_field(secant(base, experts, labels), tangent(base, products, labels))
+    np.testing.assert_allclose(field.at(np.zeros(4)), base, rtol=1e-12)
+    np.testing.assert_allclose(field.at(np.eye(4)), experts, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(field.slopes_at(np.zeros(4)), products, rtol=1e-12)
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(SEEDS, st.floats(0.0, 1.0))
 def test_combine_averages_logits_at_every_coefficient(seed: int, weight: float) -> None:
@@ -177,10 +192,13 @@ def test_predicted_risk_is_convex_in_the_coefficients(seed: int, scale: float) -
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(SEEDS)
-def test_gradient_agrees_with_central_differences(seed: int) -> None:
+@given(SEEDS, st.booleans())
+def test_gradient_agrees_with_central_differences(seed: int, quadratic: bool) -> None:
     rng = np.random.default_rng(seed)
-    fields, weights, alpha = random_fields(rng, 3, 2), random_weights(rng, 2), rng.standard_normal(3)
+    fields: list[Any] = random_fields(rng, 3, 2)
+    if quadratic:
+        fields = [second_order_field(field, replace(field, slopes=field.slopes[::-1])) for field in fields]
+    weights, alpha = random_weights(rng, 2), rng.standard_normal(3)
     value, gradient = risk_gradient(fields, alpha, weights)
     step = 1e-5
     slopes = [
@@ -292,9 +310,10 @@ def test_a_class_that_does_not_exist_is_refused_by_name() -> None:
 
 def test_wrong_number_of_coefficients_is_refused_by_name() -> None:
     (field,) = random_fields(np.random.default_rng(6), experts=3, tasks=1)
-    for alpha in (np.zeros(2), np.zeros((5, 4)), np.float64(0.5)):
-        with pytest.raises(MergeboundError, match="alpha"):
-            field.at(alpha)
+    for either in (field, second_order_field(field, field)):
+        for alpha in (np.zeros(2), np.zeros((5, 4)), np.float64(0.5)):
+            with pytest.raises(MergeboundError, match="alpha"):
+                either.at(alpha)
 
 
 @pytest.mark.parametrize("bounds", [(1.0, 1.0), (1.0, 0.0)])
