@@ -101,11 +101,14 @@ def finished(tmp_path_factory: Folders) -> Callable[..., Run]:
     """Runs by architecture and kind of head; each is made once."""
 
     @cache
-    def make(architecture: str, heads: str = "trained") -> Run:
+    def make(architecture: str, heads: str) -> Run:
         spec, folder = small(architecture, heads), tmp_path_factory.mktemp(f"{architecture}-{heads}")
         return Run(spec, architecture, folder, run_architecture(spec, architecture, folder, silent))
 
-    return make
+    def made(architecture: str, heads: str = "trained") -> Run:
+        return make(architecture, heads)
+
+    return made
 
 
 Finished = Callable[..., Run]
