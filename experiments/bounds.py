@@ -88,6 +88,8 @@ def expert_table(
         calibration = measure(pool, pool.vectors[j], [j], pool.calibration)
         shared_bound, head_bound = logged_drift(expert)
         head_drift = 0.0
+        buffers = pool.deltas[j, pool.backbone.space.offsets[len(pool.backbone.partition.shared)] :]
+        shared_bound = float(np.hypot(shared_bound, float(buffers.double().norm())))  # no gradient moves statistics
         if head:
             squares = [
                 (expert.state[name] - base[name]).double().square().sum() for name in base if name.startswith(head)

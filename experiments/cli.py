@@ -16,6 +16,8 @@ from rich.markup import escape
 
 from theory.errors import MergeboundError
 
+INTERRUPTED = "interrupted: what was finished is kept; run the same command again to continue"
+
 
 def build_app() -> typer.Typer:
     """Assemble the typer application from the command modules."""
@@ -44,8 +46,12 @@ def main(argv: list[str] | None = None) -> None:
     except MergeboundError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer turns Ctrl-C into this
+            errors.print(INTERRUPTED, highlight=False)
+        raise
     except KeyboardInterrupt:
-        errors.print("interrupted: what was finished is kept; run the same command again to continue", highlight=False)
+        errors.print(INTERRUPTED, highlight=False)
         sys.exit(130)
 
 

@@ -91,6 +91,7 @@ class PoolStatistics:
             tuple(base_products),
             tuple(own_products),
             (rows @ rows.T).numpy(),
+            tuple(self.calibration[self.tasks[j]].source for j in members),
         )
 
 

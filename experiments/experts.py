@@ -48,9 +48,10 @@ def mean_loss(model: nn.Module, split: Split) -> float:
 def make_base(spec: ValidationSpec, architecture: str, family: Family, folder: Path) -> dict[str, Tensor]:
     """The pretrained base x_0, from disk if it is there."""
     path = folder / "base.safetensors"
-    if path.exists():
-        return load_state_dict(path)
     model = build_model(architecture, classes=10, seed=spec.seed)
+    if path.exists():
+        stored = load_state_dict(path)
+        return {name: stored[name] for name in model.state_dict()}  # a file keeps no order; vectors are laid out by it
     state = pretrain(
         model,
         {k: v.clone() for k, v in model.state_dict().items()},

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from experiments.collected import PoolStatistics
 from experiments.tasks.types import Split
 from merging.partition import is_variance
+from theory.function_space import joint_standard_error
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ def measure(pool: PoolStatistics, vector: Tensor, members: Sequence[int], splits
         logits = pool.readouts[j].logits(pieces[name])
         labels = splits[name].labels
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
-        by_image.append(pd.Series(loss.numpy(), index=splits[name].source))
+        by_image.append(loss.numpy())
         losses.append(float(loss.mean()))
         accuracies.append(float((logits.argmax(dim=1) == labels).double().mean()))
-    joined = pd.concat(by_image, axis=1).mean(axis=1)
-    error = float(joined.std(ddof=1) / np.sqrt(len(joined)))
+    error = joint_standard_error(by_image, [splits[name].source for name in names])
     return Measured(np.array(losses), np.array(accuracies), error)
 
 

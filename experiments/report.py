@@ -121,9 +121,9 @@ def headline(merges: pd.DataFrame, tables: Tables) -> list[str]:
     pooled = tables.brackets[tables.brackets["regime"] == "all"] if len(tables.brackets) else tables.brackets
     if len(pooled):
         found.append(
-            f"Over all regimes the bracket holds the measurement in {_several(list(pooled['inside']), percent=True)} of "
-            f"merges, and in {_several(list(pooled['inside_sampling']), percent=True)} when it is widened by twice its "
-            f"own standard error; its width tells merges worse than the base with AUC {_several(list(pooled['auc']))}, "
+            f"Over all regimes the bracket holds the measurement in {_several(list(pooled['inside']), percent=True)} "
+            f"of merges, and in {_several(list(pooled['inside_sampling']), percent=True)} when widened by twice its own "
+            f"standard error; its width tells merges worse than the base with AUC {_several(list(pooled['auc']))}, "
             f"merges below half the experts' accuracy with AUC {_several(list(pooled['auc_halved']))}."
         )
     found += _bound_sentence(tables.validation) + _optimal_sentence(tables.optimal)
@@ -169,8 +169,8 @@ def _optimal_sentence(optimal: pd.DataFrame) -> list[str]:
     if not found:
         return []
     return [
-        "Coefficients that minimise a prediction (risk optimal) against averaging, test loss paired over groups, number "
-        f"of settings decided by the 95 % interval: {'; '.join(found)}."
+        "Coefficients that minimise a prediction (risk optimal) against averaging, test loss paired over groups, "
+        f"number of settings decided by the 95 % interval: {'; '.join(found)}."
     ]
 
 

@@ -43,6 +43,7 @@ class Status:
 
 
 def _work(spec: ValidationSpec, architecture: str, folder: Path, channel: Any) -> None:
+    parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", category=FutureWarning)  # timm scripts functions at import
     import torch
@@ -53,6 +54,8 @@ def _work(spec: ValidationSpec, architecture: str, folder: Path, channel: Any) -
 
     def report(stage: str, done: int, total: int) -> None:
         nonlocal last
+        if os.getppid() != parent:  # the command was killed: do not run on as an orphan
+            os._exit(1)
         regime, _, name = stage.partition(": ")
         before = sum(share for key, share in STAGE_SHARES.items() if _order(key) < _order(name))
         inside = STAGE_SHARES.get(name, 0.0) * done / max(total, 1)

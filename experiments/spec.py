@@ -15,10 +15,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from experiments.models import DIGIT_ARCHITECTURES
-from experiments.tasks.digits8 import EIGHT
+from experiments.tasks.digits8 import EIGHT, digits8
+from merging.registry import get
 from theory.errors import MergeboundError
 
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 """Raised whenever the same spec would give other bits; part of the hash that names stored results."""
 
 Positive = Annotated[float, Field(gt=0)]
@@ -56,10 +57,10 @@ class RegimeSpec(_Strict):
 
     learning_rate: tuple[Positive, Positive]
     steps: tuple[Count, Count]
-    batch_size: tuple[Count, ...]
-    data_share: tuple[Annotated[float, Field(gt=0, le=1)], ...]
-    momentum: tuple[Annotated[float, Field(ge=0, lt=1)], ...]
-    weight_decay: tuple[Annotated[float, Field(ge=0)], ...]
+    batch_size: Annotated[tuple[Count, ...], Field(min_length=1)]
+    data_share: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
+    momentum: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)]
+    weight_decay: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _ordered(self) -> RegimeSpec:
@@ -82,15 +83,15 @@ class ValidationSpec(_Strict):
 
     name: str
     seed: int = 0
-    architectures: tuple[Literal[DIGIT_ARCHITECTURES], ...]  # type: ignore[valid-type]
+    architectures: Annotated[tuple[Literal[DIGIT_ARCHITECTURES], ...], Field(min_length=1)]  # type: ignore[valid-type]
     heads: Literal["trained", "frozen", "shared"] = "trained"
     family: FamilySpec = FamilySpec()
     base: BaseSpec = BaseSpec()
-    regimes: dict[str, RegimeSpec]
+    regimes: Annotated[dict[str, RegimeSpec], Field(min_length=1)]
     experts_per_task: Annotated[int, Field(ge=2)] = 6
-    group_sizes: tuple[Annotated[int, Field(ge=2)], ...] = (2, 4, 6, 8)
+    group_sizes: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] = (2, 4, 6, 8)
     groups_per_size: Annotated[int, Field(ge=2)] = 24
-    methods: tuple[MethodSpec, ...]
+    methods: Annotated[tuple[MethodSpec, ...], Field(min_length=1)]
     sweep_groups: Annotated[int, Field(ge=0)] = 8
     sweep_values: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(13))
     lines: Annotated[int, Field(ge=0)] = 4
@@ -98,6 +99,7 @@ class ValidationSpec(_Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> ValidationSpec:
+        _check_names(self)
         largest = max(self.group_sizes)
         if self.heads == "shared" and largest > self.experts_per_task // 2:
             raise ValueError(
@@ -108,16 +110,10 @@ class ValidationSpec(_Strict):
             raise ValueError(
                 f"group_sizes: a group of {largest} needs {largest} tasks but family.tasks has {len(self.family.tasks)}"
             )
-        smallest = min(
-            self.family.train_per_task,
-            *(
-                round(share * self.family.train_per_task)
-                for regime in self.regimes.values()
-                for share in regime.data_share
-            ),
-        )
+        pool = self.family.train_per_task * (len(self.family.tasks) if self.family.share_images else 1)
         for name, regime in self.regimes.items():
-            if max(regime.batch_size) > smallest and not self.family.share_images:
+            smallest = max(1, round(min(regime.data_share) * pool))
+            if max(regime.batch_size) > smallest:
                 raise ValueError(
                     f"regimes.{name}.batch_size: {max(regime.batch_size)} exceeds the smallest training sample "
                     f"({smallest} images); lower it or raise family.train_per_task"
@@ -128,6 +124,22 @@ class ValidationSpec(_Strict):
         """Content hash of the spec and the numerics version, 12 hexadecimal digits."""
         text = json.dumps({"numerics": NUMERICS_VERSION, **self.model_dump(mode="json")}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _check_names(spec: ValidationSpec) -> None:
+    """What would fail only after fine-tuning: transformations, split sizes, methods and their settings."""
+    repeated = [task for k, task in enumerate(spec.family.tasks) if task in spec.family.tasks[:k]]
+    if repeated:
+        raise ValueError(f"family.tasks: {repeated[0]!r} is listed twice; name every task once")
+    try:
+        digits8(seed=spec.seed, **spec.family.model_dump())
+    except MergeboundError as error:
+        raise ValueError(f"family: {error}") from error
+    for k, method in enumerate(spec.methods):
+        try:
+            get(method.name).settings(method.settings)
+        except MergeboundError as error:
+            raise ValueError(f"methods.{k}: {error}") from error
 
 
 def load_spec(source: str | Path) -> ValidationSpec:

@@ -45,6 +45,8 @@ class LogitField:
     kind: str
 
     def __post_init__(self) -> None:
+        if self.constant.ndim != 2:
+            raise MergeboundError(f"constant has shape {self.constant.shape}, expected (images, classes)")
         n, classes = self.constant.shape
         if self.slopes.ndim != 3 or self.slopes.shape[1:] != (n, classes):
             raise MergeboundError(
@@ -53,6 +55,8 @@ class LogitField:
             )
         if self.labels.shape != (n,):
             raise MergeboundError(f"labels have shape {self.labels.shape}, expected ({n},): one class per image")
+        if n and not 0 <= self.labels.min() <= self.labels.max() < classes:
+            raise MergeboundError(f"labels must lie in 0..{classes - 1}, one of the {classes} classes of the logits")
 
     def at(self, alpha: npt.ArrayLike) -> Array:
         """Logits at the coefficients ``alpha`` of shape (..., N): shape (..., n, C)."""
@@ -76,6 +80,11 @@ def secant(base_logits: Array, expert_logits: Array, labels: Labels) -> LogitFie
         expert_logits: h_j(x_i) for every expert i, (N, n, C), through the same head.
         labels: (n,).
     """
+    if expert_logits.shape[1:] != base_logits.shape:
+        raise MergeboundError(
+            f"expert_logits have shape {expert_logits.shape}, expected (experts, *{base_logits.shape}); "
+            "collect them on the same images as the base's"
+        )
     return LogitField(base_logits, expert_logits - base_logits, labels, "secant")
 
 
@@ -109,6 +118,10 @@ class QuadraticField:
     def at(self, alpha: npt.ArrayLike) -> Array:
         """Logits at the coefficients ``alpha`` of shape (..., N): shape (..., n, C)."""
         a = np.asarray(alpha, dtype=np.float64)
+        if a.shape[-1:] != (len(self.slopes),):
+            raise MergeboundError(
+                f"alpha has shape {a.shape}, expected {len(self.slopes)} coefficients, one per expert"
+            )
         linear = np.tensordot(a, self.slopes, axes=1)
         return np.asarray(self.constant + linear + np.tensordot(a**2, self.squares, axes=1))
 
@@ -163,6 +176,27 @@ def cross_entropy(logits: Array, labels: Labels) -> Array:
     """
     picked = np.take_along_axis(log_softmax(logits), np.broadcast_to(labels[:, None], (*logits.shape[:-1], 1)), axis=-1)
     return np.asarray(-picked[..., 0])
+
+
+def joint_standard_error(
+    losses: Sequence[Array], sources: Sequence[Labels] | None = None, weights: npt.ArrayLike | None = None
+) -> float:
+    """Standard error of the joint risk sum_j p_j mean(losses_j), by images.
+
+    Args:
+        losses: per-image losses of each task, (n_j,).
+        sources: names of the images (integers), (n_j,) per task; an image that occurs in several tasks counts as one
+            draw.  ``None``: all images are different.
+        weights: p_j, default 1/N.
+    """
+    p = uniform_weights(len(losses)) if weights is None else np.asarray(weights, dtype=np.float64)
+    influence = np.concatenate([w * (v - v.mean()) / len(v) for w, v in zip(p, losses, strict=True)])
+    if sources is None:
+        clusters = np.arange(len(influence))
+    else:
+        clusters = np.unique(np.concatenate([np.asarray(s) for s in sources]), return_inverse=True)[1]
+    sums = np.bincount(clusters, weights=influence)
+    return float(np.sqrt((sums**2).sum() * len(sums) / max(len(sums) - 1, 1)))
 
 
 @dataclass(frozen=True)

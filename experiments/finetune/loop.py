@@ -39,7 +39,7 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         checks = (
-            ("learning_rate", self.learning_rate > 0, "a positive number"),
+            ("learning_rate", 0 < self.learning_rate < float("inf"), "a positive number"),
             ("steps", self.steps >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("data_share", 0 < self.data_share <= 1, "in (0, 1]"),
@@ -138,10 +138,13 @@ def finetune(
     log: list[tuple[float, float, float, float]] = []
     started = time.perf_counter()
     finite = True
+    statistics = {n: b for n, b in model.named_buffers()}
+    kept: dict[str, Tensor] = {}
     for step, batch in enumerate(batches(len(rows), hyper.batch_size, hyper.steps, hyper.sampling, rng)):
         index = torch.from_numpy(batch)
         x = images[index] if transform is None else transform(images[index], rng)
         gradient.zero_()
+        kept = {name: tensor.clone() for name, tensor in statistics.items()}
         loss = F.cross_entropy(model(x), labels[index])
         loss.backward()  # type: ignore[no-untyped-call]
         if hyper.weight_decay:
@@ -150,12 +153,14 @@ def finetune(
         value = float(loss.detach())
         if not np.isfinite([value, *norms]).all():
             finite = False
+            for name, tensor in kept.items():  # the failed forward pass has moved BatchNorm's statistics
+                statistics[name].copy_(tensor)
             break
         log.append((float(len(batch)), value, *norms))
         buffer.mul_(hyper.momentum).add_(gradient)
         rate = hyper.learning_rate * (schedule(step) if schedule is not None else 1.0)
         flat.sub_(buffer, alpha=rate)
-    columns = np.asarray(log, dtype=np.float64).reshape(-1, 4).T
+    columns = np.ascontiguousarray(np.asarray(log, dtype=np.float64).reshape(-1, 4).T)
     seconds = time.perf_counter() - started
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     finite = finite and all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())

@@ -190,13 +190,13 @@ def smoothness(
     generator = torch.Generator().manual_seed(seed)
     point: tuple[Tensor, ...] = (vector,)
     if readout.weight is not None:
-        point += (readout.weight, torch.zeros(len(readout.weight)) if readout.bias is None else readout.bias)
+        point += (readout.weight, torch.zeros_like(readout.weight[:, 0]) if readout.bias is None else readout.bias)
 
     def logits(*parameters: Tensor) -> Tensor:
         features = backbone.call(parameters[0], images)
         return features if len(parameters) == 1 else features @ parameters[1].T + parameters[2]
 
-    direction = _unit(tuple(torch.randn(p.shape, generator=generator) for p in point))[0]
+    direction = _unit(tuple(torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in point))[0]
     out, pull = vjp(logits, *point)[:2]
     p = torch.softmax(out, dim=-1)
     value = 0.0

@@ -27,6 +27,7 @@ from theory.function_space import (
     LogitField,
     combine,
     cross_entropy,
+    joint_standard_error,
     predict_from_logits,
     secant,
     second_order_field,
@@ -56,6 +57,8 @@ class GroupStatistics:
         base_products: J_j(x_0) Delta_i, (N, n, C); empty tuple if not collected.
         own_products: J_j(x_j) Delta_i, (N, n, C); empty tuple if not collected.
         gram: inner products of the task vectors, (N, N).
+        sources: names of the calibration images, (n,) per task, if tasks share some; see
+            :func:`theory.function_space.joint_standard_error`.
     """
 
     labels: tuple[Labels, ...]
@@ -64,6 +67,7 @@ class GroupStatistics:
     base_products: tuple[Array, ...]
     own_products: tuple[Array, ...]
     gram: Array
+    sources: tuple[Labels, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -246,7 +250,8 @@ def price(
         prediction = predict_from_logits(values, labels, p)
         out[f"pred_{kind}"] = float(prediction.risk)
         if kind == "secant":
-            out["se_secant"] = float(prediction.standard_error)
+            losses = [cross_entropy(h, y) for h, y in zip(values, labels, strict=True)]
+            out["se_secant"] = joint_standard_error(losses, stats.sources, p)
     own = stats.own_risks()
     if "tangent_base" in logits:
         centre, half = (
