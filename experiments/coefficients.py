@@ -21,6 +21,9 @@ Row = dict[str, Any]
 TUNING_GRID = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Coefficients lambda among which the tuned methods choose, by the measured loss on the calibration images."""
 
+TUNED = ("task_arithmetic", "ties")
+"""Methods whose coefficient lambda is also tuned (DARE equals task arithmetic in expectation)."""
+
 RISK_OPTIMAL = ("secant", "tangent_base", "secant_tangent", "tangent_expert", "tangent_both", "second_order")
 """Predictions that ``risk_optimal`` minimises."""
 
@@ -109,7 +112,7 @@ def optimal_rows(bench: Bench, group: PlannedGroup) -> list[Row]:
     for method in bench.spec.methods:
         vector = merge_vector(bench, members, method)
         add(method.name, vector)
-        if method.name == "average" or "coefficient" not in {p.name for p in get(method.name).parameters}:
+        if method.name not in TUNED or "coefficient" not in {p.name for p in get(method.name).parameters}:
             continue
         best, best_loss = vector, np.inf
         for value in TUNING_GRID:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from experiments.experts import Expert, Progress
-from experiments.measure.backbone import Backbone, Readout, smoothness
+from experiments.measure.backbone import Backbone, Readout, smoothness_many
 from experiments.measure.function_space import GroupStatistics
 from experiments.tasks.types import Family, Split
 
@@ -126,14 +126,21 @@ def collect_pool(
     base_features, expert_features, base_products, own_products = {}, {}, {}, {}
     clock = {"forward": 0.0, "product": 0.0}
     counts = {"forward": 0, "product": 0}
+    names = list(family.tasks)
+    sizes = [len(calibration[name]) for name in names]
+    every_image = torch.cat([calibration[name].images for name in names])
+    for i in range(len(experts)):
+        started = time.perf_counter()
+        pieces = torch.split(backbone.features(vectors[i], every_image), sizes)
+        clock["forward"] += time.perf_counter() - started
+        counts["forward"] += len(names)
+        expert_features.update({(i, name): piece for name, piece in zip(names, pieces, strict=True)})
     for name, needed in by_task.items():
         images = calibration[name].images
         started = time.perf_counter()
         base_features[name] = backbone.features(origin, images)
-        for i in sorted(needed):
-            expert_features[i, name] = backbone.features(vectors[i], images)
         clock["forward"] += time.perf_counter() - started
-        counts["forward"] += len(needed) + 1
+        counts["forward"] += 1
         started = time.perf_counter()
         if needed:
             rows = sorted(needed)
@@ -151,17 +158,14 @@ def collect_pool(
                 own_products[j, i] = product
         done += len(rows)
         progress("collect", done, total)
-    stiffness = np.array(
-        [
-            max(
-                smoothness(backbone, point, readouts[j], calibration[tasks[j]].images[:SMOOTHNESS_IMAGES], iterations=4)
-                for point in (origin, vectors[j])
-            )
-            if partners[j]
-            else np.nan
-            for j in range(len(experts))
-        ]
-    )
+    stiffness = np.full(len(experts), np.nan)
+    rows = [j for j in range(len(experts)) if partners[j]]
+    if rows:
+        some_images = torch.stack([calibration[tasks[j]].images[:SMOOTHNESS_IMAGES] for j in rows])
+        heads = [readouts[j] for j in rows]
+        anchors = (origin.expand(len(rows), -1), vectors[rows])
+        found = [smoothness_many(backbone, point, heads, some_images, iterations=4) for point in anchors]
+        stiffness[rows] = torch.maximum(*found).double().numpy()
     started = time.perf_counter()
     some = calibration[tasks[0]].images
     backbone.products_at(vectors[:4], deltas[:4], torch.stack([some] * len(vectors[:4])))

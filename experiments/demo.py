@@ -43,7 +43,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     frames = run_validation(spec, out / "work", workers=workers, watch=watch)
     export_data(spec, out / "data")
-    settings = Settings(resamples=300, seed=spec.seed)
+    settings = Settings(resamples=200, seed=spec.seed)
     if watch is not None:
         watch(Status("report", "tables and figures", 0.1))
     tables = compute_tables(frames.merges, frames.optimal, settings)

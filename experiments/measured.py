@@ -37,20 +37,27 @@ class Measured:
 
 def measure(pool: PoolStatistics, vector: Tensor, members: Sequence[int], splits: Mapping[str, Split]) -> Measured:
     """Loss and accuracy of the merged coordinates on every member's own task, through its own head."""
+    return measure_on(pool, vector, members, (splits,))[0]
+
+
+def measure_on(
+    pool: PoolStatistics, vector: Tensor, members: Sequence[int], sets: Sequence[Mapping[str, Split]]
+) -> list[Measured]:
+    """:func:`measure` on several sets of images (each by task) in one pass."""
     names = [pool.tasks[j] for j in members]
-    unique = list(dict.fromkeys(names))
-    features = pool.backbone.features(vector, torch.cat([splits[name].images for name in unique]))
-    pieces = dict(zip(unique, torch.split(features, [len(splits[name]) for name in unique]), strict=True))
-    losses, accuracies, by_image = [], [], []
-    for j, name in zip(members, names, strict=True):
-        logits = pool.readouts[j].logits(pieces[name])
-        labels = splits[name].labels
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
-        by_image.append(loss.numpy())
-        losses.append(float(loss.mean()))
-        accuracies.append(float((logits.argmax(dim=1) == labels).double().mean()))
-    error = joint_standard_error(by_image, [splits[name].source for name in names])
-    return Measured(np.array(losses), np.array(accuracies), error)
+    parts = [(k, name) for k in range(len(sets)) for name in dict.fromkeys(names)]
+    features = pool.backbone.features(vector, torch.cat([sets[k][name].images for k, name in parts]))
+    pieces = dict(zip(parts, torch.split(features, [len(sets[k][name]) for k, name in parts]), strict=True))
+    found = []
+    for k, splits in enumerate(sets):
+        losses, accuracies = [], []
+        for j, name in zip(members, names, strict=True):
+            logits, labels = pool.readouts[j].logits(pieces[k, name]), splits[name].labels
+            losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().numpy())
+            accuracies.append(float((logits.argmax(dim=1) == labels).double().mean()))
+        error = joint_standard_error(losses, [splits[name].source for name in names])
+        found.append(Measured(np.array([loss.mean() for loss in losses]), np.array(accuracies), error))
+    return found
 
 
 def dispersion(pool: PoolStatistics, vector: Tensor, members: Sequence[int]) -> float:

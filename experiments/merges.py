@@ -16,7 +16,7 @@ from experiments.bounds import bound_columns
 from experiments.collected import PoolStatistics
 from experiments.experts import Expert
 from experiments.measure.function_space import MergePoint, Midpoint, price, project, trivial
-from experiments.measured import dispersion, measure
+from experiments.measured import dispersion, measure, measure_on
 from experiments.pool import PlannedGroup
 from experiments.spec import MethodSpec, ValidationSpec
 from merging.batchnorm import reestimate_batchnorm
@@ -155,17 +155,22 @@ def _residual_products(
     return at_base, at_own
 
 
-def collect_midpoint(pool: PoolStatistics, vector: Tensor, members: Sequence[int]) -> Midpoint:
-    """Logits and products half-way between each expert and the merge, on each expert's task."""
-    rows = list(members)
+def collect_midpoints(pool: PoolStatistics, vectors: Sequence[Tensor], members: Sequence[int]) -> list[Midpoint]:
+    """Logits and products half-way between each expert and each merge of the group, on each expert's task."""
+    rows, heads = list(members), [pool.readouts[j] for j in members]
     images = torch.stack([pool.calibration[pool.tasks[j]].images for j in rows])
     anchors = pool.vectors[rows]
-    features, products = pool.backbone.products_at((anchors + vector) / 2, vector - anchors, images)
-    heads = [pool.readouts[j] for j in rows]
-    return Midpoint(
-        tuple(h.logits(f).double().numpy() for h, f in zip(heads, features, strict=True)),
-        tuple(h.products(f).double().numpy() for h, f in zip(heads, products, strict=True)),
+    features, products = pool.backbone.products_at(
+        torch.cat([(anchors + vector) / 2 for vector in vectors]),
+        torch.cat([vector - anchors for vector in vectors]),
+        images.repeat(len(vectors), *[1] * (images.ndim - 1)),
     )
+    midpoints = []
+    for f, d in zip(torch.split(features, len(rows)), torch.split(products, len(rows)), strict=True):
+        logits = tuple(h.logits(part).double().numpy() for h, part in zip(heads, f, strict=True))
+        changes = tuple(h.products(part).double().numpy() for h, part in zip(heads, d, strict=True))
+        midpoints.append(Midpoint(logits, changes))
+    return midpoints
 
 
 def merge_rows(bench: Bench, group: PlannedGroup, merges: Mapping[Key, Merge]) -> list[Row]:
@@ -174,14 +179,14 @@ def merge_rows(bench: Bench, group: PlannedGroup, merges: Mapping[Key, Merge]) -
     stats = pool.group(members)
     own = bench.table.iloc[members]
     base = measure(pool, pool.base, members, pool.test)
+    formed = [merges[group.number, m] for m in range(len(bench.spec.methods))]
+    midpoints = collect_midpoints(pool, [merge.vector for merge in formed], members)
     rows = []
-    for m, method in enumerate(bench.spec.methods):
-        merge = merges[group.number, m]
-        midpoint = collect_midpoint(pool, merge.vector, members)
+    for method, merge, midpoint in zip(bench.spec.methods, formed, midpoints, strict=True):
         started = time.perf_counter()
         prices = price(stats, merge.point, midpoint)
         marginal = time.perf_counter() - started
-        measured = measure(pool, merge.vector, members, pool.test)
+        measured, on_calibration = measure_on(pool, merge.vector, members, (pool.test, pool.calibration))
         rows.append(
             {
                 "group": group.number,
@@ -191,7 +196,7 @@ def merge_rows(bench: Bench, group: PlannedGroup, merges: Mapping[Key, Merge]) -
                 "N": size,
                 "method": method.name,
                 "measured_loss": measured.loss,
-                "measured_loss_calibration": measure(pool, merge.vector, members, pool.calibration).loss,
+                "measured_loss_calibration": on_calibration.loss,
                 "measured_accuracy": measured.accuracy,
                 "measured_se": measured.standard_error,
                 "expert_loss": float(own["test_loss"].mean()),

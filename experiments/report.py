@@ -122,7 +122,8 @@ def headline(merges: pd.DataFrame, tables: Tables) -> list[str]:
     if len(pooled):
         found.append(
             f"Over all regimes the bracket holds the measurement in {_several(list(pooled['inside']), percent=True)} "
-            f"of merges, and in {_several(list(pooled['inside_sampling']), percent=True)} when widened by twice its own "
+            "of merges, and in "
+            f"{_several(list(pooled['inside_sampling']), percent=True)} when widened by twice its own "
             f"standard error; its width tells merges worse than the base with AUC {_several(list(pooled['auc']))}, "
             f"merges below half the experts' accuracy with AUC {_several(list(pooled['auc_halved']))}."
         )

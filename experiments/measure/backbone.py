@@ -9,7 +9,7 @@ through fused attention kernels, so a copy of the model is used in which BatchNo
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,8 @@ from merging.flat import FlatSpace
 from merging.merge import flat_space
 from merging.partition import Partition, partition
 
-CHUNK_IMAGES = 512
-CHUNK_DIRECTIONS = 8
+CHUNK_IMAGES = 1024
+CHUNK_DIRECTIONS = 16
 
 
 class EvaluationBatchNorm(nn.Module):
@@ -187,29 +187,64 @@ def smoothness(
 
     An estimate of the smoothness L at one point, from below (tier *estimated*).
     """
+    found = smoothness_many(backbone, vector[None], (readout,), images[None], iterations=iterations, seed=seed)
+    return float(found[0])
+
+
+@torch.no_grad()
+def smoothness_many(
+    backbone: Backbone,
+    vectors: Tensor,
+    readouts: Sequence[Readout],
+    images: Tensor,
+    *,
+    iterations: int = 6,
+    seed: int = 0,
+) -> Tensor:
+    """:func:`smoothness` at K points at once.
+
+    Args:
+        vectors: (K, P).
+        readouts: K heads of one shape.
+        images: (K, n, channels, height, width), the n images of each point.
+
+    Returns:
+        (K,) estimates.
+    """
     generator = torch.Generator().manual_seed(seed)
-    point: tuple[Tensor, ...] = (vector,)
-    if readout.weight is not None:
-        point += (readout.weight, torch.zeros_like(readout.weight[:, 0]) if readout.bias is None else readout.bias)
+    points: tuple[Tensor, ...] = (vectors,)
+    first = readouts[0]
+    if first.weight is not None:
+        weights = torch.stack([_head(r)[0] for r in readouts])
+        points += (weights, torch.stack([_head(r)[1] for r in readouts]))
+    start = tuple(torch.randn(p.shape[1:], generator=generator, dtype=p.dtype) for p in points)
 
-    def logits(*parameters: Tensor) -> Tensor:
-        features = backbone.call(parameters[0], images)
-        return features if len(parameters) == 1 else features @ parameters[1].T + parameters[2]
+    def one(batch: Tensor, *point: Tensor) -> Tensor:
+        def logits(*parameters: Tensor) -> Tensor:
+            features = backbone.call(parameters[0], batch)
+            return features if len(parameters) == 1 else features @ parameters[1].T + parameters[2]
 
-    direction = _unit(tuple(torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in point))[0]
-    out, pull = vjp(logits, *point)[:2]
-    p = torch.softmax(out, dim=-1)
-    value = 0.0
-    for _ in range(iterations):
-        change = jvp(logits, point, direction)[1]
-        product = pull(p * (change - (p * change).sum(-1, keepdim=True)) / len(images))
-        direction, value = _unit(product)
-        if value == 0.0:
-            return 0.0
-    return value
+        direction, _ = _unit(start)
+        out, pull = vjp(logits, *point)[:2]
+        p = torch.softmax(out, dim=-1)
+        value = torch.zeros((), dtype=out.dtype)
+        for _ in range(iterations):
+            change = jvp(logits, point, direction)[1]
+            product = pull(p * (change - (p * change).sum(-1, keepdim=True)) / len(batch))
+            direction, value = _unit(product)
+        return value
+
+    chunks = zip(*(torch.split(t, CHUNK_DIRECTIONS) for t in (images, *points)), strict=True)
+    return torch.cat([vmap(one)(*chunk) for chunk in chunks])
 
 
-def _unit(parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], float]:
+def _head(readout: Readout) -> tuple[Tensor, Tensor]:
+    assert readout.weight is not None
+    bias = torch.zeros_like(readout.weight[:, 0]) if readout.bias is None else readout.bias
+    return readout.weight, bias
+
+
+def _unit(parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
     """Scale a tuple of tensors to joint norm one (zero stays zero); also the norm it had."""
-    norm = float(torch.stack([part.square().sum() for part in parts]).sum().sqrt())
-    return tuple(part / max(norm, 1e-30) for part in parts), norm
+    norm = torch.stack([part.square().sum() for part in parts]).sum().sqrt()
+    return tuple(part / norm.clamp(min=1e-30) for part in parts), norm
