@@ -24,7 +24,7 @@ TUNING_GRID = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 TUNED = ("task_arithmetic", "ties")
 """Methods whose coefficient lambda is also tuned (DARE equals task arithmetic in expectation)."""
 
-RISK_OPTIMAL = ("secant", "tangent_base", "secant_tangent", "tangent_expert", "tangent_both", "second_order")
+RISK_OPTIMAL = ("secant", "tangent_base", "secant_tangent", "second_order")
 """Predictions that ``risk_optimal`` minimises."""
 
 

@@ -18,7 +18,7 @@ from experiments.measure.backbone import Backbone, Readout, smoothness_many
 from experiments.measure.function_space import GroupStatistics
 from experiments.tasks.types import Family, Split
 
-SMOOTHNESS_IMAGES = 32
+SMOOTHNESS_IMAGES = 16
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ DIGIT_ARCHITECTURES = ("vit", "resnet_gn", "resnet_bn")
 
 
 def digit_vit(classes: int = 10) -> nn.Module:
-    """A ViT for 8x8 grey images: patch 4, width 40, depth 3 (50,770 parameters with ten classes).
+    """A ViT for 8x8 grey images: patch 4, width 40, depth 2 (34,290 parameters with ten classes).
 
     Position embeddings start at standard deviation 0.3: timm's 0.02 is made for long pretraining.
     """
@@ -30,7 +30,7 @@ def digit_vit(classes: int = 10) -> nn.Module:
         in_chans=1,
         num_classes=classes,
         embed_dim=40,
-        depth=3,
+        depth=2,
         num_heads=4,
         mlp_ratio=3,
         class_token=False,

@@ -75,6 +75,9 @@ def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
 
 def _render(figure: Figure, kind: str, metadata: dict[str, Any], dpi: int = 150) -> bytes:
     buffer = io.BytesIO()
+    if figure.get_layout_engine() is not None:  # solve the layout once, not at every rendering
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     with mpl.rc_context({"svg.hashsalt": "mergebound", "svg.fonttype": "path"}):
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata, facecolor="white")
     return buffer.getvalue()

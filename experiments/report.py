@@ -434,12 +434,19 @@ def _reproduce(meta: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def render_html(merges: pd.DataFrame, tables: Tables, drawn: Drawn, meta: Mapping[str, Any]) -> str:
+def render_html(
+    merges: pd.DataFrame,
+    tables: Tables,
+    drawn: Drawn,
+    meta: Mapping[str, Any],
+    svgs: Mapping[str, bytes] | None = None,
+) -> str:
     """The report as one HTML string.
 
     ``meta`` may hold: title, command, seed, versions (mapping), hashes (mapping), settings (mapping), assumptions
-    (sequence of (assumption, verdict, why)), notes (sequence of sentences).
+    (sequence of (assumption, verdict, why)), notes (sequence of sentences).  ``svgs``: figures already rendered.
     """
+    ready = svgs or {}
     lead, *rest = headline(merges, tables)
     title = str(meta.get("title", "Predicted and measured risk of merged models"))
     items = "".join(f"<li>{_escape(line)}</li>" for line in [*rest, *(str(note) for note in meta.get("notes", ()))])
@@ -473,7 +480,9 @@ def render_html(merges: pd.DataFrame, tables: Tables, drawn: Drawn, meta: Mappin
             html_table(tables.brackets_by_method, _BY_METHOD) if len(tables.brackets_by_method) else "",
             "TIES leaves the span of the experts, where the secant knows nothing.",
         ),
-        _section("Figures", "".join(_figure(name, picture) for name, picture in drawn.pictures.items())),
+        _section(
+            "Figures", "".join(_figure(name, picture, ready.get(name)) for name, picture in drawn.pictures.items())
+        ),
         _section(
             "Merging methods on held-out test sets", html_table(tables.optimal, _OPTIMAL) if len(tables.optimal) else ""
         ),
@@ -502,8 +511,8 @@ def render_html(merges: pd.DataFrame, tables: Tables, drawn: Drawn, meta: Mappin
     )
 
 
-def _figure(name: str, picture: plots.Picture) -> str:
-    drawing = inline_svg(plots.svg_bytes(picture.figure), name.replace("_", "-"))
+def _figure(name: str, picture: plots.Picture, svg: bytes | None = None) -> str:
+    drawing = inline_svg(svg or plots.svg_bytes(picture.figure), name.replace("_", "-"))
     return (
         f'<figure id="{_escape(name)}"><div class="paper">{drawing}</div>'
         f"<figcaption>{_escape(picture.caption)}</figcaption></figure>"
@@ -572,7 +581,8 @@ def write_report(
     for name, frame in frames.items():
         if frame is not None and len(frame):
             write_atomically(out / f"{name}.csv", frame.to_csv(index=False).encode())
+    svgs = {name: plots.svg_bytes(picture.figure) for name, picture in drawn.pictures.items()}
     for name, picture in drawn.pictures.items():
         write_atomically(out / "figures" / f"{name}.png", plots.png_bytes(picture.figure))
-        write_atomically(out / "figures" / f"{name}.svg", plots.svg_bytes(picture.figure))
-    return write_atomically(out / "report.html", render_html(merges, tables, drawn, meta).encode())
+        write_atomically(out / "figures" / f"{name}.svg", svgs[name])
+    return write_atomically(out / "report.html", render_html(merges, tables, drawn, meta, svgs).encode())
