@@ -464,7 +464,8 @@ def render_html(
         _section(
             "Chosen on one half of the experts, judged on the other",
             html_table(tables.selection, _SELECTION) if len(tables.selection) else "",
-            "Estimated: the best function-space prediction on the fit half. Calibrated: log "
+            "Choices and fits see one half's merges on the calibration images, judgements the other half's on the test "
+            "images. Estimated: the best function-space prediction on the fit half. Calibrated: log "
             "prediction = (1 − w) log secant + "
             "w log tangent, w fitted on the fit half, gap = log(tangent/secant).",
         ),

@@ -287,15 +287,22 @@ def bracket_table(
     return pd.DataFrame(rows)
 
 
+def fit_target(merges: pd.DataFrame) -> NDArray[np.float64]:
+    """What choices and fits are made against: the merges' measured loss on the calibration images, so that they see no
+    test image and no difference between two samples of images; the test loss where the former was not measured."""
+    on_calibration = _numbers(merges, "measured_loss_calibration")
+    return np.where(np.isfinite(on_calibration), on_calibration, _numbers(merges, "measured_loss"))
+
+
 def log_error(merges: pd.DataFrame, name: str) -> float:
-    """Median |log(predicted/measured)| of a prediction; infinite where it is absent."""
-    predicted, measured = _numbers(merges, f"pred_{name}"), _numbers(merges, "measured_loss")
+    """Median |log(predicted / :func:`fit_target`)| of a prediction; infinite where it is absent."""
+    predicted, measured = _numbers(merges, f"pred_{name}"), fit_target(merges)
     keep = np.isfinite(predicted) & np.isfinite(measured) & (predicted > 0) & (measured > 0)
     return float(np.median(np.abs(np.log(predicted[keep] / measured[keep])))) if keep.any() else float("inf")
 
 
 def choose(merges: pd.DataFrame, candidates: Sequence[str] = FUNCTION_SPACE) -> str:
-    """The candidate with the smallest median |log(predicted/measured)|.
+    """The candidate with the smallest :func:`log_error`.
 
     Raises ValueError if no candidate has a usable column.
     """
@@ -356,7 +363,7 @@ def _least_absolute(design: NDArray[np.float64], target: NDArray[np.float64]) ->
 
 def _fit_form(merges: pd.DataFrame, lower: str, upper: str, form: str) -> Combination:
     low, high = _logs(merges, lower), _logs(merges, upper)
-    target = np.log(_numbers(merges, "measured_loss")) - low
+    target = np.log(fit_target(merges)) - low
     keep = np.isfinite(low) & np.isfinite(high) & np.isfinite(target)
     low, high, target = low[keep], high[keep], target[keep]
     if keep.sum() < 4:
@@ -390,7 +397,7 @@ def fit_combination(
             for k in range(folds):
                 fitted = _fit_form(merges[fold != k], lower, upper, form)
                 held = merges[fold == k]
-                errors.append(np.abs(np.log(fitted.predict(held) / _numbers(held, "measured_loss"))))
+                errors.append(np.abs(np.log(fitted.predict(held) / fit_target(held))))
             error = float(np.nanmean(np.concatenate(errors)))
             if error < best_error * 0.98:
                 best, best_error = form, error
