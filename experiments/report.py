@@ -102,6 +102,9 @@ def headline(merges: pd.DataFrame, tables: Tables) -> list[str]:
                 worst = part.iloc[int(part["spearman_risk"].fillna(np.inf).argmin())]
                 limits = f"lowest {worst['spearman_risk']:.2f} [{worst['spearman_risk_low']:.2f}, "
                 limits += f"{worst['spearman_risk_high']:.2f}]"
+                if "same_images_error" in part:
+                    same = _several(list(part["same_images_error"]), percent=True)
+                    error += f" (against merges measured on the calibration images themselves: {same})"
                 sentences.append(
                     f"the prediction chosen on the other half of the experts ({names}) is off by "
                     f"{error} in the median; Spearman {risk} for the joint risk ({limits}) and "
@@ -228,6 +231,7 @@ _SELECTION: dict[str, str] = _CELL | {
     "ratio_q50": "50 %",
     "ratio_q95": "95 %",
     "median_error": "Median error",
+    "same_images_error": "on the same images",
     "spearman_risk": "Spearman risk",
     "spearman_risk_within": "within N",
     "spearman_cost": "Spearman cost",

@@ -424,6 +424,9 @@ def _judge(row: Row, judged: pd.DataFrame, value: NDArray[np.float64], settings:
     used = weights.overall[:, keep]
     median = st.interval(lambda w: st.quantile(error, 0.5, w), used, settings.scale, settings.level, (0.0, np.inf))
     row["median_error_low"], row["median_error_high"] = median.low, median.high
+    same = _numbers(judged, "measured_loss_calibration")[keep]
+    if np.isfinite(same).all():
+        row["same_images_error"] = float(np.median(np.abs(value[keep] / same - 1.0)))
     _rank_rows(row, "risk", value, measured, weights, settings, with_kendall=False)
     own = _numbers(judged, "expert_loss_calibration")
     _rank_rows(row, "cost", value - own, merging_cost(judged), weights, settings, with_kendall=False)
