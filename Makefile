@@ -22,7 +22,7 @@ demo: $(STAMP)  ## fine-tune, predict, merge, measure and report on the embedded
 	$(BIN)/mergebound demo --out out/demo
 
 test: $(STAMP)  ## run the test suite (under 6 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -133,9 +133,16 @@ def headline(merges: pd.DataFrame, tables: Tables) -> list[str]:
     found += _bound_sentence(tables.validation) + _optimal_sentence(tables.optimal)
     if len(tables.aims):
         met = int(tables.aims["met"].sum())
-        found.append(
-            f"{met} of {len(tables.aims)} stated aims are met; the table of aims lists each with what was reached."
-        )
+        missed = tables.aims[~tables.aims["met"].astype(bool)]
+        text = f"{met} of {len(tables.aims)} stated aims are met"
+        if len(missed):
+            listed = [
+                f"{row['aim']} ({plots.pretty(row['architecture'])}, {row['regime']}: {row['value']:.2f}, aim "
+                f"{row['target']})"
+                for row in missed.to_dict("records")
+            ]
+            text += "; not met: " + "; ".join(listed)
+        found.append(text + ".")
     return found
 
 
