@@ -37,7 +37,6 @@ def bound_columns(
 ) -> dict[str, Any]:
     """The master bound of one merge from the checkpoints (V and drift measured) and from the training logs (6(d))."""
     rows = drifts.iloc[list(members)]
-    size = len(members)
     risks = np.array([experts[j].training_loss for j in members])
     settings: dict[str, Any] = {"method": method.name, "trained_heads": trained_heads, "shared_samples": shares_images}
     if method.name in ("task_arithmetic", "dare"):
@@ -56,10 +55,11 @@ def bound_columns(
         private_drift=rows["head_drift"].to_numpy(),
         **settings,
     )
-    logged, weights = rows["drift_bound"].to_numpy(), np.full(size, 1.0 / size)
-    if method.name == "ties":  # |merged entry| <= lambda max_i |Delta_i|, hence |M - x_0|^2 <= lambda^2 sum d_i^2
-        settings["dispersion"] = float(weights @ (scale * np.sqrt((logged**2).sum()) + logged) ** 2)
-    from_logs = network_bound(risks, stiffness, logged, private_drift=rows["head_drift_bound"].to_numpy(), **settings)
+    logged = rows["drift_bound"].to_numpy()
+    private = rows["head_drift_bound"].to_numpy()
+    if method.name in ("ties", "dare"):
+        settings["dispersion"] = _non_linear_dispersion(method, members, pool, rows, settings, risks, private)
+    from_logs = network_bound(risks, stiffness, logged, private_drift=private, **settings)
     terms = {f"term_{term.name}": float(term.value) for term in from_logs.terms}
     chance = float(np.log(pool.classes))
     return {
@@ -69,6 +69,28 @@ def bound_columns(
         "vacuous_master_logs": bool(from_logs.value >= chance),
         **terms,
     }
+
+
+def _non_linear_dispersion(
+    method: MethodSpec,
+    members: Sequence[int],
+    pool: PoolStatistics,
+    rows: pd.DataFrame,
+    settings: Mapping[str, Any],
+    risks: np.ndarray,
+    private: np.ndarray,
+) -> float:
+    """Bound on E V of TIES or DARE from the logs: the shared part from its drift, BatchNorm's statistics (which these
+    methods average) as measured."""
+    cut = pool.backbone.space.offsets[len(pool.backbone.partition.shared)]
+    buffers = pool.deltas[list(members), cut:].double()
+    spread = float((buffers - buffers.mean(dim=0)).square().sum(dim=1).mean()) if buffers.numel() else 0.0
+    shared = np.sqrt(np.maximum(rows["drift_bound"].to_numpy() ** 2 - buffers.square().sum(dim=1).numpy(), 0.0))
+    if method.name == "ties":  # |merged entry| <= lambda max_i |Delta_i|, hence |M - x_0|^2 <= lambda^2 sum d_i^2
+        scale = float(method.settings.get("coefficient", 1.0))
+        return float(np.mean((scale * np.sqrt((shared**2).sum()) + shared) ** 2)) + spread
+    bound = network_bound(risks, pool.smoothness[list(members)], shared, private_drift=private, **settings)
+    return float(bound.V) + spread
 
 
 def expert_table(

@@ -5,9 +5,11 @@ Errors of the toolkit become one line on standard error and exit code 2; nothing
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +17,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from theory.errors import MergeboundError
+
+HELP = """Predict how well merged fine-tuned models will do, before merging them, and why.
+
+Start with **mergebound demo** (embedded data, about five minutes), go on with **mergebound predict** on checkpoints of
+your own, and **mergebound merge** them with the coefficients that it prints."""
 
 INTERRUPTED = "interrupted: what was finished is kept; run the same command again to continue"
 
@@ -25,15 +32,30 @@ def build_app() -> typer.Typer:
 
     app = typer.Typer(
         name="mergebound",
-        help="Predict how well merged fine-tuned models will do, before merging them, and why.",
+        help=HELP,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
         rich_markup_mode="markdown",
     )
+
+    @app.callback()
+    def common(
+        version: Annotated[
+            bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+        ] = False,
+    ) -> None:
+        """Options of the whole command."""
+
     for register in COMMANDS:
         register(app)
     return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mergebound {importlib.metadata.version('mergebound')}")
+        raise typer.Exit
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,11 +24,12 @@ SMOOTHNESS_IMAGES = 16
 @dataclass(frozen=True)
 class UnitCosts:
     """Measured seconds on one task's calibration images: a forward pass, a Jacobian product at a shared anchor, one at
-    an anchor of its own."""
+    an anchor of its own, and the measured smoothness of one expert."""
 
     forward: float
     product: float
     product_at: float
+    smoothness: float
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def collect_pool(
         done += len(rows)
         progress("collect", done, total)
     stiffness = np.full(len(experts), np.nan)
+    started = time.perf_counter()
     rows = [j for j in range(len(experts)) if partners[j]]
     if rows:
         some_images = torch.stack([calibration[tasks[j]].images[:SMOOTHNESS_IMAGES] for j in rows])
@@ -166,6 +168,7 @@ def collect_pool(
         anchors = (origin.expand(len(rows), -1), vectors[rows])
         found = [smoothness_many(backbone, point, heads, some_images, iterations=4) for point in anchors]
         stiffness[rows] = torch.maximum(*found).double().numpy()
+    per_smoothness = (time.perf_counter() - started) / max(len(rows), 1)
     started = time.perf_counter()
     some = calibration[tasks[0]].images
     backbone.products_at(vectors[:4], deltas[:4], torch.stack([some] * len(vectors[:4])))
@@ -184,5 +187,10 @@ def collect_pool(
         base_products,
         own_products,
         stiffness,
-        UnitCosts(clock["forward"] / max(counts["forward"], 1), clock["product"] / max(counts["product"], 1), at_own),
+        UnitCosts(
+            clock["forward"] / max(counts["forward"], 1),
+            clock["product"] / max(counts["product"], 1),
+            at_own,
+            per_smoothness,
+        ),
     )

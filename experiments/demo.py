@@ -16,6 +16,7 @@ from experiments.runner import Status, run_validation
 from experiments.spec import ValidationSpec
 from experiments.tasks.digits8 import digits8
 from experiments.validation import Settings
+from theory.errors import MergeboundError
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ def run_demo(
     Raises:
         MergeboundError: see :func:`experiments.runner.run_validation`.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     frames = run_validation(spec, out / "work", workers=workers, watch=watch)
     export_data(spec, out / "data")
-    settings = Settings(resamples=200, seed=spec.seed)
+    settings = Settings(resamples=300, seed=spec.seed)
     if watch is not None:
-        watch(Status("report", "tables and figures", 0.1))
+        watch(Status("report", "tables", 0.05))
     tables = compute_tables(frames.merges, frames.optimal, settings)
+    if watch is not None:
+        watch(Status("report", "figures", 0.4))
     meta = {
         "title": f"Predicted against measured risk of merged models: {spec.name}",
         "command": command,
@@ -71,6 +74,22 @@ def run_demo(
     if watch is not None:
         watch(Status("report", "done", 1.0))
     return Outcome(frames, tables, page)
+
+
+def prepare_folder(out: Path) -> None:
+    """Create the output folder.
+
+    Raises:
+        MergeboundError: it cannot be created or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise MergeboundError(
+            f"--out {out}: not a folder that can be written to ({error.strerror}); choose another"
+        ) from error
 
 
 def export_data(spec: ValidationSpec, folder: Path) -> None:
@@ -113,12 +132,14 @@ def flat_settings(spec: ValidationSpec) -> dict[str, str]:
 def assumptions(spec: ValidationSpec) -> list[tuple[str, str, str]]:
     """Assumptions of the bounds with verdicts (theory.md section 1)."""
     batch_norm = "resnet_bn" in spec.architectures
-    shared = spec.family.share_images
+    shared = spec.family.share_images or spec.heads == "shared"
     return [
         (
             "A1 samples are independent across tasks",
             "violated" if shared else "holds",
-            "all tasks train on the same images" if shared else "every task trains on images of its own",
+            "experts of different tasks, or of one soup, train on the same images"
+            if shared
+            else "every task trains on images of its own",
         ),
         (
             "A2 base, hyperparameters, stopping and coefficients do not depend on the samples",
@@ -152,11 +173,25 @@ def assumptions(spec: ValidationSpec) -> list[tuple[str, str, str]]:
 
 def notes(spec: ValidationSpec) -> list[str]:
     """What a reader must know to read the numbers."""
-    return [
+    found = [
         "Predictions and every tuned coefficient use calibration images; test images are used for measurements only.",
-        "Prediction: function-space risk (tier estimated). Certificates: upper bounds with an estimated remainder.",
+        f"All tasks draw their {spec.family.calibration_per_task} calibration images from the same "
+        f"{spec.family.calibration} digits, so a lucky draw moves all predictions together: the error on test images "
+        "is that of linearisation plus that of sampling. The columns named 'same images' leave linearisation alone.",
+        "A bracket narrower than the sampling error cannot hold a measurement on other images, however good it is; "
+        "widened by twice its standard error (known before merging) it should.",
+        "base_loss puts each expert's final head on the base. Worse than the base is not the same as collapsed: in "
+        "gentle regimes merges that hardly move can lie just above it, with a narrow bracket, so the width is no warning "
+        "of that. It does warn of lost accuracy.",
         "For TIES and DARE the secant is taken at the projection of the merge on the experts' span; tangents use the "
-        "whole direction.",
+        "whole direction. TIES leaves the span, where the secant knows nothing, and misses its bracket most often.",
         "The master bound for TIES uses a local sensitivity at fixed support and signs; TIES is discontinuous.",
-        "base_loss puts each expert's final head on the base; the collapse label is: merged loss above it.",
+        "For averaging the secant is the loss of the experts' mean logits (logit mean).",
+        "Pricing one merge from scratch costs more than evaluating it; it pays when many coefficients are priced.",
     ]
+    if spec.base.turns > 0:
+        found.append(
+            "The base was pretrained on turned and mirrored digits, that is, on views that several tasks are made of; "
+            "rolled and checkerboard digits are new to it. The preset digits8-weak-base pretrains on upright ones only."
+        )
+    return found

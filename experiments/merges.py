@@ -238,7 +238,10 @@ def reestimated_columns(bench: Bench, vector: Tensor, members: Sequence[int]) ->
 
 
 def _seconds(pool: PoolStatistics, size: int, linear: bool, merging: float, marginal: float) -> Row:
-    """Seconds to price one merge alone with nothing cached, from measured unit costs, against evaluating the merge."""
+    """Seconds to price one merge alone with nothing cached, from measured unit costs, against evaluating the merge.
+
+    Vector arithmetic on the checkpoints counts as nothing; the master bound costs its measured smoothness.
+    """
     c = pool.costs
     directions = size if linear else size + 1
     forward, product = size * (size + 1) * c.forward, size * directions * c.product
@@ -254,6 +257,15 @@ def _seconds(pool: PoolStatistics, size: int, linear: bool, merging: float, marg
         "seconds_curvature_endpoint": own,
         "seconds_curvature_segment": own + size * c.product_at,
         "seconds_curvature_gradient": own + size * c.product_at,
+        "seconds_bracket": chord + base,
+        "seconds_output": own,
+        "seconds_remainder": own + size * c.product_at,
+        "seconds_master_checkpoints": size * c.smoothness,
+        "seconds_master_logs": size * c.smoothness,
+        "seconds_expert_risk": size * c.forward,
+        "seconds_base_risk": size * c.forward,
+        "seconds_logit_mean": size * size * c.forward,
+        **dict.fromkeys(("seconds_task_vector_norm", "seconds_V", "seconds_cosine", "seconds_N"), 0.0),
         "seconds_midpoint": size * (c.forward + c.product_at),
         "seconds_marginal": marginal,
         "seconds_measure": merging + size * c.forward,

@@ -46,7 +46,9 @@ def run_regime(
     Raises:
         MergeboundError: so many experts diverged that no group is left.
     """
+    progress("pretrain", 0, 1)
     base = make_base(spec, architecture, family, folder)
+    progress("pretrain", 1, 1)
     place = folder / regime
     plans = draw_pool(spec, regime)
     experts = make_pool(spec, architecture, family, base, plans, place / "experts", progress)

@@ -204,7 +204,15 @@ def _legend(figure: Figure, handles: Sequence[Any]) -> None:
 
 def _few_ticks(low: float, high: float) -> list[float]:
     """At most three round numbers inside [low, high], spread evenly on the log scale."""
-    nice = [k * 10.0**e for e in range(-12, 13) for k in (1, 1.5, 2, 3, 5, 7) if low <= k * 10.0**e <= high]
+    nice: list[float] = []
+    for steps in (
+        (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+        tuple(k / 10 for k in range(10, 100)),
+        tuple(k / 100 for k in range(100, 1000)),
+    ):
+        nice = [k * 10.0**e for e in range(-12, 13) for k in steps if low <= k * 10.0**e <= high]
+        if len(nice) >= 3:
+            break
     if len(nice) <= 3:
         return nice
     wanted = np.exp(np.quantile(np.log([nice[0], nice[-1]]), [0.0, 0.5, 1.0]))
@@ -438,7 +446,7 @@ def risk_against_hyperparameters(
         Patch(color=SKY, alpha=0.3, linewidth=0, label="bracket"),
     ]
     if f"bound_{bound}" in frame:
-        handles.append(Line2D([], [], color=RED, linestyle="--", label="master bound (its trend; divided as noted)"))
+        handles.append(Line2D([], [], color=RED, linestyle="--", label="master bound (binned, divided as noted)"))
     _legend(figure, handles)
     caption = (
         f"{pretty(architecture)}: joint test loss of merges by {pretty(method)} against the mean hyperparameter of a "
@@ -611,8 +619,8 @@ def coefficient_sweep(coefficients: pd.DataFrame, seed: object = None) -> Pictur
     ]
     _legend(figure, handles)
     caption = (
-        "Task arithmetic x₀ + λ ΣΔᵢ: joint test loss against λ, median over groups, with the prediction as a band from "
-        f"secant to tangent at the base; rings mark each curve's minimum. Tier: estimated.{_seed_text(frame, seed)}"
+        "Task arithmetic x₀ + λ ΣΔᵢ: joint test loss against λ, median over a panel's groups, with the prediction as a band "
+        f"from secant to tangent at the base; rings mark each curve's minimum. Tier: estimated.{_seed_text(frame, seed)}"
     )
     return Picture(figure, caption)
 

@@ -575,7 +575,7 @@ def _verdict(joint: Mapping[Objective, Estimate], base_risk: float) -> tuple[flo
     low, high = min(values), max(values)
     error = max(joint["secant"].standard_error, joint["tangent"].standard_error)
     width = high - low
-    if low > base_risk:
+    if low > base_risk + 2.0 * error:
         return width, "wide", "worse than the base by every prediction: collapse; do not merge like this"
     if width <= max((NARROW - 1.0) * low, error):
         return width, "narrow", "trust the prediction"

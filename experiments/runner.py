@@ -20,7 +20,8 @@ from experiments.spec import ValidationSpec
 from theory.errors import MergeboundError
 
 STAGE_SHARES = {
-    "fine-tune": 0.30,
+    "pretrain": 0.02,
+    "fine-tune": 0.28,
     "collect": 0.15,
     "non-linear merges": 0.15,
     "merges": 0.28,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from theory.bound import ExpertTerms
-from theory.clock import Clock, clock, require_sgd
+from theory.clock import Clock, clock, log_response, require_sgd
 from theory.dispersion import smallest
 from theory.drift import drift_base, drift_energy, drift_log, drift_losses, drift_noise
 from theory.errors import AssumptionError, RecipeError
@@ -102,8 +102,8 @@ def expert_epsilon(
         if expert.D_2 is not None and expert.sampling != "reshuffle":
             rms = epsilon_rms(expert.D_2, known.tau, expert.n, variance)
             candidates["Theorem 2 (rms)"] = lambda: rms
-        if expert.batch_losses is not None and known.log_w is not None:
-            log_w = known.log_w
+        if expert.batch_losses is not None:
+            log_w = log_response(expert) if known.log_w is None else known.log_w
             candidates["Theorem 2, gap from the loss log"] = lambda: epsilon_from_losses(expert, known, log_w)
     if total_drift is not None:
         candidates["cap sqrt(2) d"] = lambda: epsilon_cap(total_drift)

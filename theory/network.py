@@ -128,5 +128,9 @@ def network_bound(
         )
         for i in range(size)
     )
-    measured = ["L", "expert risks", *(["V"] if dispersion is not None else ["drift"])]
+    measured = ["L", "expert risks", *(["V"] if dispersion is not None else [])]
+    if not held_out:
+        measured.append("drift" if epsilon is None else "epsilon")
+    if dispersion is None and "drift" not in measured:
+        measured.append("drift")
     return assemble_bound(parts, V, V_form, rows, assumptions, measured, None)

@@ -22,7 +22,8 @@ def register(app: typer.Typer) -> None:
             str, typer.Option("--spec", help="Preset (digits8, digits8-full, digits8-smoke) or a YAML file.")
         ] = "digits8",
         workers: Annotated[
-            int | None, typer.Option(help="Worker processes, one thread each (default: one per core and architecture).")
+            int | None,
+            typer.Option(min=1, help="Worker processes, one thread each (default: one per core and architecture)."),
         ] = None,
     ) -> None:
         """Fine-tune experts, predict the risk of their merges, merge, measure, and report.
@@ -30,7 +31,7 @@ def register(app: typer.Typer) -> None:
         Everything runs on images that come with scikit-learn.  Finished experts and merges are kept under OUT/work:
         stop with Ctrl-C whenever you like, and the same command continues.
         """
-        from experiments.demo import run_demo
+        from experiments.demo import prepare_folder, run_demo
         from experiments.report import headline
         from experiments.runner import Status
         from experiments.spec import load_spec
@@ -40,6 +41,7 @@ def register(app: typer.Typer) -> None:
         if not console.is_terminal:
             console = Console(width=150)
         chosen = load_spec(spec)
+        prepare_folder(out)
         with Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[name]:<10}"),
@@ -66,9 +68,12 @@ def register(app: typer.Typer) -> None:
             )
         table = summary(outcome.tables.validation, wide=console.width >= 140)
         console.print(
-            rich_table(table, "Predicted against measured joint test risk (Cost/eval: time against evaluating)")
+            rich_table(
+                table,
+                f"Predicted against measured joint test risk, seed {chosen.seed} (Cost/eval: time against evaluating)",
+            )
         )
         for sentence in headline(outcome.frames.merges, outcome.tables):
             console.print(f"• {sentence}", markup=False, highlight=False)
-        console.print(rich_table(outcome.tables.aims, "Stated aims, and what was reached"))
+        console.print(rich_table(outcome.tables.aims, f"Aims, and what was reached (seed {chosen.seed})"))
         console.print(f"Report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)
