@@ -181,8 +181,8 @@ def notes(spec: ValidationSpec) -> list[str]:
         "A bracket narrower than the sampling error cannot hold a measurement on other images, however good it is; "
         "widened by twice its standard error (known before merging) it should.",
         "base_loss puts each expert's final head on the base. Worse than the base is not the same as collapsed: in "
-        "gentle regimes merges that hardly move can lie just above it, with a narrow bracket, so the width is no warning "
-        "of that. It does warn of lost accuracy.",
+        "gentle regimes merges that hardly move can lie just above it, with a narrow bracket, so the width is no "
+        "warning of that. It does warn of lost accuracy.",
         "For TIES and DARE the secant is taken at the projection of the merge on the experts' span; tangents use the "
         "whole direction. TIES leaves the span, where the secant knows nothing, and misses its bracket most often.",
         "The master bound for TIES uses a local sensitivity at fixed support and signs; TIES is discontinuous.",

@@ -619,8 +619,9 @@ def coefficient_sweep(coefficients: pd.DataFrame, seed: object = None) -> Pictur
     ]
     _legend(figure, handles)
     caption = (
-        "Task arithmetic x₀ + λ ΣΔᵢ: joint test loss against λ, median over a panel's groups, with the prediction as a band "
-        f"from secant to tangent at the base; rings mark each curve's minimum. Tier: estimated.{_seed_text(frame, seed)}"
+        "Task arithmetic x₀ + λ ΣΔᵢ: joint test loss against λ, median over a panel's groups, with the prediction as a "
+        "band from secant to tangent at the base (linearisation only, no sampling error); rings mark each curve's "
+        f"minimum. Tier: estimated.{_seed_text(frame, seed)}"
     )
     return Picture(figure, caption)
 
