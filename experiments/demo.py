@@ -26,6 +26,7 @@ class Outcome:
     frames: Frames
     tables: Tables
     report: Path
+    example: str
 
 
 def run_demo(
@@ -73,7 +74,17 @@ def run_demo(
     )
     if watch is not None:
         watch(Status("report", "done", 1.0))
-    return Outcome(frames, tables, page)
+    return Outcome(frames, tables, page, predict_example(spec, frames, out))
+
+
+def predict_example(spec: ValidationSpec, frames: Frames, out: Path) -> str:
+    """A ``mergebound predict`` command for the first group's experts, which the run has left on disk."""
+    first = frames.merges.iloc[0]
+    place = out / "work" / spec.digest() / str(first["architecture"])
+    names, tasks = str(first["experts"]).split(";"), str(first["tasks"]).split(";")
+    experts = " ".join(str(place / str(first["regime"]) / "experts" / f"{name}.safetensors") for name in names)
+    data = " ".join(str(out / "data" / f"{task}.npz") for task in tasks)
+    return f"mergebound predict --base {place / 'base.safetensors'} --experts {experts} --data {data}"
 
 
 def prepare_folder(out: Path) -> None:

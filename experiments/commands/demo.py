@@ -76,4 +76,5 @@ def register(app: typer.Typer) -> None:
         for sentence in headline(outcome.frames.merges, outcome.tables):
             console.print(f"• {sentence}", markup=False, highlight=False)
         console.print(rich_table(outcome.tables.aims, f"Aims, and what was reached (seed {chosen.seed})"))
+        console.print(f"Try: {outcome.example}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"Report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,15 @@ def test_an_interruption_says_that_the_next_run_continues(capsys: Capture, monke
     assert code == 130
     assert "Traceback" not in shown.err
     assert "run the same command again to continue" in shown.err
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    line = error_line(capsys, "demo", "--spec", "digits8-smoke", "--out", str(tmp_path / "file"))
+    assert "--out" in line
+    assert "choose another" in line
+
+
+def test_the_version_is_that_of_the_distribution(capsys: Capture) -> None:
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out.strip() == f"mergebound {importlib.metadata.version('mergebound')}"

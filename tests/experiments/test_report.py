@@ -147,3 +147,23 @@ def test_atomic_write_leaves_the_old_file_on_failure(tmp_path: Path, monkeypatch
         r.write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_only_stated_aims_are_counted(frames: Frames) -> None:
+    tables = r.compute_tables(frames.merges, None, QUICK)
+    stated = tables.aims[tables.aims["kind"] == "stated"]
+    assert len(stated) < len(tables.aims)
+    assert not stated["regime"].eq("all").any()
+    sentence = r.headline(frames.merges, tables)[-1]
+    assert sentence.startswith(f"{int(stated['met'].sum())} of {len(stated)} stated aims")
+
+
+def test_reestimated_statistics_come_with_their_verdict(frames: Frames) -> None:
+    merges = frames.merges.assign(reestimated_loss=2.0, reestimated_accuracy=0.5)
+    table = r.reestimated_table(merges)
+    assert set(table["verdict"]) == {"not covered"}
+    mean = merges[(merges["method"] == "ties") & (merges["regime"] == table["regime"].iloc[0])]
+    mean = mean[mean["architecture"] == table["architecture"].iloc[0]]["measured_loss"].mean()
+    row = table[(table["method"] == "ties")].iloc[0]
+    assert row["measured_loss"] == pytest.approx(mean)
+    assert r.reestimated_table(frames.merges).empty
