@@ -19,7 +19,11 @@ def register(app: typer.Typer) -> None:
             "out/demo"
         ),
         spec: Annotated[
-            str, typer.Option("--spec", help="Preset (digits8, digits8-full, digits8-smoke) or a YAML file.")
+            str,
+            typer.Option(
+                "--spec",
+                help="YAML file or preset: digits8, digits8-{bn, full, smoke, soups, weak-base}.",
+            ),
         ] = "digits8",
         workers: Annotated[
             int | None,
