@@ -254,7 +254,10 @@ def _report(
         return
     kept = f"{record['private_from'] or 'the base'}"
     settings = ", ".join(f"{name}={_show(value)}" for name, value in record["parameters"].items())
-    typer.echo(f"{record['method']}({settings}) of {len(record['experts'])} experts, {size / 2**20:.1f} MiB")
+    given = record["coefficients"] or {}
+    alpha = "".join(f", {name} {value:.4g}" for name, value in given.items())
+    shown = f"({settings})" if settings else ""
+    typer.echo(f"{record['method']}{shown} of {len(record['experts'])} experts{alpha}, {size / 2**20:.1f} MiB")
     typer.echo(f"merged: {counts['shared']} shared tensors and {counts['buffers']} running statistics")
     if parts.private or parts.constants:
         listed = ", ".join(parts.private[:4]) + (", ..." if len(parts.private) > 4 else "")
