@@ -214,20 +214,25 @@ def draw_all(
     optimal: pd.DataFrame | None,
     prediction: str = "secant_tangent",
     seed: object = None,
+    settings: v.Settings | None = None,
 ) -> Drawn:
-    """Every figure that the frames allow; the others are listed with the reason."""
+    """Every figure that the frames allow; the others are listed with the reason.
+
+    ``settings``: those of the tables, so that figures show the same intervals.
+    """
     none = pd.DataFrame()
+    compared = none if optimal is None else optimal
     jobs: dict[str, Callable[[], plots.Picture]] = {
         "predicted_against_measured": lambda: plots.predicted_against_measured(merges, prediction),
         "predicted_against_measured_by_n": lambda: plots.predicted_against_measured(merges, prediction, colour="N"),
         "bracket_and_collapse": lambda: plots.bracket_and_collapse(merges),
-        "method_comparison": lambda: plots.method_comparison(none if optimal is None else optimal, merges, seed=seed),
+        "method_comparison": lambda: plots.method_comparison(compared, merges, settings=settings, seed=seed),
         "coefficient_sweep": lambda: plots.coefficient_sweep(none if coefficients is None else coefficients, seed),
         "loss_along_line": lambda: plots.loss_along_line(none if lines is None else lines, seed),
     }
     for name in dict.fromkeys(merges["architecture"]):
         jobs[f"risk_against_hyperparameters_{name}"] = lambda name=name: plots.risk_against_hyperparameters(  # type: ignore[misc]
-            merges, none if experts is None else experts, name, prediction=prediction
+            merges, none if experts is None else experts, name, prediction=prediction, settings=settings
         )
     jobs["bound_terms"] = lambda: plots.bound_terms(merges)
     pictures, skipped = {}, {}
@@ -607,7 +612,8 @@ def write_report(
         )
     out, meta = Path(out_dir), dict(meta or {})
     tables = tables or compute_tables(merges, optimal, settings)
-    drawn = draw_all(merges, experts, coefficients, lines, optimal, default_prediction(merges), seed=meta.get("seed"))
+    prediction = default_prediction(merges)
+    drawn = draw_all(merges, experts, coefficients, lines, optimal, prediction, meta.get("seed"), settings)
     frames = {
         "results": merges,
         "experts": experts,
