@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from theory import Expert, Merge, Schedule, expert_moments, merge_moments, with_true_constants
-from theory.compare import compare
 from theory.quadratic import QuadraticTask
 from theory.scaling import scaling_markdown, scaling_table
-from theory.statements import statements
+from theory.side_by_side import compare
+from theory.statement_labels import statements
 from theory.tightness import all_ratios, random_batch
 
 BATCHES, CONFIGURATIONS, RECIPES = 160, 64, 400

@@ -14,18 +14,17 @@ Nothing here imports torch; sympy is imported when a formula is first needed.
 
 from theory import schedules
 from theory.assumptions import Assumption
-from theory.clock import Clock, clock
-from theory.compare import compare
+from theory.clocks import Clock, clock
 from theory.comparison import Comparison
 from theory.constrained import Polytope, box, minimise_over, simplex, summing_to
 from theory.derivations import Derivation, derive
-from theory.design import Budget, Design, design, design_number
 from theory.enclosure import Enclosure, enclose
 from theory.errors import AssumptionError, MergeboundError, RecipeError
 from theory.export import bound_to_python, formula_to_python, latex_document
 from theory.function_space import LogitField, predict_risk, secant, tangent
 from theory.generalization import ConfidentRisk, GapBound, high_probability, l1_gap, theorem_1
 from theory.heads import head_split
+from theory.inverse_design import Budget, Design, design, design_number
 from theory.laws import best_lambda, lambda_law, number_law
 from theory.lemma import directional_risk, layered_risk, matrix_risk, moved_risk
 from theory.linearization_error import LogitCurvature, account, loss_change, loss_interval, secant_error, tangent_error
@@ -63,12 +62,13 @@ from theory.risk import (
     network_bound,
     task_stability,
 )
+from theory.risk_surface import Surface, averaging, merged, minimise_on, optimal, task_arithmetic
 from theory.scaling import scaling_table
 from theory.scaling_law import MergingLaw, SizeLaw, fit_merging_law, fit_size_law
 from theory.sensitivity import LocalSensitivity, local_sensitivity
-from theory.statements import Statement, statements
+from theory.side_by_side import compare
+from theory.statement_labels import Statement, statements
 from theory.subsets import best_subset, best_subsets, shapley
-from theory.surface import Surface, averaging, merged, minimise_on, optimal, task_arithmetic
 from theory.symbols import glossary
 from theory.tightness import random_batch
 from theory.training import training_risk

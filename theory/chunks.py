@@ -10,7 +10,7 @@ import numpy as np
 
 from theory.assumptions import Assumption
 from theory.bound import Bound, ExpertTerms, Term
-from theory.clock import is_constant, step_count
+from theory.clocks import is_constant, step_count
 from theory.recipe import Expert, Merge, Schedule
 from theory.symbolic import FloatArray
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from theory.clock import Clock, Steps, _stepwise, require_sgd, step_count, write_out
+from theory.clocks import Clock, Steps, _stepwise, require_sgd, step_count, write_out
 from theory.errors import AssumptionError, RecipeError
 from theory.recipe import Expert, Schedule
 from theory.symbolic import FloatArray, Formula, evaluate, times, vacuous

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from theory.clock import is_constant, lowest_curvature, nu_formula, smoothness, tau_formula
+from theory.clocks import is_constant, lowest_curvature, nu_formula, smoothness, tau_formula
 from theory.errors import MergeboundError
 from theory.operators import coefficients
 from theory.recipe import Expert, Schedule, per_expert

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from theory.clock import clock, is_constant, log_response, lowest_curvature, smoothness, step_excess
+from theory.clocks import clock, is_constant, log_response, lowest_curvature, smoothness, step_excess
 from theory.dispersion import sums_of_others
 from theory.drift import drift_base, drift_energy, drift_log, drift_losses, drift_noise, finite_batch_factor
 from theory.errors import AssumptionError, RecipeError

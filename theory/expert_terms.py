@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from theory.bound import ExpertTerms
-from theory.clock import Clock, clock, log_response, require_sgd
+from theory.clocks import Clock, clock, log_response, require_sgd
 from theory.dispersion import smallest
 from theory.drift import decays_outside_buffer, drift_base, drift_energy, drift_log, drift_losses, drift_noise
 from theory.errors import AssumptionError, RecipeError

@@ -22,7 +22,7 @@ def formulas() -> tuple[Callable[[], Formula], ...]:
     >>> [make().name for make in formulas()][:3]
     ['risk', 'risk', 'gap']
     """
-    from theory.clock import nu_formula, tau_formula
+    from theory.clocks import nu_formula, tau_formula
     from theory.drift import drift_base_formula, drift_energy_formula, drift_noise_formula
     from theory.generalization import deviation_formula, l1_formula, theorem_1_formula
     from theory.laws import lambda_formula, number_formula
@@ -81,7 +81,7 @@ def formula_to_python(formula: Formula, name: str | None = None, *, module: Modu
     calculators use limits or log space (kappa = 0, overflow), the plain function divides by zero or overflows.  Raises
     :class:`MergeboundError` for names that are not identifiers.
 
-    >>> from theory.clock import tau_formula
+    >>> from theory.clocks import tau_formula
     >>> print(formula_to_python(tau_formula(), "training_time"))
     import math
     <BLANKLINE>

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from theory.assemble import base_assumptions, measured_run, refuse_broken
 from theory.assumptions import Assumption, Tier, tier_of
 from theory.checks import amounts, fitting, fitting_experts, summing_to_one
-from theory.clock import Clock, Steps, clock, log_response, write_out
+from theory.clocks import Clock, Steps, clock, log_response, write_out
 from theory.dispersion import smallest
 from theory.errors import AssumptionError, RecipeError
 from theory.expert_terms import epsilon_inputs, expert_epsilon

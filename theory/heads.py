@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from theory.clock import lowest_curvature, require_sgd, smoothness, step_excess, write_out
+from theory.clocks import lowest_curvature, require_sgd, smoothness, step_excess, write_out
 from theory.errors import AssumptionError, RecipeError
 from theory.recipe import Expert
 from theory.stability import gamma_of_weights, largest_gap

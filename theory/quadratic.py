@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from theory.clock import Steps, require_sgd, write_out
+from theory.clocks import Steps, require_sgd, write_out
 from theory.errors import RecipeError
 from theory.recipe import Expert
 from theory.symbolic import FloatArray

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from theory.clock import require_sgd, write_out
+from theory.clocks import require_sgd, write_out
 from theory.errors import AssumptionError, RecipeError
 from theory.recipe import Expert
 from theory.symbolic import FloatArray

@@ -13,7 +13,7 @@ from theory.assemble import Ingredients, assemble_bound, base_assumptions, measu
 from theory.assumptions import Assumption
 from theory.bound import Bound, ExpertTerms, Term
 from theory.chunks import configurations, in_pieces
-from theory.clock import smoothness, step_count
+from theory.clocks import smoothness, step_count
 from theory.expert_terms import expert_drift, expert_epsilon, expert_terms
 from theory.master import MasterTerms, assemble_master, master_formula, optimization_side, task_stability
 from theory.network import network_bound

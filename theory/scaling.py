@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from theory.clock import nu_formula, tau_formula
+from theory.clocks import nu_formula, tau_formula
 from theory.drift import drift_base_formula, drift_energy_formula, drift_noise_formula
 from theory.errors import MergeboundError
 from theory.stability import (

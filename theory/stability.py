@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from theory.clock import Clock, Steps, is_constant, require_sgd, step_count, step_excess, write_out
+from theory.clocks import Clock, Steps, is_constant, require_sgd, step_count, step_excess, write_out
 from theory.errors import AssumptionError, RecipeError
 from theory.recipe import Expert, Schedule
 from theory.symbolic import FloatArray, Formula, evaluate, times, vacuous

@@ -17,7 +17,7 @@ from theory.constrained import Objective, minimise_over, summing_to
 from theory.convex import Minimum
 from theory.errors import MergeboundError
 from theory.function_space import Array
-from theory.surface import Choice, Rule, Surface, coefficients_of, domain_without, merged, minimise_on
+from theory.risk_surface import Choice, Rule, Surface, coefficients_of, domain_without, merged, minimise_on
 
 _EXACT_SHAPLEY = 10
 _EXPENSIVE, _CHEAP = 200, 20_000
@@ -44,7 +44,7 @@ def best_subset(
 
     >>> import numpy as np
     >>> from theory.function_space import LogitField
-    >>> from theory.surface import averaging, surface
+    >>> from theory.risk_surface import averaging, surface
     >>> slopes = np.array([[[2.0, 0.0]], [[0.0, 1.0]], [[1.0, 0.0]]])
     >>> task = LogitField(np.zeros((1, 2)), slopes, np.array([0]), "secant")
     >>> best_subset(surface([task]), averaging(), 2).experts
@@ -66,7 +66,7 @@ def best_subsets(surface: Surface, rule: Rule, *, max_nodes: int = 2000) -> tupl
     """The best subset of every size from 0 (the base) to N.
 
     >>> from theory import averaging, secant
-    >>> from theory.surface import surface
+    >>> from theory.risk_surface import surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
     >>> asked = surface([task])
     >>> [choice.experts for choice in best_subsets(asked, averaging())]
@@ -211,7 +211,7 @@ def shapley(surface: Surface, rule: Rule, *, orders: int | None = None, seed: in
 
     >>> import numpy as np
     >>> from theory.function_space import LogitField
-    >>> from theory.surface import surface, task_arithmetic
+    >>> from theory.risk_surface import surface, task_arithmetic
     >>> task = LogitField(np.zeros((1, 2)), np.array([[[1.0, 0.0]], [[0.0, 0.0]]]), np.array([0]), "secant")
     >>> shapley(surface([task]), task_arithmetic(1.0)).value.round(3).tolist()  # the second expert does nothing
     [0.38, 0.0]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from theory.clock import clock
+from theory.clocks import clock
 from theory.dispersion import centred_bound, triangle_bound
 from theory.drift import drift_base, drift_energy, drift_noise
 from theory.errors import AssumptionError, RecipeError

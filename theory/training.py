@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from theory.clock import (
+from theory.clocks import (
     _stepwise,
     geometric_sums,
     is_constant,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from theory.errors import MergeboundError
 from theory.function_space import Array, LogitField
-from theory.surface import Choice, Rule, Surface, coefficients_of, indices, merged, task_arithmetic
+from theory.risk_surface import Choice, Rule, Surface, coefficients_of, indices, merged, task_arithmetic
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def leave_one_out(
             then chosen for those.
 
     >>> from theory import averaging, secant
-    >>> from theory.surface import surface
+    >>> from theory.risk_surface import surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
     >>> asked = surface([task])
     >>> leave_one_out(asked, averaging()).change.round(3).tolist()  # without the second it is better
@@ -83,7 +83,7 @@ def additions(surface: Surface, rule: Rule, experts: Iterable[int]) -> Changes:
     """Add each expert that is not yet in the merge; its statistics are among the surface's (:func:`add_expert`).
 
     >>> from theory import averaging, secant
-    >>> from theory.surface import surface
+    >>> from theory.risk_surface import surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
     >>> asked = surface([task])
     >>> additions(asked, averaging(), [0]).change.round(3).tolist()
@@ -201,7 +201,7 @@ def best_coefficient(
     """The best common coefficient lambda of task arithmetic over all experts, or over some.
 
     >>> import numpy as np
-    >>> from theory.surface import surface
+    >>> from theory.risk_surface import surface
     >>> task = LogitField(np.zeros((2, 2)), np.array([[[2.0, 0.0], [1.0, 0.0]]]), np.array([0, 1]), "secant")
     >>> round(best_coefficient(surface([task])).t, 3)
     0.42
@@ -238,7 +238,7 @@ def lambda_curve(surface: Surface, values: npt.ArrayLike, *, experts: Iterable[i
     """Task arithmetic over a range of common coefficients.
 
     >>> from theory import averaging, secant
-    >>> from theory.surface import surface
+    >>> from theory.risk_surface import surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
     >>> asked = surface([task])
     >>> lambda_curve(asked, [0.0, 0.5, 1.0]).risk.round(3).tolist()
@@ -253,7 +253,7 @@ def pair_curve(surface: Surface, first: int, second: int, values: npt.ArrayLike)
     """The segment ``(1 - t) x_first + t x_second`` between two experts.
 
     >>> from theory import averaging, secant
-    >>> from theory.surface import surface
+    >>> from theory.risk_surface import surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
     >>> asked = surface([task])
     >>> pair_curve(asked, 0, 1, [0.0, 0.5, 1.0]).risk.round(3).tolist()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from theory import AssumptionError, Expert, RecipeError, Schedule, clock
-from theory.clock import (
+from theory.clocks import (
     geometric_sums,
     heavy_ball_curve,
     heavy_ball_log_response,

@@ -13,9 +13,9 @@ from quadratic_recipes import random_problem
 from tiny_worlds import KNOWN, cosine, pseudo_huber, world
 
 from theory import Expert, Merge, MergeboundError, RecipeError, Schedule, master_bound, merge_moments
-from theory.compare import compare
 from theory.comparison import QUANTITIES
 from theory.generalization import l1_gap
+from theory.side_by_side import compare
 
 SLACK = 1 + 1e-9
 CLAIMS: dict[str, Any] = dict(shared_samples=False, data_independent_choices=True, per_sample_loss=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from theory.clock import nu_formula, tau_formula
+from theory.clocks import nu_formula, tau_formula
 from theory.derivations import Step, derivations, derive, probes
 from theory.derivations.core import Derivation, check_step
 from theory.drift import drift_base_formula, drift_energy_formula, drift_noise_formula

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from theory import Expert, Merge, RecipeError, Schedule, master_bound
-from theory.design import Budget, Design, _Problem, _variables, design, design_number
+from theory.inverse_design import Budget, Design, _Problem, _variables, design, design_number
 
 
 def expert(name: str = "a", **changes: object) -> Expert:

@@ -99,7 +99,7 @@ def _with_samples(factor: int) -> Merge:
 
 
 def test_export_refuses() -> None:
-    from theory.clock import tau_formula
+    from theory.clocks import tau_formula
 
     with pytest.raises(MergeboundError, match="is not a name"):
         formula_to_python(tau_formula(), "no name")

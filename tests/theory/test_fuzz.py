@@ -28,12 +28,12 @@ from theory import (
     network_bound,
     task_stability,
 )
-from theory.compare import compare
 from theory.dispersion import centred_bound, orthogonal_bound, triangle_bound
 from theory.drift import drift_saturation
 from theory.errors import MergeboundError, RecipeError
 from theory.generalization import high_probability, l1_gap, theorem_1
 from theory.lemma import directional_risk, layered_risk, moved_risk
+from theory.side_by_side import compare
 from theory.stability import epsilon_cap, epsilon_rms, epsilon_sup, gamma
 
 TINY, HUGE = 5e-324, 1.7e308

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from theory import AssumptionError, Expert, Merge, RecipeError, clock, expert_epsilon, task_stability
-from theory.clock import write_out
+from theory.clocks import write_out
 from theory.generalization import (
     deviation_formula,
     high_probability,

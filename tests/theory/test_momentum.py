@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from theory import Expert, Schedule, clock
-from theory.clock import (
+from theory.clocks import (
     convex_momentum_log_response,
     heavy_ball_curve,
     heavy_ball_log_response,

@@ -9,7 +9,7 @@ import pytest
 from quadratic_recipes import random_expert, random_problem, random_task
 
 from theory import Expert, QuadraticTask, Schedule, expert_moments, merge_moments
-from theory.clock import write_out
+from theory.clocks import write_out
 from theory.drift import buffer_weights
 from theory.quadratic import constant_gap, draw_batches, draw_data, simulate_sgd
 

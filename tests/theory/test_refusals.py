@@ -20,7 +20,7 @@ from theory import (
     theorem_1,
 )
 from theory.function_space import LogitField, minimise_risk
-from theory.surface import surface
+from theory.risk_surface import surface
 from theory.what_if import lambda_curve
 
 HALVES, ONES = [0.5, 0.5], [1.0, 1.0]

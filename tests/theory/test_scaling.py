@@ -10,7 +10,7 @@ import pytest
 import sympy
 
 from theory import Expert, clock
-from theory.clock import sgd_times
+from theory.clocks import sgd_times
 from theory.dispersion import orthogonal_bound
 from theory.drift import drift_base, drift_energy, drift_noise, drift_saturation
 from theory.errors import MergeboundError

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from theory import Expert, RecipeError, Schedule, clock
-from theory.clock import write_out
+from theory.clocks import write_out
 from theory.stability import (
     epsilon_from_losses,
     epsilon_sup,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from theory import Expert, master_bound
-from theory.clock import heavy_ball_convex_response
-from theory.statements import Statement, statements
+from theory.clocks import heavy_ball_convex_response
+from theory.statement_labels import Statement, statements
 from theory.tightness import all_ratios, expert_ratios, merge_ratios, random_batch
 
 ROWS = statements()

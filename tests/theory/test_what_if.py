@@ -23,8 +23,7 @@ from theory.function_space import (
     risk_gradient,
     tangent,
 )
-from theory.subsets import best_subset, best_subsets, greedy_subset, shapley
-from theory.surface import (
+from theory.risk_surface import (
     Rule,
     Surface,
     averaging,
@@ -34,6 +33,7 @@ from theory.surface import (
     surface,
     task_arithmetic,
 )
+from theory.subsets import best_subset, best_subsets, greedy_subset, shapley
 from theory.what_if import (
     add_expert,
     additions,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from theory.clock import nu_formula, tau_formula
+from theory.clocks import nu_formula, tau_formula
 from theory.derivations import probes
 from theory.derivations.core import Derivation, Step
 from theory.drift import drift_base_formula, drift_energy_formula, drift_noise_formula

@@ -1,6 +1,6 @@
 """Other people's bounds, on the same recipes as ours, with their assumptions and their domains.
 
-One file per paper; every bound is a :class:`PublishedBound`.  :func:`theory.compare.compare` puts them side by side.
+One file per paper; every bound is a :class:`PublishedBound`.  :func:`theory.compare` puts them side by side.
 """
 
 from theory.published.common import MEANING, PublishedBound, Quantity

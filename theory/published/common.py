@@ -10,7 +10,7 @@ import numpy as np
 
 from theory.assemble import base_assumptions, measured_run
 from theory.assumptions import Assumption, Tier, tier_of
-from theory.clock import _stepwise, require_sgd, smoothness, step_count
+from theory.clocks import _stepwise, require_sgd, smoothness, step_count
 from theory.errors import AssumptionError, RecipeError
 from theory.operators import operator_assumptions, sensitivity
 from theory.recipe import Expert, Merge, Schedule, per_expert

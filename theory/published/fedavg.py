@@ -33,7 +33,7 @@ from collections.abc import Collection
 import numpy as np
 
 from theory.assumptions import Assumption
-from theory.clock import smoothness, step_excess, write_out
+from theory.clocks import smoothness, step_excess, write_out
 from theory.drift import _need, _noise, _unbiased
 from theory.errors import AssumptionError
 from theory.operators import added_dispersion, coefficients

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from theory.assumptions import Assumption
-from theory.clock import _stepwise, smoothness, step_count
+from theory.clocks import _stepwise, smoothness, step_count
 from theory.errors import AssumptionError
 from theory.published.common import (
     PublishedBound,

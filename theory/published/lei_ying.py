@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from theory.assumptions import Assumption
-from theory.clock import smoothness, write_out
+from theory.clocks import smoothness, write_out
 from theory.errors import AssumptionError, RecipeError
 from theory.published.common import (
     PublishedBound,

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from theory.assumptions import Assumption
-from theory.clock import smoothness
+from theory.clocks import smoothness
 from theory.errors import RecipeError
 from theory.expert_terms import expert_drift
 from theory.published.common import (

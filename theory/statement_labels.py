@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from theory.clock import clock, convex_momentum_log_response, heavy_ball_convex_response, sgd_times
+from theory.clocks import clock, convex_momentum_log_response, heavy_ball_convex_response, sgd_times
 from theory.dispersion import centred_bound, orthogonal_bound, triangle_bound
 from theory.drift import drift_base, drift_energy, drift_log, drift_losses, drift_noise
 from theory.generalization import high_probability, l1_gap, theorem_1
