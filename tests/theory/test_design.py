@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from theory import Expert, Merge, RecipeError, Schedule, master_bound
-from theory.inverse_design import Budget, Design, _Problem, _variables, design, design_number
+from theory.inverse_design import Budget, Design, design, design_number
+from theory.inverse_design.problem import Problem
+from theory.inverse_design.question import read_variables
 
 
 def expert(name: str = "a", **changes: object) -> Expert:
@@ -183,7 +185,7 @@ def test_candidates_do_not_take_forms_from_each_other() -> None:
     merge = Merge((*merge.experts, replace(merge.experts[0], name="b")))
     free = {"learning_rate": (0.1, 3.0)}
     models = dict.fromkeys(("a", "b"), lambda item: 0.1)
-    problem = _Problem(merge, _variables(merge, free), (), None, Budget("samples", np.inf), models)
+    problem = Problem(merge, read_variables(merge, free), (), None, Budget("samples", np.inf), models)
     rates = np.array([[0.2, 0.9, 1.5]])
     together = problem.bounds(rates)
     alone = [float(problem.bounds(rates[:, [index]])[0]) for index in range(3)]
