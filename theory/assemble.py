@@ -120,7 +120,8 @@ class Ingredients:
 def assemble_bound(
     parts: Ingredients,
     V: FloatArray,
-    V_form: str,
+    effective_V: FloatArray,
+    dispersion_form: str,
     experts: tuple[ExpertTerms, ...],
     assumptions: list[Assumption],
     measured: list[str],
@@ -160,12 +161,12 @@ def assemble_bound(
         stability_formula = stability_formula.replace("c_i^2 eps_i^2", "(c_i^2 eps_i^2 + eps_private,i^2)")
     formulas = {
         "training": f"sqrt(sum p_j F_j(x_j)), {risk} risks",
-        "dispersion": f"sqrt(L/2 V), V {V_form}",
+        "dispersion": f"sqrt(L/2 V), V {dispersion_form}",
         "instability": "not needed: held-out risks" if parts.held_out else stability_formula,
     }
-    if "task by task" in V_form:
-        anchor = "a_j" if "base anchors" in V_form else "x_j"
-        both = "" if V_form.startswith("task by task") and " or " not in V_form else " or joint V"
+    if "task by task" in dispersion_form:
+        anchor = "a_j" if "base anchors" in dispersion_form else "x_j"
+        both = "" if dispersion_form.startswith("task by task") and " or " not in dispersion_form else " or joint V"
         formulas["training"] = f"sqrt(sum p_j F_j({anchor})), {risk} risks"
         formulas["training"] += ", a_j = x_j or x_0" if anchor == "a_j" else ""
         formulas["dispersion"] = (
@@ -180,6 +181,7 @@ def assemble_bound(
         measured=tuple(dict.fromkeys(measured)),
         experts=experts,
         V=V,
-        V_form=V_form,
+        effective_V=effective_V,
+        dispersion_form=dispersion_form,
         merge=merge,
     )

@@ -45,8 +45,12 @@ class Bound:
     """An upper bound on the joint risk of a merged model, with everything needed to check and to read it.
 
     ``value`` (loss, shape ``(...)``, ``inf`` where vacuous) comes with its ``tier``; ``terms`` are training, dispersion
-    and instability; ``measured`` lists the measured constants that were used; ``V`` is the dispersion behind the second
-    term and ``V_form`` the inequality that gave it.
+    and instability; ``measured`` lists the measured constants that were used.
+
+    ``V`` (param^2) is an upper bound on the dispersion ``E sum_j p_j ||M - x_j||^2``, from the drifts or given.
+    ``effective_V`` is *not* a dispersion: it is the number for which ``sqrt(max_j L_j/2 effective_V)`` is the second
+    term, by the inequality that ``dispersion_form`` names.  Where experts differ in smoothness, or anchors are taken
+    task by task, it may lie below the true dispersion: never report it as V.
     """
 
     value: FloatArray
@@ -56,7 +60,8 @@ class Bound:
     measured: tuple[str, ...]
     experts: tuple[ExpertTerms, ...]
     V: FloatArray
-    V_form: str
+    effective_V: FloatArray
+    dispersion_form: str
     merge: Merge | None = field(default=None, repr=False)
 
     @property

@@ -94,7 +94,8 @@ def in_pieces(merge: Merge, bound: Callable[[Merge], Bound]) -> Bound:
         measured=_union(piece.measured for piece in pieces),
         experts=experts,
         V=join([piece.V for piece in pieces]),
-        V_form=_names(piece.V_form for piece in pieces),
+        effective_V=join([piece.effective_V for piece in pieces]),
+        dispersion_form=_names(piece.dispersion_form for piece in pieces),
         merge=merge,
     )
 

@@ -111,7 +111,7 @@ def expand(bound: Bound) -> Expanded:
         base.append(table("initial_risk") if known else None)
         instability += p[index] * stiffness / 2 * float(row.sensitivity) ** 2 * epsilon**2
         numbers |= table.numbers
-    if bound.V_form.startswith("task by task"):
+    if bound.dispersion_form.startswith("task by task"):
         left = _task_by_task(bound, d, L, p, risks, base, numbers)
     else:
         joint = sum((w * value for w, value in zip(p, risks, strict=True)), sympy.Integer(0))
@@ -201,7 +201,7 @@ def _dispersion_expression(bound: Bound, d: list[Any], L: list[Any], p: list[flo
         return largest / 2 * float(merge.dispersion)
     alpha = [float(value) for value in coefficients(merge)]
     weights: list[Any] = list(p)
-    form, stiffness = bound.V_form, largest
+    form, stiffness = bound.dispersion_form, largest
     if form.endswith("(weights p L)"):
         form, stiffness = form.split(" ")[0], sum(w * s for w, s in zip(p, L, strict=True))
         weights = [w * s / stiffness for w, s in zip(p, L, strict=True)]

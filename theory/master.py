@@ -109,13 +109,15 @@ def lifted(*values: ArrayLike) -> list[FloatArray]:
 class OptimizationSide:
     """Theorem 4 in numbers: ``training`` + ``dispersion`` (unit sqrt(loss)) bound ``sqrt E F_S(M)``; shape ``(...)``.
 
-    ``V`` is the dispersion behind the second term (``dispersion^2 = max(L)/2 V``) and ``form`` the inequality that gave
-    it; ``from_base`` (shape ``(N, ...)``) marks tasks whose anchor is the base.
+    ``V`` bounds the dispersion ``E sum p_j ||M - x_j||^2``; ``effective_V`` is what the second term is made of
+    (``dispersion^2 = max(L)/2 effective_V``), possibly below the true dispersion, and ``form`` the inequality that
+    gave it; ``from_base`` (shape ``(N, ...)``) marks tasks whose anchor is the base.
     """
 
     training: FloatArray
     dispersion: FloatArray
     V: FloatArray
+    effective_V: FloatArray
     form: str
     from_base: NDArray[np.bool_]
 
@@ -175,11 +177,11 @@ def optimization_side(
     Per-expert arguments have shape ``(N, ...)``; ``base_risks`` is ``inf`` where unknown; ``extra`` is what random
     masks add to every squared distance.
     """
-    V, form = effective_dispersion(drift, alpha, weights, smoothness, extra, orthogonal)
+    V, effective, form = effective_dispersion(drift, alpha, weights, smoothness, extra, orthogonal)
     risks, p, L, d, a = lifted(expert_risks, weights, smoothness, drift, alpha)
     largest = L.max(axis=0)
     training = np.sqrt(times(p, risks).sum(axis=0))
-    second = np.sqrt(times(largest / 2, V))
+    second = np.sqrt(times(largest / 2, effective))
     squares = task_distances(d, a) ** 2
     if orthogonal:
         squares = np.minimum(squares, orthogonal_distances(d, a))
@@ -190,7 +192,7 @@ def optimization_side(
     total, anchors, from_base = sharpest_side(risks, p, L, squares + extra, base_risks, nearby)
     sharper = total < training + second
     if not sharper.any():
-        return OptimizationSide(training, second, V, form, np.zeros(risks.shape, dtype=bool))
+        return OptimizationSide(training, second, V, effective, form, np.zeros(risks.shape, dtype=bool))
     left = np.maximum(total - anchors, 0.0)
     taken = from_base & sharper
     name = "task by task, base anchors" if taken.any() else "task by task"
@@ -198,7 +200,8 @@ def optimization_side(
     return OptimizationSide(
         np.where(sharper, anchors, training),
         np.where(sharper, left, second),
-        np.where(sharper, 2 * left**2 / stiff, V),
+        V,
+        np.where(sharper, 2 * left**2 / stiff, effective),
         name if sharper.all() else f"{form} or {name}",
         taken,
     )
@@ -252,14 +255,15 @@ def task_stability(
 @np.errstate(all="ignore")
 def effective_dispersion(
     drift: FloatArray, alpha: FloatArray, p: FloatArray, L: FloatArray, extra: FloatArray, orthogonal: bool
-) -> tuple[FloatArray, str]:
-    """V such that ``max(L)/2 V`` bounds the term: the smaller of the p-weighted and the pL-weighted inequality."""
+) -> tuple[FloatArray, FloatArray, str]:
+    """V by the p-weighted inequality; the effective V such that ``max(L)/2 V`` bounds the term, the smaller of the
+    p-weighted and the pL-weighted inequality; and which."""
     d, a, w, stiff = lifted(drift, alpha, p, L)
     plain, form = smallest_bound(d, a, w, orthogonal=orthogonal)
     if np.all(stiff == stiff[:1]):
-        return plain + extra, form
+        return plain + extra, plain + extra, form
     mean, largest = (w * stiff).sum(axis=0), stiff.max(axis=0)
     weighted, other = smallest_bound(d, a, w * stiff / mean, orthogonal=orthogonal)
     value, which = smallest({"p": plain + extra, "pL": times(mean / largest, weighted + extra)})
     names = {"p": form, "pL": f"{other} (weights p L)"}
-    return value, " or ".join(names[name] for name in which.split(" or "))
+    return plain + extra, value, " or ".join(names[name] for name in which.split(" or "))

@@ -90,12 +90,13 @@ def network_bound(
     stiff = np.broadcast_to(L, (size,)) if L.ndim == 0 else L
     side = None
     if dispersion is not None:
-        V, V_form = np.asarray(dispersion, dtype=np.float64), "given (checkpoints)"
+        V, dispersion_form = np.asarray(dispersion, dtype=np.float64), "given (checkpoints)"
+        effective_V = V
     else:
         alpha = operators.coefficients(merge)
         added = operators.added_dispersion(merge, d)
         side = optimization_side(risks, p, stiff, d, alpha, added, False, given.get("base_risks"))
-        V, V_form = side.V, side.form
+        V, effective_V, dispersion_form = side.V, side.effective_V, side.form
     trained = np.full(size, trained_heads)
     private = None if private_drift is None else np.asarray(private_drift, dtype=np.float64)
     total = d if private is None else np.hypot(d, private)
@@ -146,4 +147,4 @@ def network_bound(
         measured.append("drift")
     if side is not None and np.any(side.from_base):
         measured.append("base risks")
-    return assemble_bound(parts, V, V_form, rows, assumptions, measured, None, side)
+    return assemble_bound(parts, V, effective_V, dispersion_form, rows, assumptions, measured, None, side)

@@ -40,7 +40,7 @@ def master_bound(merge: Merge, *, recursion: bool | None = None) -> Bound:
     >>> run = dict(n=1000, batch_size=10, learning_rate=0.1, steps=50, curvature="convex", L=1.0, D_inf=2.0,
     ...            initial_gradient_norm=0.5, sigma=1.0, training_risk=0.05)
     >>> bound = master_bound(Merge((Expert("a", **run), Expert("b", **run))))
-    >>> round(float(bound.value), 4), bound.V_form, bound.tier  # estimated: A1 to A3 are not stated
+    >>> round(float(bound.value), 4), bound.dispersion_form, bound.tier  # estimated: A1 to A3 are not stated
     (4.6435, 'triangle', 'estimated')
     """
     refuse_broken(merge)
@@ -76,13 +76,14 @@ def _bound_at_once(merge: Merge, recursion: bool) -> Bound:
     risks = _stack([row.risk for row in rows])
     side = None
     if merge.dispersion is not None:
-        V, V_form = np.asarray(merge.dispersion, dtype=np.float64), "given (checkpoints)"
+        V, dispersion_form = np.asarray(merge.dispersion, dtype=np.float64), "given (checkpoints)"
+        effective_V = V
     else:
         assert alpha is not None
         d = _stack([row.drift for row in rows if row.drift is not None])
         base = _base_risks(merge)
         side = optimization_side(risks, p, L, d, alpha, added_dispersion(merge, d), orthogonal, base)
-        V, V_form = side.V, side.form
+        V, effective_V, dispersion_form = side.V, side.effective_V, side.form
         for used, expert in zip(side.from_base, merge.experts, strict=True):
             if np.any(used):
                 measured.extend(f"{expert.name}: {name}" for name in expert.is_measured("initial_risk"))
@@ -98,7 +99,7 @@ def _bound_at_once(merge: Merge, recursion: bool) -> Bound:
         measured_smoothness=any("L" in expert.measured for expert in merge.experts),
         held_out=False,
     )
-    assumptions.extend(_expertbase_assumptions(merge, V_form))
+    assumptions.extend(_merge_assumptions(merge))
     split_arrays = (_stack([inner for inner, _ in splits]), _stack([outer for _, outer in splits]))
     parts = Ingredients(
         names=tuple(expert.name for expert in merge.experts),
@@ -113,7 +114,7 @@ def _bound_at_once(merge: Merge, recursion: bool) -> Bound:
         shared=bool(merge.shared_samples),
         held_out=False,
     )
-    return assemble_bound(parts, V, V_form, tuple(rows), assumptions, measured, merge, side)
+    return assemble_bound(parts, V, effective_V, dispersion_form, tuple(rows), assumptions, measured, merge, side)
 
 
 def _base_risks(merge: Merge) -> FloatArray | None:
@@ -127,9 +128,9 @@ def _base_risks(merge: Merge) -> FloatArray | None:
     return _stack([value.astype(np.float64) for value in found])
 
 
-def _expertbase_assumptions(merge: Merge, V_form: str) -> list[Assumption]:
+def _merge_assumptions(merge: Merge) -> list[Assumption]:
     found = []
-    if "orthogonal" in V_form:
+    if merge.orthogonal_task_vectors and merge.dispersion is None:
         found.append(
             Assumption(
                 "7", "task vectors are orthogonal in expectation", "holds", "stated in the recipe, and used for V"

@@ -68,7 +68,11 @@ def bound_as_dict(bound: Bound) -> dict[str, Any]:
             }
             for term in bound.terms
         ],
-        "dispersion": {"V": plain(bound.V), "form": bound.V_form},
+        "dispersion": {
+            "V": plain(bound.V),
+            "effective_V": plain(bound.effective_V),
+            "form": bound.dispersion_form,
+        },
         "experts": [
             {
                 "name": row.name,

@@ -94,17 +94,18 @@ def test_base_side_wins_for_small_coefficients() -> None:
     """lambda -> 0 keeps the base: the bound tends to the base's risk, not to drift squared."""
     pair = tuple(expert(name, initial_risk=0.3, sigma=None) for name in "ab")
     bound = master_bound(Merge(pair, method="task_arithmetic", coefficients=1e-6, **STATED))
-    assert bound.V_form == "task by task, base anchors"
+    assert bound.dispersion_form == "task by task, base anchors"
     assert float(bound.value) == pytest.approx(0.3, rel=1e-3)
     far = master_bound(Merge(pair, method="task_arithmetic", coefficients=0.9, **STATED))
-    assert "base" not in far.V_form
+    assert "base" not in far.dispersion_form
     measured = tuple(replace(item, measured=frozenset({"initial_risk"})) for item in pair)
     lowered = master_bound(Merge(measured, method="task_arithmetic", coefficients=1e-6, **STATED))
     assert lowered.tier == "estimated"
     assert "a: initial_risk" in lowered.measured
     assert master_bound(Merge(measured, method="task_arithmetic", coefficients=0.9, **STATED)).tier == "certified"
     trained = tuple(replace(item, head="trained") for item in pair)  # F_j(x_0) would need the final heads
-    assert "base" not in master_bound(Merge(trained, method="task_arithmetic", coefficients=1e-6, **STATED)).V_form
+    heads = master_bound(Merge(trained, method="task_arithmetic", coefficients=1e-6, **STATED))
+    assert "base" not in heads.dispersion_form
     network = network_bound(
         [0.1, 0.1], 2.0, [1.0, 1.0], method="task_arithmetic", coefficients=1e-9, base_risks=[0.3] * 2, held_out=True
     )
@@ -118,7 +119,7 @@ def test_weighting_by_p_and_L_helps_where_the_stiff_task_is_rare() -> None:
     side = optimization_side(risks, p, L, d, p, np.zeros(()), False)
     naive = np.sqrt(0.1) + np.sqrt(50 / 2 * float(p @ d**2))
     assert float(side.training + side.dispersion) < 0.5 * naive
-    assert float(side.dispersion) ** 2 == pytest.approx(50 / 2 * float(side.V))
+    assert float(side.dispersion) ** 2 == pytest.approx(50 / 2 * float(side.effective_V))
 
 
 def test_pieces_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

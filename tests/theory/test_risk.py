@@ -73,7 +73,7 @@ def test_master_bound_by_hand() -> None:
     own = np.sqrt((np.sqrt(0.05) + np.sqrt(0.5) * d) ** 2 / 2 + (np.sqrt(0.15) + np.sqrt(0.5) * d) ** 2 / 2)
     expected = own + np.sqrt(0.5 * eps2 / 4)
     assert own < np.sqrt(0.1) + np.sqrt(0.5 * d**2)  # task by task is the sharpest aggregation here
-    assert bound.V_form == "task by task"
+    assert bound.dispersion_form == "task by task"
     assert float(bound.value) == pytest.approx(expected**2)
     assert bound.tier == "certified"
     assert [term.name for term in bound.terms] == ["training", "dispersion", "instability"]
