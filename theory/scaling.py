@@ -165,7 +165,6 @@ def _regime(name: str) -> Regime:
     raise MergeboundError(f"scaling: {name!r} is not a regime; choose one of {', '.join(r.name for r in REGIMES)}")
 
 
-@cache
 def leading_term(term: str, regime: str) -> Any:
     """What a term tends to in a regime, as a sympy expression in tau, nu and the other symbols; 0 where it vanishes.
 
@@ -175,15 +174,19 @@ def leading_term(term: str, regime: str) -> Any:
     >>> str(leading_term("epsilon", "saturated, full batch"))
     'D_\\\\infty*\\\\tau/n'
     """
+    return _leading(term, _regime(regime).limits)
+
+
+@cache
+def _leading(term: str, towards: tuple[tuple[str, str], ...]) -> Any:
     import sympy
 
-    chosen = _regime(regime)
     if term == "training risk (PL)":
         power = (1 - symbol("mu") * symbol("eta")) ** symbol("K")
         expression = term_expression(term, "contracting").subs(power, 0)
     else:
         expression = _term(term, symbol("tau"), symbol("nu"))
-    for key, target in chosen.limits:
+    for key, target in towards:
         item = symbol(key)
         if target == "n":
             expression = expression.subs(item, symbol("n"))
@@ -235,10 +238,14 @@ def exponent(term: str, hyperparameter: str, regime: str) -> Any:
     chosen = _regime(regime)
     if expression == 0 or (hyperparameter == "b" and ("b", "n") in chosen.limits):
         return sympy.nan
-    value = _elasticity(expression, hyperparameter)
+    parts = [_elasticity(expression, hyperparameter)]
     for key, clock in zip(("tau", "nu"), long_clock(chosen.rate), strict=True):
-        value += _elasticity(expression, key) * _elasticity(clock, hyperparameter)  # chain rule
-    return sympy.simplify(value)
+        share = _elasticity(expression, key)
+        if share != 0:
+            parts.append(share * _elasticity(clock, hyperparameter))  # chain rule
+    parts = [part for part in parts if part != 0]
+    value = sum(parts, sympy.Integer(0))
+    return value if value.is_number else sympy.simplify(value)
 
 
 @cache
@@ -246,6 +253,8 @@ def _elasticity(expression: Any, key: str) -> Any:
     import sympy
 
     item = symbol(key)
+    if item not in expression.free_symbols:
+        return sympy.Integer(0)
     return sympy.simplify(item * sympy.diff(sympy.expand_log(sympy.log(expression), force=True), item))
 
 

@@ -266,17 +266,36 @@ def _constant_recursion(expert: Expert, gap: FloatArray) -> FloatArray:
     )
     if factor.ndim == 0:
         return np.asarray(_scalar_recursion(float(factor), float(drag), float(kick), int(last) + 1))
-    error = np.zeros(factor.shape)
-    shortest, still = int(last.min()), np.zeros(factor.shape, dtype=bool)
-    for k in range(min(int(last.max()) + 1, LONGEST_RECURSION)):
-        moved = np.hypot(factor * error + drag, kick)
-        if k % 256 == 255:
-            still = (moved == error) | np.isinf(moved)
-            if still.all():
-                error = np.where(k <= last, moved, error)
-                break
-        error = moved if k <= shortest else np.where(k <= last, moved, error)
-    return np.where((last < LONGEST_RECURSION) | still, error, np.inf)
+    value = _many_recursions(*(np.ravel(array) for array in (factor, drag, kick, last)))
+    return value.reshape(factor.shape)
+
+
+def _many_recursions(factor: FloatArray, drag: FloatArray, kick: FloatArray, last: FloatArray) -> FloatArray:
+    """``e <- hypot(factor e + drag, kick)`` for ``last + 1`` steps, many at once; ``inf`` where it is given up."""
+    # (1 - factor) LONGEST_RECURSION < 10 is far from rest after that many steps: relative changes exceed 1e-13 there
+    restless = ((1 - factor) * LONGEST_RECURSION < 10) & ((drag > 0) | (kick > 0))
+    value = np.where((last >= LONGEST_RECURSION) & restless, np.inf, 0.0)
+    places = np.flatnonzero(value == 0)
+    places = places[np.argsort(-last[places], kind="stable")]  # the longest first: those that still run are in front
+    f, d, u, ends = (array[places] for array in (factor, drag, kick, np.minimum(last, LONGEST_RECURSION - 1)))
+    k = 0
+    error = np.zeros(places.shape)
+    while places.size:
+        stop, rest = min(int(ends[0]) + 1, k + 256), np.zeros(places.shape, dtype=bool)
+        while k < stop:
+            running = int(np.searchsorted(-ends, -k, side="right"))
+            until = min(int(ends[running - 1]) + 1, stop)
+            old = moved = error[:running]
+            f_now, d_now, u_now = f[:running], d[:running], u[:running]
+            for _ in range(k, until):
+                old, moved = moved, np.hypot(f_now * moved + d_now, u_now)
+            rest[:running] = (moved == old) | ~np.isfinite(moved)
+            error[:running], k = moved, until
+        done = rest | (ends < k)
+        given_up = (last[places] >= LONGEST_RECURSION) & ~rest
+        value[places[done]] = np.where(given_up, np.inf, error)[done]
+        places, error, f, d, u, ends = (array[~done] for array in (places, error, f, d, u, ends))
+    return value
 
 
 def _scalar_recursion(factor: float, drag: float, kick: float, count: int) -> float:
