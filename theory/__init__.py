@@ -29,6 +29,7 @@ from theory.laws import best_lambda, lambda_law, number_law
 from theory.lemma import directional_risk, layered_risk, matrix_risk, moved_risk
 from theory.linearization_error import LogitCurvature, account, loss_change, loss_interval, secant_error, tangent_error
 from theory.master import sharpest_side
+from theory.one_pass import one_pass_merge, one_pass_moments, one_pass_overlap
 from theory.operators import Effect, Operator, explain_method, merge_with, operator
 from theory.per_layer import layered_secant, layered_tangent, minimise_per_layer
 from theory.published import (
@@ -44,7 +45,7 @@ from theory.published import (
 )
 from theory.quadratic import QuadraticTask, expert_moments, merge_moments, with_true_constants
 from theory.recipe import Expert, Merge, Schedule
-from theory.regression import RegressionTask, least_squares_merge, one_pass_moments, regression_merge
+from theory.regression import RegressionTask, least_squares_merge, least_squares_stability, regression_merge
 from theory.resampling import (
     cross_fitted_risk,
     difference_interval,
@@ -67,6 +68,7 @@ from theory.scaling import scaling_table
 from theory.scaling_law import MergingLaw, SizeLaw, fit_merging_law, fit_size_law
 from theory.sensitivity import LocalSensitivity, local_sensitivity
 from theory.side_by_side import compare
+from theory.simulation import named_generator, simulate_merge
 from theory.statement_labels import Statement, statements
 from theory.subsets import best_subset, best_subsets, shapley
 from theory.symbols import glossary
@@ -152,6 +154,7 @@ __all__ = [
     "layered_secant",
     "layered_tangent",
     "least_squares_merge",
+    "least_squares_stability",
     "leave_one_out",
     "lei_ying_l1",
     "lei_ying_l2",
@@ -168,9 +171,12 @@ __all__ = [
     "minimise_per_layer",
     "minimiser_interval",
     "moved_risk",
+    "named_generator",
     "network_bound",
     "number_law",
+    "one_pass_merge",
     "one_pass_moments",
+    "one_pass_overlap",
     "operator",
     "optimal",
     "pac_bayes_expectation",
@@ -188,6 +194,7 @@ __all__ = [
     "shapley",
     "sharpest_side",
     "simplex",
+    "simulate_merge",
     "statements",
     "summing_to",
     "tangent",
