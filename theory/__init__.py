@@ -16,18 +16,25 @@ from theory import schedules
 from theory.assumptions import Assumption
 from theory.clocks import Clock, clock
 from theory.comparison import Comparison
-from theory.constrained import Polytope, box, minimise_over, simplex, summing_to
+from theory.constrained import Polytope, coefficient_box, coefficient_simplex, coefficients_summing_to, minimise_over
 from theory.derivations import Derivation, derive
 from theory.enclosure import Enclosure, enclose
 from theory.errors import AssumptionError, MergeboundError, RecipeError
 from theory.export import bound_to_python, formula_to_python, latex_document
-from theory.function_space import LogitField, predict_risk, secant, tangent
+from theory.function_space import LogitField, minimise_risk, predict_risk, secant, tangent
 from theory.generalization import ConfidentRisk, GapBound, high_probability, l1_gap, theorem_1
 from theory.heads import head_split
 from theory.inverse_design import Budget, Design, design, design_number
 from theory.laws import best_lambda, lambda_law, number_law
 from theory.lemma import directional_risk, layered_risk, matrix_risk, moved_risk
-from theory.linearization_error import LogitCurvature, account, loss_change, loss_interval, secant_error, tangent_error
+from theory.linearization_error import (
+    LogitCurvature,
+    error_account,
+    loss_change,
+    loss_interval,
+    secant_error,
+    tangent_error,
+)
 from theory.master import sharpest_side
 from theory.one_pass import one_pass_merge, one_pass_moments, one_pass_overlap
 from theory.operators import Effect, Operator, explain_method, merge_with, operator
@@ -63,7 +70,6 @@ from theory.risk import (
     network_bound,
     task_stability,
 )
-from theory.risk_surface import Surface, averaging, merged, minimise_on, optimal, task_arithmetic
 from theory.scaling import scaling_table
 from theory.scaling_law import MergingLaw, SizeLaw, fit_merging_law, fit_size_law
 from theory.sensitivity import LocalSensitivity, local_sensitivity
@@ -71,6 +77,17 @@ from theory.side_by_side import compare
 from theory.simulation import named_generator, simulate_merge
 from theory.statement_labels import Statement, statements
 from theory.subsets import best_subset, best_subsets, shapley
+from theory.surfaces import (
+    Choice,
+    Rule,
+    Surface,
+    averaging,
+    minimise_on,
+    optimal_coefficients,
+    predicted_merge,
+    risk_surface,
+    task_arithmetic,
+)
 from theory.symbols import glossary
 from theory.tightness import random_batch
 from theory.training import training_risk
@@ -83,6 +100,7 @@ __all__ = [
     "Bound",
     "BoundInterval",
     "Budget",
+    "Choice",
     "Clock",
     "Comparison",
     "ConfidentRisk",
@@ -106,12 +124,12 @@ __all__ = [
     "Range",
     "RecipeError",
     "RegressionTask",
+    "Rule",
     "Schedule",
     "SizeLaw",
     "Statement",
     "Surface",
     "Term",
-    "account",
     "additions",
     "assemble_master",
     "averaging",
@@ -121,8 +139,10 @@ __all__ = [
     "best_subsets",
     "bound_interval",
     "bound_to_python",
-    "box",
     "clock",
+    "coefficient_box",
+    "coefficient_simplex",
+    "coefficients_summing_to",
     "compare",
     "consistency",
     "cross_fitted_risk",
@@ -132,6 +152,7 @@ __all__ = [
     "difference_interval",
     "directional_risk",
     "enclose",
+    "error_account",
     "expert_drift",
     "expert_epsilon",
     "expert_moments",
@@ -165,10 +186,10 @@ __all__ = [
     "matrix_risk",
     "merge_moments",
     "merge_with",
-    "merged",
     "minimise_on",
     "minimise_over",
     "minimise_per_layer",
+    "minimise_risk",
     "minimiser_interval",
     "moved_risk",
     "named_generator",
@@ -178,25 +199,25 @@ __all__ = [
     "one_pass_moments",
     "one_pass_overlap",
     "operator",
-    "optimal",
+    "optimal_coefficients",
     "pac_bayes_expectation",
     "pac_bayes_penalty",
     "pair_curve",
     "predict_risk",
+    "predicted_merge",
     "prediction_interval",
     "random_batch",
     "regression_merge",
     "risk_interval",
+    "risk_surface",
     "scaling_table",
     "schedules",
     "secant",
     "secant_error",
     "shapley",
     "sharpest_side",
-    "simplex",
     "simulate_merge",
     "statements",
-    "summing_to",
     "tangent",
     "tangent_error",
     "task_arithmetic",

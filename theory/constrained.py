@@ -102,34 +102,34 @@ class Polytope:
         return replace(self, at_most=np.vstack([old, more]), limit=np.concatenate([self.limit, to]))
 
 
-def box(size: int, low: float = 0.0, high: float = 1.0) -> Polytope:
+def coefficient_box(size: int, low: float = 0.0, high: float = 1.0) -> Polytope:
     """``low <= alpha_i <= high`` for every coefficient.
 
-    >>> box(2, -0.5, 1.5).upper.tolist()
+    >>> coefficient_box(2, -0.5, 1.5).upper.tolist()
     [1.5, 1.5]
     """
     return Polytope(np.full(size, float(low)), np.full(size, float(high)))
 
 
-def simplex(size: int, layers: int = 1) -> Polytope:
+def coefficient_simplex(size: int, layers: int = 1) -> Polytope:
     """Nonnegative coefficients with sum one, in each layer (coefficient ``i * layers + l`` is expert i's in layer l).
 
-    >>> simplex(4, layers=2).equal.tolist()
+    >>> coefficient_simplex(4, layers=2).equal.tolist()
     [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]
     """
     if layers < 1 or size % layers:
         raise MergeboundError(f"{size} coefficients cannot be spread over {layers} layers: give N times as many")
-    return box(size).with_equal(np.tile(np.eye(layers), size // layers), np.ones(layers))
+    return coefficient_box(size).with_equal(np.tile(np.eye(layers), size // layers), np.ones(layers))
 
 
-def summing_to(total: float, size: int, low: float = 0.0, high: float = 1.0) -> Polytope:
+def coefficients_summing_to(total: float, size: int, low: float = 0.0, high: float = 1.0) -> Polytope:
     """``low <= alpha_i <= high`` with ``sum_i alpha_i = total``.
 
-    >>> domain = summing_to(1.0, 3)
+    >>> domain = coefficients_summing_to(1.0, 3)
     >>> domain.equal.tolist(), domain.equal_to.tolist()
     ([[1.0, 1.0, 1.0]], [1.0])
     """
-    return box(size, low, high).with_equal(np.ones(size), total)
+    return coefficient_box(size, low, high).with_equal(np.ones(size), total)
 
 
 def minimise_over(
@@ -157,7 +157,8 @@ def minimise_over(
 
     >>> import numpy as np
     >>> goal = np.array([1.0, 0.0])
-    >>> found = minimise_over(lambda a: (float((a - goal) @ (a - goal)), 2 * (a - goal)), summing_to(0.5, 2))
+    >>> domain = coefficients_summing_to(0.5, 2)
+    >>> found = minimise_over(lambda a: (float((a - goal) @ (a - goal)), 2 * (a - goal)), domain)
     >>> found.point.round(4).tolist(), round(found.value, 4), found.gap < 1e-6
     ([0.5, 0.0], 0.25, True)
     """

@@ -447,7 +447,7 @@ class Account:
         return self.corrected - self.predicted
 
 
-def account(field: Field, alpha: npt.ArrayLike, missed: Array, unexplained: npt.ArrayLike = 0.0) -> Account:
+def error_account(field: Field, alpha: npt.ArrayLike, missed: Array, unexplained: npt.ArrayLike = 0.0) -> Account:
     """The second-order account of a prediction at the coefficients ``alpha``.
 
     Args:
@@ -464,7 +464,7 @@ def account(field: Field, alpha: npt.ArrayLike, missed: Array, unexplained: npt.
     >>> from theory.function_space import tangent
     >>> field = tangent(np.zeros((1, 2)), np.array([[[1.0, -1.0]]]), np.array([0]))
     >>> curved = LogitCurvature(np.array([[[-1.0, 1.0]]]))
-    >>> found = account(field, [1.0], tangent_error(curved, [1.0]))
+    >>> found = error_account(field, [1.0], tangent_error(curved, [1.0]))
     >>> round(float(found.predicted), 4), round(float(found.corrected), 4)
     (0.1269, 0.3133)
     """

@@ -13,11 +13,11 @@ from math import comb, factorial
 
 import numpy as np
 
-from theory.constrained import Objective, minimise_over, summing_to
+from theory.constrained import Objective, coefficients_summing_to, minimise_over
 from theory.convex import Minimum
 from theory.errors import MergeboundError
 from theory.function_space import Array
-from theory.risk_surface import Choice, Rule, Surface, coefficients_of, domain_without, merged, minimise_on
+from theory.surfaces import Choice, Rule, Surface, coefficients_of, domain_without, minimise_on, predicted_merge
 
 _EXACT_SHAPLEY = 10
 _EXPENSIVE, _CHEAP = 200, 20_000
@@ -44,17 +44,17 @@ def best_subset(
 
     >>> import numpy as np
     >>> from theory.function_space import LogitField
-    >>> from theory.risk_surface import averaging, surface
+    >>> from theory.surfaces import averaging, risk_surface
     >>> slopes = np.array([[[2.0, 0.0]], [[0.0, 1.0]], [[1.0, 0.0]]])
     >>> task = LogitField(np.zeros((1, 2)), slopes, np.array([0]), "secant")
-    >>> best_subset(surface([task]), averaging(), 2).experts
+    >>> best_subset(risk_surface([task]), averaging(), 2).experts
     (0, 2)
     """
     count = surface.experts
     if not 0 <= size <= count:
         raise MergeboundError(f"size = {size}, expected 0..{count}: as many experts as there are")
     if size == 0:
-        return merged(surface, rule, ())
+        return predicted_merge(surface, rule, ())
     most = (_EXPENSIVE if rule.kind == "optimal" else _CHEAP) if enumerate_up_to is None else enumerate_up_to
     if comb(count, size) <= most:
         return _enumerate(surface, rule, size)
@@ -66,9 +66,9 @@ def best_subsets(surface: Surface, rule: Rule, *, max_nodes: int = 2000) -> tupl
     """The best subset of every size from 0 (the base) to N.
 
     >>> from theory import averaging, secant
-    >>> from theory.risk_surface import surface
+    >>> from theory.surfaces import risk_surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
-    >>> asked = surface([task])
+    >>> asked = risk_surface([task])
     >>> [choice.experts for choice in best_subsets(asked, averaging())]
     [(), (0,), (0, 1)]
     """
@@ -82,9 +82,9 @@ def greedy_subset(surface: Surface, rule: Rule, size: int) -> Choice:
     is not convex.
     """
     chosen: tuple[int, ...] = ()
-    best = merged(surface, rule, ())
+    best = predicted_merge(surface, rule, ())
     for _ in range(size):
-        trials = [merged(surface, rule, (*chosen, i)) for i in range(surface.experts) if i not in chosen]
+        trials = [predicted_merge(surface, rule, (*chosen, i)) for i in range(surface.experts) if i not in chosen]
         best = min(trials, key=lambda choice: choice.risk)
         chosen = best.experts
     if not surface.convex:
@@ -101,7 +101,7 @@ def _enumerate(surface: Surface, rule: Rule, size: int) -> Choice:
         risks = surface.risk(alphas)
         k = int(np.argmin(risks))
         return Choice(subsets[k], alphas[k], float(risks[k]), 0.0, "enumeration")
-    trials = [merged(surface, rule, subset) for subset in subsets]
+    trials = [predicted_merge(surface, rule, subset) for subset in subsets]
     best = min(trials, key=lambda choice: choice.risk)
     lowest = min(choice.risk - choice.gap for choice in trials)
     return replace(best, gap=max(best.risk - lowest, 0.0), method="enumeration")
@@ -126,13 +126,13 @@ def _branch_and_bound(surface: Surface, rule: Rule, size: int, max_nodes: int) -
         strength = np.abs(point.reshape(count, -1)).max(axis=1)
         undecided = [i for i in range(count) if i not in inside and i not in outside]
         ranked = sorted(undecided, key=lambda i: -strength[i])
-        trial = merged(surface, rule, (*inside, *ranked[: size - len(inside)]))
+        trial = predicted_merge(surface, rule, (*inside, *ranked[: size - len(inside)]))
         if trial.risk < best.risk:
             best = trial
         split = ranked[0]
         for into, out in ((inside | {split}, outside), (inside, outside | {split})):
             if len(into) == size or count - len(out) == size:
-                leaf = merged(surface, rule, into if len(into) == size else set(range(count)) - out)
+                leaf = predicted_merge(surface, rule, into if len(into) == size else set(range(count)) - out)
                 closed = min(closed, leaf.risk - leaf.gap)
                 best = leaf if leaf.risk < best.risk else best
                 continue
@@ -162,7 +162,7 @@ def _relaxed(
         return minimise_on(surface, domain_without(surface, rule, outside), start)
     c = rule.shared(size)
     low, high = min(c, 0.0), max(c, 0.0)
-    domain = summing_to(size * c, surface.experts, low, high)
+    domain = coefficients_summing_to(size * c, surface.experts, low, high)
     domain = domain.holding(sorted(inside), c).holding(sorted(outside), 0.0)
     return minimise_over(_whole(surface), domain, start, tolerance=1e-6)
 
@@ -211,9 +211,9 @@ def shapley(surface: Surface, rule: Rule, *, orders: int | None = None, seed: in
 
     >>> import numpy as np
     >>> from theory.function_space import LogitField
-    >>> from theory.risk_surface import surface, task_arithmetic
+    >>> from theory.surfaces import risk_surface, task_arithmetic
     >>> task = LogitField(np.zeros((1, 2)), np.array([[[1.0, 0.0]], [[0.0, 0.0]]]), np.array([0]), "secant")
-    >>> shapley(surface([task]), task_arithmetic(1.0)).value.round(3).tolist()  # the second expert does nothing
+    >>> shapley(risk_surface([task]), task_arithmetic(1.0)).value.round(3).tolist()  # the second expert does nothing
     [0.38, 0.0]
     """
     count = surface.experts
@@ -225,7 +225,7 @@ def shapley(surface: Surface, rule: Rule, *, orders: int | None = None, seed: in
     if rule.kind != "optimal":
         risks, gaps = surface.risk(coefficients_of(surface, rule, subsets)), np.zeros(len(subsets))
     else:
-        choices = [merged(surface, rule, subset) for subset in subsets]
+        choices = [predicted_merge(surface, rule, subset) for subset in subsets]
         risks, gaps = np.array([c.risk for c in choices]), np.array([c.gap for c in choices])
     sizes = np.array([len(subset) for subset in subsets])
     share = np.array([factorial(s) * factorial(count - s - 1) / factorial(count) for s in range(count)])
@@ -249,7 +249,7 @@ def _sampled_shapley(surface: Surface, rule: Rule, orders: int, seed: int) -> Cr
     def risk(members: Sequence[int]) -> float:
         key = tuple(sorted(members))
         if key not in known:
-            known[key] = merged(surface, rule, key).risk
+            known[key] = predicted_merge(surface, rule, key).risk
         return known[key]
 
     draws = np.zeros((orders, count))

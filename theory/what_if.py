@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from theory.errors import MergeboundError
 from theory.function_space import Array, LogitField
-from theory.risk_surface import Choice, Rule, Surface, coefficients_of, indices, merged, task_arithmetic
+from theory.surfaces import Choice, Rule, Surface, coefficients_of, indices, predicted_merge, task_arithmetic
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,24 @@ def leave_one_out(
             then chosen for those.
 
     >>> from theory import averaging, secant
-    >>> from theory.risk_surface import surface
+    >>> from theory.surfaces import risk_surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
-    >>> asked = surface([task])
+    >>> asked = risk_surface([task])
     >>> leave_one_out(asked, averaging()).change.round(3).tolist()  # without the second it is better
     [0.839, -0.347]
     """
     members = indices(range(surface.experts) if experts is None else experts, surface.experts, "expert")
-    before = merged(surface, rule, members)
+    before = predicted_merge(surface, rule, members)
     after, change, gaps = [], [], []
     for i in members:
         rest = tuple(m for m in members if m != i)
         if not with_task:
-            choice, reference = merged(surface, rule, rest), before.risk
+            choice, reference = predicted_merge(surface, rule, rest), before.risk
         else:
             if len(surface.parts) != surface.experts:
                 raise MergeboundError("with_task needs one task per expert, in the same order")
             others = surface.on_tasks(j for j in range(len(surface.parts)) if j != i)
-            choice, reference = merged(others, rule, rest), float(others.risk(before.alpha))
+            choice, reference = predicted_merge(others, rule, rest), float(others.risk(before.alpha))
         after.append(choice)
         change.append(choice.risk - reference)
         gaps.append(choice.gap if with_task else max(choice.gap, before.gap))
@@ -83,16 +83,16 @@ def additions(surface: Surface, rule: Rule, experts: Iterable[int]) -> Changes:
     """Add each expert that is not yet in the merge; its statistics are among the surface's (:func:`add_expert`).
 
     >>> from theory import averaging, secant
-    >>> from theory.risk_surface import surface
+    >>> from theory.surfaces import risk_surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
-    >>> asked = surface([task])
+    >>> asked = risk_surface([task])
     >>> additions(asked, averaging(), [0]).change.round(3).tolist()
     [0.347]
     """
     members = indices(experts, surface.experts, "expert")
-    before = merged(surface, rule, members)
+    before = predicted_merge(surface, rule, members)
     others = tuple(i for i in range(surface.experts) if i not in members)
-    after = tuple(merged(surface, rule, (*members, i)) for i in others)
+    after = tuple(predicted_merge(surface, rule, (*members, i)) for i in others)
     return Changes(
         before,
         others,
@@ -201,9 +201,9 @@ def best_coefficient(
     """The best common coefficient lambda of task arithmetic over all experts, or over some.
 
     >>> import numpy as np
-    >>> from theory.risk_surface import surface
+    >>> from theory.surfaces import risk_surface
     >>> task = LogitField(np.zeros((2, 2)), np.array([[[2.0, 0.0], [1.0, 0.0]]]), np.array([0, 1]), "secant")
-    >>> round(best_coefficient(surface([task])).t, 3)
+    >>> round(best_coefficient(risk_surface([task])).t, 3)
     0.42
     """
     members = indices(range(surface.experts) if experts is None else experts, surface.experts, "expert")
@@ -238,9 +238,9 @@ def lambda_curve(surface: Surface, values: npt.ArrayLike, *, experts: Iterable[i
     """Task arithmetic over a range of common coefficients.
 
     >>> from theory import averaging, secant
-    >>> from theory.risk_surface import surface
+    >>> from theory.surfaces import risk_surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
-    >>> asked = surface([task])
+    >>> asked = risk_surface([task])
     >>> lambda_curve(asked, [0.0, 0.5, 1.0]).risk.round(3).tolist()
     [0.693, 0.474, 0.313]
     """
@@ -253,9 +253,9 @@ def pair_curve(surface: Surface, first: int, second: int, values: npt.ArrayLike)
     """The segment ``(1 - t) x_first + t x_second`` between two experts.
 
     >>> from theory import averaging, secant
-    >>> from theory.risk_surface import surface
+    >>> from theory.surfaces import risk_surface
     >>> task = secant(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]))
-    >>> asked = surface([task])
+    >>> asked = risk_surface([task])
     >>> pair_curve(asked, 0, 1, [0.0, 0.5, 1.0]).risk.round(3).tolist()
     [0.127, 0.474, 1.313]
     """

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from theory.constrained import Array, Polytope, box, minimise_over, simplex, summing_to
+from theory.constrained import (
+    Array,
+    Polytope,
+    coefficient_box,
+    coefficient_simplex,
+    coefficients_summing_to,
+    minimise_over,
+)
 from theory.convex import minimise
 from theory.errors import MergeboundError
 
@@ -37,7 +44,7 @@ def test_projection_onto_the_simplex_in_closed_form(seed: int, size: int) -> Non
     ordered = np.sort(goal)[::-1]
     excess = (np.cumsum(ordered) - 1) / np.arange(1, size + 1)
     exact = np.maximum(goal - excess[np.nonzero(ordered > excess)[0][-1]], 0.0)
-    found = minimise_over(nearest(goal), simplex(size))
+    found = minimise_over(nearest(goal), coefficient_simplex(size))
     np.testing.assert_allclose(found.point, exact, atol=1e-3)
     best = float(((exact - goal) ** 2).sum())
     assert found.value - found.gap - 1e-12 <= best <= found.value + 1e-12
@@ -55,8 +62,8 @@ def test_box_and_layered_simplex_agree_with_the_other_solver(seed: int) -> None:
         return float(r @ r), 2 * factor.T @ r
 
     for domain, options in (
-        (box(6, -0.5, 0.8), {"bounds": (-0.5, 0.8)}),
-        (simplex(6, layers=2), {"bounds": (0.0, 1.0), "simplex": True, "layers": 2}),
+        (coefficient_box(6, -0.5, 0.8), {"bounds": (-0.5, 0.8)}),
+        (coefficient_simplex(6, layers=2), {"bounds": (0.0, 1.0), "simplex": True, "layers": 2}),
     ):
         ours = minimise_over(objective, domain)
         theirs = minimise(objective, np.full(6, 1 / 3), **options)  # type: ignore[arg-type]
@@ -71,7 +78,7 @@ def test_box_and_layered_simplex_agree_with_the_other_solver(seed: int) -> None:
 def test_lower_bound_is_never_above_random_feasible_points_even_when_stopped(seed: int, iterations: int) -> None:
     rng = np.random.default_rng(seed)
     objective = steepest(rng.standard_normal((9, 3)), rng.standard_normal(9))
-    domain = box(3, -1, 1).with_at_most([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0]], [0.4, 0.3])
+    domain = coefficient_box(3, -1, 1).with_at_most([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0]], [0.4, 0.3])
     found = minimise_over(objective, domain, max_iterations=iterations)
     assert domain.violation(found.point) <= 1e-8
     points = rng.uniform(-1, 1, (4000, 3))
@@ -87,14 +94,14 @@ def test_minimum_of_affine_pieces_is_the_linear_program() -> None:
     """|x - 1/3| + |y + 1/4| on x + y = 1/2, 0 <= x, y <= 1: at (1/2, 0), value 5/12."""
     signs = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     heights = signs @ np.array([-1 / 3, 1 / 4])
-    found = minimise_over(steepest(signs, heights), summing_to(0.5, 2))
+    found = minimise_over(steepest(signs, heights), coefficients_summing_to(0.5, 2))
     assert found.value == pytest.approx(5 / 12, abs=1e-7)
     assert found.gap <= 1e-7
 
 
 def test_held_coefficients_and_redundant_constraints() -> None:
     goal = np.array([0.9, -0.2, 0.4])
-    domain = simplex(3).holding([1], 0.0)
+    domain = coefficient_simplex(3).holding([1], 0.0)
     found = minimise_over(nearest(goal), domain)
     np.testing.assert_allclose(found.point, [0.75, 0.0, 0.25], atol=1e-3)
     pinned = minimise_over(nearest(goal), domain.holding([0, 2], [0.6, 0.4]))
@@ -107,21 +114,21 @@ def test_held_coefficients_and_redundant_constraints() -> None:
 def test_impossible_and_malformed_domains_are_refused_by_name() -> None:
     goal = nearest(np.zeros(2))
     with pytest.raises(MergeboundError, match="satisfy"):
-        minimise_over(goal, summing_to(3.0, 2))
+        minimise_over(goal, coefficients_summing_to(3.0, 2))
     with pytest.raises(MergeboundError, match="satisfy"):
-        minimise_over(goal, simplex(2).holding([0, 1], 0.0))
+        minimise_over(goal, coefficient_simplex(2).holding([0, 1], 0.0))
     with pytest.raises(MergeboundError, match="satisfy"):
-        minimise_over(goal, box(2).with_at_most([1.0, 1.0], -1.0))
+        minimise_over(goal, coefficient_box(2).with_at_most([1.0, 1.0], -1.0))
     for low, high in ((1.0, 0.0), (np.nan, 1.0), (0.0, np.inf)):
         with pytest.raises(MergeboundError, match="bounds"):
-            box(2, low, high)
+            coefficient_box(2, low, high)
     with pytest.raises(MergeboundError, match="equal"):
         Polytope(np.zeros(2), np.ones(2), np.ones((1, 3)), np.ones(1))
     with pytest.raises(MergeboundError, match="at_most"):
-        box(2).with_at_most([np.nan, 1.0], 1.0)
+        coefficient_box(2).with_at_most([np.nan, 1.0], 1.0)
     with pytest.raises(MergeboundError, match="layers"):
-        simplex(5, layers=2)
+        coefficient_simplex(5, layers=2)
     with pytest.raises(MergeboundError, match="start"):
-        minimise_over(goal, box(2), [0.0])
+        minimise_over(goal, coefficient_box(2), [0.0])
     with pytest.raises(MergeboundError, match="finite"):
-        minimise_over(lambda a: (np.inf, a), box(2))
+        minimise_over(lambda a: (np.inf, a), coefficient_box(2))

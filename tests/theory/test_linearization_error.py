@@ -23,10 +23,10 @@ from theory.function_space import (
 )
 from theory.linearization_error import (
     LogitCurvature,
-    account,
     best_weight,
     combined_error,
     curvature_from_merges,
+    error_account,
     largest_loss_formula,
     loss_change,
     loss_interval,
@@ -323,7 +323,7 @@ def test_account_is_exact_for_quadratic_logits(seed: int) -> None:
         (net.secant(), secant_error(curvature, alphas)),
         (net.tangent(), tangent_error(curvature, alphas)),
     ):
-        found = account(field, alphas, missed)
+        found = error_account(field, alphas, missed)
         np.testing.assert_allclose(found.corrected, truth, rtol=1e-9)
         np.testing.assert_allclose(found.lower, truth, rtol=1e-9)
         np.testing.assert_allclose(found.upper, truth, rtol=1e-9)
@@ -344,12 +344,12 @@ def test_account_with_the_unexplained_range_holds_for_cubic_logits_and_from_own_
     whole, own = net.curvature(), LogitCurvature(net.curvature().own)
     pairs = mixed_spread(net.table.max(-1) - net.table.min(-1), alphas)
     for curvature, rest in ((whole, cube), (own, cube + pairs)):
-        found = account(net.tangent(), alphas, tangent_error(curvature, alphas), rest)
+        found = error_account(net.tangent(), alphas, tangent_error(curvature, alphas), rest)
         assert (found.lower <= truth + 1e-12).all()
         assert (truth <= found.upper + 1e-12).all()
         assert (found.lower <= found.corrected).all()
         assert (found.corrected <= found.upper).all()
-    without = account(net.tangent(), alphas, tangent_error(own, alphas), cube)
+    without = error_account(net.tangent(), alphas, tangent_error(own, alphas), cube)
     assert (without.upper <= found.upper + 1e-12).all()
 
 
@@ -424,7 +424,7 @@ def test_wrong_input_is_refused_by_name() -> None:
     with pytest.raises(MergeboundError, match="shares"):
         pair_interpolant(net.slopes, net.table, np.ones(3))
     with pytest.raises(MergeboundError, match="missed"):
-        account(net.tangent(), np.zeros(3), np.zeros((1, 2)))
+        error_account(net.tangent(), np.zeros(3), np.zeros((1, 2)))
     with pytest.raises(MergeboundError, match="loss"):
         loss_interval(-0.1, 1.0)
     with pytest.raises(MergeboundError, match="spread"):

@@ -20,7 +20,7 @@ from theory import (
     theorem_1,
 )
 from theory.function_space import LogitField, minimise_risk
-from theory.risk_surface import surface
+from theory.surfaces import risk_surface
 from theory.what_if import lambda_curve
 
 HALVES, ONES = [0.5, 0.5], [1.0, 1.0]
@@ -71,7 +71,7 @@ def test_calculators(ask: Callable[[], object], words: str) -> None:
         (lambda: predict_risk([field()], HALVES, [np.nan]), "nonnegative"),
         (lambda: minimise_risk([field()], [1.0, 1.0]), "weights"),
         (lambda: minimise_risk([]), "fields is empty"),
-        (lambda: lambda_curve(surface([field()]), [1.0]).barrier(), "two different ends"),
+        (lambda: lambda_curve(risk_surface([field()]), [1.0]).barrier(), "two different ends"),
     ],
 )
 def test_predictions(ask: Callable[[], object], words: str) -> None:

@@ -11,7 +11,7 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from theory.constrained import box, simplex
+from theory.constrained import coefficient_box, coefficient_simplex
 from theory.curvature import CurvatureModel, minimise_curvature, predict_curvature
 from theory.errors import MergeboundError
 from theory.function_space import (
@@ -23,17 +23,17 @@ from theory.function_space import (
     risk_gradient,
     tangent,
 )
-from theory.risk_surface import (
+from theory.subsets import best_subset, best_subsets, greedy_subset, shapley
+from theory.surfaces import (
     Rule,
     Surface,
     averaging,
-    merged,
     minimise_on,
-    optimal,
-    surface,
+    optimal_coefficients,
+    predicted_merge,
+    risk_surface,
     task_arithmetic,
 )
-from theory.subsets import best_subset, best_subsets, greedy_subset, shapley
 from theory.what_if import (
     add_expert,
     additions,
@@ -46,7 +46,7 @@ from theory.what_if import (
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
-RULES = [averaging(), task_arithmetic(0.4), optimal((-0.5, 1.0)), optimal(on_simplex=True)]
+RULES = [averaging(), task_arithmetic(0.4), optimal_coefficients((-0.5, 1.0)), optimal_coefficients(on_simplex=True)]
 
 
 def fields(seed: int, experts: int = 4, tasks: int | None = None, n: int = 6, classes: int = 3) -> list[LogitField]:
@@ -76,7 +76,7 @@ def curved(seed: int, experts: int = 4, layers: int = 1) -> list[CurvatureModel]
 def test_surface_is_the_prediction_for_fields_and_for_curvature() -> None:
     rng = np.random.default_rng(0)
     alphas, weights = rng.standard_normal((3, 5, 4)), np.array([0.1, 0.2, 0.3, 0.4])
-    logits, models = surface(fields(1), weights), surface(curved(1), weights)
+    logits, models = risk_surface(fields(1), weights), risk_surface(curved(1), weights)
     np.testing.assert_allclose(logits.risk(alphas), predict_risk(fields(1), alphas, weights).risk, rtol=1e-12)
     np.testing.assert_allclose(logits.per_task(alphas), predict_risk(fields(1), alphas).per_task, rtol=1e-12)
     np.testing.assert_allclose(models.risk(alphas), predict_curvature(curved(1), alphas, weights), rtol=1e-12)
@@ -92,7 +92,7 @@ def test_surface_is_the_prediction_for_fields_and_for_curvature() -> None:
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_subgradient_of_the_curvature_model_supports_it_from_below_also_at_its_kinks(seed: int) -> None:
-    rng, one = np.random.default_rng(seed), surface(curved(seed))
+    rng, one = np.random.default_rng(seed), risk_surface(curved(seed))
     points = np.vstack([rng.uniform(-1, 2, (30, 4)), np.eye(4)])
     for a in (rng.uniform(-1, 2, 4), np.eye(4)[1]):
         value, slope = one.gradient(a)
@@ -102,11 +102,11 @@ def test_subgradient_of_the_curvature_model_supports_it_from_below_also_at_its_k
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(SEEDS, st.booleans())
 def test_minima_agree_with_the_methods_own_solvers(seed: int, on_simplex: bool) -> None:
-    domain = simplex(4) if on_simplex else box(4)
-    ours = minimise_on(surface(fields(seed)), domain)
+    domain = coefficient_simplex(4) if on_simplex else coefficient_box(4)
+    ours = minimise_on(risk_surface(fields(seed)), domain)
     theirs = minimise_risk(fields(seed), simplex=on_simplex)
     assert abs(ours.value - theirs.risk) <= max(ours.gap, theirs.gap) + 1e-9
-    kinks = minimise_on(surface(curved(seed)), domain, max_iterations=400)
+    kinks = minimise_on(risk_surface(curved(seed)), domain, max_iterations=400)
     other = minimise_curvature(curved(seed), simplex=on_simplex)
     assert kinks.value - kinks.gap <= other.risk + 1e-12
     assert other.risk - other.gap <= kinks.value + 1e-12
@@ -114,7 +114,7 @@ def test_minima_agree_with_the_methods_own_solvers(seed: int, on_simplex: bool) 
 
 
 def test_weights_on_some_tasks_are_rescaled() -> None:
-    one = surface(fields(2), [0.1, 0.2, 0.3, 0.4])
+    one = risk_surface(fields(2), [0.1, 0.2, 0.3, 0.4])
     alpha = np.full(4, 0.3)
     expected = one.per_task(alpha)[[1, 3]] @ [0.2 / 0.6, 0.4 / 0.6]
     assert float(one.on_tasks([3, 1]).risk(alpha)) == pytest.approx(float(expected), rel=1e-12)
@@ -126,7 +126,7 @@ def test_weights_on_some_tasks_are_rescaled() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_dropping_an_expert(rule: Rule) -> None:
     parts, weights = fields(3), np.array([0.1, 0.2, 0.3, 0.4])
-    one = surface(parts, weights)
+    one = risk_surface(parts, weights)
     found = leave_one_out(one, rule)
     assert found.experts == (0, 1, 2, 3)
     for i, choice in zip(found.experts, found.after, strict=True):
@@ -157,19 +157,19 @@ def test_trap_dropping_an_expert_is_not_dropping_its_task() -> None:
     labels = np.array([0])
     helped = LogitField(np.zeros((1, 2)), np.array([[[4.0, 0.0]], [[0.0, 0.0]]]), labels, "secant")
     other = LogitField(np.zeros((1, 2)), np.array([[[0.0, 1.0]], [[4.0, 0.0]]]), labels, "secant")
-    one = surface([helped, other])
+    one = risk_surface([helped, other])
     assert leave_one_out(one, task_arithmetic(1.0)).change[0] > 0.1
     assert leave_one_out(one, task_arithmetic(1.0), with_task=True).change[0] < 0.0
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_adding_an_expert(rule: Rule) -> None:
-    one = surface(fields(4))
+    one = risk_surface(fields(4))
     found = additions(one, rule, [0, 2])
     assert found.experts == (1, 3)
     for i, choice in zip(found.experts, found.after, strict=True):
         assert choice.experts == tuple(sorted((0, 2, i)))
-        assert choice.risk == pytest.approx(merged(one, rule, (0, 2, i)).risk, abs=1e-9)
+        assert choice.risk == pytest.approx(predicted_merge(one, rule, (0, 2, i)).risk, abs=1e-9)
 
 
 def test_a_newcomer_is_appended_to_the_statistics() -> None:
@@ -183,7 +183,7 @@ def test_a_newcomer_is_appended_to_the_statistics() -> None:
 
 def test_nobody_is_the_base() -> None:
     for rule in RULES:
-        nothing = merged(surface(fields(6)), rule, ())
+        nothing = predicted_merge(risk_surface(fields(6)), rule, ())
         assert nothing.risk == pytest.approx(np.mean([cross_entropy(f.constant, f.labels).mean() for f in fields(6)]))
         assert nothing.experts == ()
 
@@ -192,14 +192,14 @@ def test_nobody_is_the_base() -> None:
 
 
 def literal_best(one: Surface, rule: Rule, size: int) -> float:
-    return min(merged(one, rule, s).risk for s in combinations(range(one.experts), size))
+    return min(predicted_merge(one, rule, s).risk for s in combinations(range(one.experts), size))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("size", [2])
 def test_branch_and_bound_finds_what_enumeration_finds(rule: Rule, size: int) -> None:
     for seed in range(1 if rule.kind == "optimal" else 2):
-        one = surface(fields(seed, experts=5, tasks=4))
+        one = risk_surface(fields(seed, experts=5, tasks=4))
         found = best_subset(one, rule, size, enumerate_up_to=0)
         listed = best_subset(one, rule, size)
         assert found.method == "branch and bound"
@@ -212,18 +212,18 @@ def test_branch_and_bound_finds_what_enumeration_finds(rule: Rule, size: int) ->
 
 
 def test_branch_and_bound_over_curvature_models() -> None:
-    one = surface(curved(1, experts=5))
-    for rule in (averaging(), optimal()):
+    one = risk_surface(curved(1, experts=5))
+    for rule in (averaging(), optimal_coefficients()):
         found = best_subset(one, rule, 2, enumerate_up_to=0)
         exact = literal_best(one, rule, 2)
         assert exact - 1e-9 <= found.risk <= exact + found.gap + 1e-9
         assert found.gap < 1e-2
 
 
-@pytest.mark.parametrize("rule", [averaging(), optimal()], ids=str)
+@pytest.mark.parametrize("rule", [averaging(), optimal_coefficients()], ids=str)
 def test_stopping_early_keeps_the_gap_honest(rule: Rule) -> None:
     for seed in range(2):
-        one = surface(fields(seed, experts=5, tasks=5))
+        one = risk_surface(fields(seed, experts=5, tasks=5))
         exact = literal_best(one, rule, 3)
         for nodes in (1, 2):
             found = best_subset(one, rule, 3, enumerate_up_to=0, max_nodes=nodes)
@@ -235,7 +235,7 @@ def test_stopping_early_keeps_the_gap_honest(rule: Rule) -> None:
 
 
 def test_more_experts_are_never_worse_when_their_coefficients_are_chosen() -> None:
-    found = best_subsets(surface(fields(7)), optimal())
+    found = best_subsets(risk_surface(fields(7)), optimal_coefficients())
     assert [len(choice.experts) for choice in found] == [0, 1, 2, 3, 4]
     risks = [choice.risk for choice in found]
     assert all(later <= earlier + 1e-6 for earlier, later in pairwise(risks))
@@ -245,7 +245,7 @@ def test_greedy_can_miss_the_best_pair() -> None:
     """Two experts that only help together: the greedy choice is worse and says so by its gap."""
     labels = np.array([0, 0])
     slopes = np.array([[[6.0, 0.0], [-2.0, 0.0]], [[-2.0, 0.0], [6.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    one = surface([LogitField(np.zeros((2, 2)), slopes, labels, "secant")])
+    one = risk_surface([LogitField(np.zeros((2, 2)), slopes, labels, "secant")])
     greedy, best = greedy_subset(one, task_arithmetic(1.0), 2), best_subset(one, task_arithmetic(1.0), 2)
     assert best.experts == (0, 1)
     assert greedy.experts != best.experts
@@ -254,7 +254,7 @@ def test_greedy_can_miss_the_best_pair() -> None:
 
 def test_layers_go_together_in_subsets() -> None:
     layered = fields(8, experts=6, tasks=2)
-    one = surface(layered, layers=2)
+    one = risk_surface(layered, layers=2)
     assert one.experts == 3
     for rule in RULES:
         found = best_subset(one, rule, 2, enumerate_up_to=0)
@@ -267,8 +267,8 @@ def test_layers_go_together_in_subsets() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_shapley_values_by_all_orders(rule: Rule) -> None:
-    one, count = surface(fields(9, experts=3)), 3
-    risks = {s: merged(one, rule, s).risk for k in range(4) for s in combinations(range(3), k)}
+    one, count = risk_surface(fields(9, experts=3)), 3
+    risks = {s: predicted_merge(one, rule, s).risk for k in range(4) for s in combinations(range(3), k)}
     literal = np.zeros(count)
     orders = list(permutations(range(count)))
     for order in orders:
@@ -288,7 +288,7 @@ def test_shapley_axioms() -> None:
     """Experts that are alike share alike, one that does nothing gets nothing."""
     (task,) = fields(10, experts=3, tasks=1)
     slopes = np.concatenate([task.slopes, task.slopes[:1], np.zeros_like(task.slopes[:1])])
-    found = shapley(surface([LogitField(task.constant, slopes, task.labels, "secant")]), task_arithmetic(0.5))
+    found = shapley(risk_surface([LogitField(task.constant, slopes, task.labels, "secant")]), task_arithmetic(0.5))
     assert found.value[0] == pytest.approx(found.value[3], abs=1e-12)
     assert found.value[4] == pytest.approx(0.0, abs=1e-12)
     assert (found.error == 0).all()
@@ -300,7 +300,7 @@ def test_shapley_axioms() -> None:
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(SEEDS, st.booleans())
 def test_best_coefficient_beats_a_grid_and_brackets_the_minimum(seed: int, curvature: bool) -> None:
-    one = surface(curved(seed)) if curvature else surface(fields(seed))
+    one = risk_surface(curved(seed)) if curvature else risk_surface(fields(seed))
     found = best_coefficient(one, 0.0, 1.5)
     t = np.linspace(0, 1.5, 3001)
     curve = lambda_curve(one, t)
@@ -319,7 +319,7 @@ def test_best_coefficient_in_closed_form() -> None:
     n, wrong = 10, 3
     slopes = np.tile([1.0, 0.0], (1, n, 1))
     labels = np.array([1] * wrong + [0] * (n - wrong))
-    one = surface([LogitField(np.zeros((n, 2)), slopes, labels, "secant")])
+    one = risk_surface([LogitField(np.zeros((n, 2)), slopes, labels, "secant")])
     found = best_coefficient(one, 0.0, 5.0, tolerance=1e-9)
     assert found.t == pytest.approx(np.log(7 / 3), abs=1e-6)
     assert best_coefficient(one, 1.0, 5.0).t == 1.0
@@ -333,18 +333,18 @@ def test_lambda_law_on_a_line() -> None:
     models = [
         CurvatureModel(0.0, np.diag([1.0 if i == j else rho for i in range(n)])[None], np.eye(n)[j]) for j in range(n)
     ]
-    assert best_coefficient(surface(models), tolerance=1e-9).t == pytest.approx(0.3, abs=1e-6)
+    assert best_coefficient(risk_surface(models), tolerance=1e-9).t == pytest.approx(0.3, abs=1e-6)
 
 
 def test_curves_are_the_prediction_along_the_line() -> None:
     parts = fields(11)
-    one, t = surface(parts), np.linspace(-0.2, 1.4, 9)
+    one, t = risk_surface(parts), np.linspace(-0.2, 1.4, 9)
     some = lambda_curve(one, t, experts=[1, 3])
     np.testing.assert_allclose(some.risk, [predict_risk(parts, [0, v, 0, v]).risk for v in t], rtol=1e-12)
     pair = pair_curve(one, 3, 0, t)
     np.testing.assert_allclose(pair.risk, [predict_risk(parts, [v, 0, 0, 1 - v]).risk for v in t], rtol=1e-12)
     assert pair.per_task.shape == (9, 4)
-    layered, alpha = surface(parts, layers=2), np.array([0.3, 0.5, 0.7, 0.9])
+    layered, alpha = risk_surface(parts, layers=2), np.array([0.3, 0.5, 0.7, 0.9])
     second = layer_curve(layered, 1, alpha, t)
     np.testing.assert_allclose(second.risk, [one.risk([0.3, 0.5 * v, 0.7, 0.9 * v]) for v in t], rtol=1e-12)
     doubled = pair_curve(layered, 0, 1, [0.25])
@@ -357,7 +357,7 @@ def test_curves_are_the_prediction_along_the_line() -> None:
 @given(SEEDS)
 def test_trap_affine_predictions_show_no_barrier(seed: int) -> None:
     t = np.linspace(0, 1, 21)
-    for one in (surface(fields(seed)), surface(curved(seed))):
+    for one in (risk_surface(fields(seed)), risk_surface(curved(seed))):
         assert pair_curve(one, 0, 1, t).barrier() <= 1e-9
         assert pair_curve(one, 0, 1, t).barrier(task=2) <= 1e-9
 
@@ -367,17 +367,17 @@ def test_a_quadratic_field_can_show_a_barrier_and_is_refused_where_convexity_is_
     field = QuadraticField(
         np.zeros((1, 2)), -4 * np.ones((2, 1, 2)) * [1, 0], 4 * np.ones((2, 1, 2)) * [1, 0], labels, "q"
     )
-    one = surface([field])
+    one = risk_surface([field])
     assert not one.convex
     assert pair_curve(one, 0, 1, np.linspace(0, 1, 11)).barrier() > 0.5
-    assert merged(one, averaging(), [0, 1]).risk > 0
+    assert predicted_merge(one, averaging(), [0, 1]).risk > 0
     assert best_subset(one, averaging(), 1).experts == (0,)
     assert greedy_subset(one, averaging(), 1).gap == inf
     for query in (
         lambda: best_coefficient(one),
-        lambda: merged(one, optimal(), [0]),
+        lambda: predicted_merge(one, optimal_coefficients(), [0]),
         lambda: best_subset(one, averaging(), 1, enumerate_up_to=0),
-        lambda: minimise_on(one, box(2)),
+        lambda: minimise_on(one, coefficient_box(2)),
     ):
         with pytest.raises(MergeboundError, match="convex"):
             query()
@@ -393,7 +393,7 @@ def test_linear_models_where_the_prediction_is_the_truth() -> None:
         return float(cross_entropy(images @ (x_0 + np.tensordot(alpha, deltas, 1)).T, labels).mean())
 
     field = tangent(images @ x_0.T, np.stack([images @ d.T for d in deltas]), labels)
-    one = surface([field])
+    one = risk_surface([field])
     found = best_subset(one, averaging(), 2)
     exact = {s: measured(np.isin(np.arange(4), s) / 2) for s in combinations(range(4), 2)}
     assert found.experts == min(exact, key=exact.__getitem__)
@@ -406,29 +406,29 @@ def test_linear_models_where_the_prediction_is_the_truth() -> None:
 
 
 def test_wrong_input_is_refused_by_name() -> None:
-    one, eleven = surface(fields(0)), surface(fields(0, experts=11, tasks=1))
+    one, eleven = risk_surface(fields(0)), risk_surface(fields(0, experts=11, tasks=1))
     with pytest.raises(MergeboundError, match="parts"):
-        surface([])
+        risk_surface([])
     with pytest.raises(MergeboundError, match="parts"):
-        surface([*fields(0), *fields(0, experts=3)])
+        risk_surface([*fields(0), *fields(0, experts=3)])
     with pytest.raises(MergeboundError, match="parts"):
-        surface([*fields(0), *curved(0)])
+        risk_surface([*fields(0), *curved(0)])
     with pytest.raises(MergeboundError, match="weights"):
-        surface(fields(0), [0.5, 0.5])
+        risk_surface(fields(0), [0.5, 0.5])
     with pytest.raises(MergeboundError, match="weights"):
-        surface(fields(0), [0.5, -0.5, 0.5, np.nan])
+        risk_surface(fields(0), [0.5, -0.5, 0.5, np.nan])
     with pytest.raises(MergeboundError, match="layers"):
-        surface(fields(0), layers=3)
+        risk_surface(fields(0), layers=3)
     with pytest.raises(MergeboundError, match="alpha"):
         one.risk([0.1, 0.2])
     with pytest.raises(MergeboundError, match="alpha"):
         one.risk([0.1, 0.2, np.nan, 0.0])
     with pytest.raises(MergeboundError, match="expert"):
-        merged(one, averaging(), [4])
+        predicted_merge(one, averaging(), [4])
     with pytest.raises(MergeboundError, match="task"):
         one.on_tasks([])
     with pytest.raises(MergeboundError, match="with_task"):
-        leave_one_out(surface(fields(0, tasks=2)), averaging(), with_task=True)
+        leave_one_out(risk_surface(fields(0, tasks=2)), averaging(), with_task=True)
     with pytest.raises(MergeboundError, match="size"):
         best_subset(one, averaging(), 5)
     with pytest.raises(MergeboundError, match="orders"):
@@ -436,7 +436,7 @@ def test_wrong_input_is_refused_by_name() -> None:
     with pytest.raises(MergeboundError, match="11 experts"):
         shapley(eleven, averaging())
     with pytest.raises(MergeboundError, match="bounds"):
-        optimal((0.1, 1.0))
+        optimal_coefficients((0.1, 1.0))
     with pytest.raises(MergeboundError, match="coefficient"):
         task_arithmetic(np.nan)
     with pytest.raises(MergeboundError, match="low"):

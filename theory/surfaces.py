@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from theory.constrained import Polytope, box, minimise_over, simplex
+from theory.constrained import Polytope, coefficient_box, coefficient_simplex, minimise_over
 from theory.convex import Minimum
 from theory.curvature import CurvatureModel
 from theory.errors import MergeboundError
@@ -121,15 +121,20 @@ class Surface:
             )
 
 
-def surface(parts: Sequence[Part], weights: npt.ArrayLike | None = None, layers: int = 1) -> Surface:
-    """A :class:`Surface` with weights 1/N by default."""
+def risk_surface(parts: Sequence[Part], weights: npt.ArrayLike | None = None, layers: int = 1) -> Surface:
+    """A :class:`Surface` with weights 1/N by default: the predicted joint risk, to be asked for minima and subsets.
+
+    >>> helps = LogitField(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]), "secant")
+    >>> risk_surface([helps]).risk([1.0, 0.0]).round(3).tolist()
+    0.127
+    """
     p = uniform_weights(len(parts)) if weights is None and parts else np.asarray(weights, dtype=np.float64)
     return Surface(tuple(parts), p, layers)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a subset of the experts is merged: :func:`averaging`, :func:`task_arithmetic` or :func:`optimal`."""
+    """How a subset of experts is merged: :func:`averaging`, :func:`task_arithmetic`, :func:`optimal_coefficients`."""
 
     kind: Kind
     coefficient: float = 1.0
@@ -139,8 +144,8 @@ class Rule:
     def domain(self, surface: Surface) -> Polytope:
         """Where the rule ``optimal`` looks for coefficients."""
         if self.on_simplex:
-            return simplex(surface.size, surface.layers)
-        return box(surface.size, *self.bounds)
+            return coefficient_simplex(surface.size, surface.layers)
+        return coefficient_box(surface.size, *self.bounds)
 
     def shared(self, members: int) -> float:
         """The coefficient of each of ``members`` experts under a rule that gives all the same."""
@@ -167,10 +172,10 @@ def task_arithmetic(coefficient: float) -> Rule:
     return Rule("task_arithmetic", float(coefficient))
 
 
-def optimal(bounds: tuple[float, float] = (0.0, 1.0), *, on_simplex: bool = False) -> Rule:
+def optimal_coefficients(bounds: tuple[float, float] = (0.0, 1.0), *, on_simplex: bool = False) -> Rule:
     """Coefficients that minimise the prediction, in a box that contains 0, or on the simplex (layer by layer).
 
-    >>> optimal((-0.5, 1.5)).bounds
+    >>> optimal_coefficients((-0.5, 1.5)).bounds
     (-0.5, 1.5)
     """
     if not on_simplex and not bounds[0] <= 0.0 <= bounds[1]:
@@ -199,11 +204,11 @@ class Choice:
     tier: str = "estimated"
 
 
-def merged(surface: Surface, rule: Rule, experts: Iterable[int]) -> Choice:
+def predicted_merge(surface: Surface, rule: Rule, experts: Iterable[int]) -> Choice:
     """Merge exactly these experts; no expert is the base, alpha = 0.
 
     >>> helps = LogitField(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]), "secant")
-    >>> merged(surface([helps]), averaging(), (0, 1)).alpha.tolist()
+    >>> predicted_merge(risk_surface([helps]), averaging(), (0, 1)).alpha.tolist()
     [0.5, 0.5]
     """
     members = indices(experts, surface.experts, "expert")
@@ -236,7 +241,7 @@ def minimise_on(
 
     Args:
         surface: function-space or curvature prediction, global or per layer.
-        domain: over the K coefficients (:func:`theory.constrained.box`, ``simplex``, ``summing_to``, ``with_at_most``).
+        domain: over the K coefficients (:func:`theory.coefficient_box`, ``with_at_most`` and others).
         start: (K,).
         tolerance, max_iterations: see :func:`theory.constrained.minimise_over`.
 
@@ -244,9 +249,9 @@ def minimise_on(
         ``value - gap`` is a proven lower bound of the prediction on the domain.
 
     >>> import numpy as np
-    >>> from theory.constrained import box
+    >>> from theory.constrained import coefficient_box
     >>> task = LogitField(np.zeros((1, 2)), np.array([[[1.0, 0.0]], [[2.0, 0.0]]]), np.array([0]), "secant")
-    >>> minimise_on(surface([task]), box(2).with_at_most([1.0, 1.0], 1.5)).point.round(3).tolist()
+    >>> minimise_on(risk_surface([task]), coefficient_box(2).with_at_most([1.0, 1.0], 1.5)).point.round(3).tolist()
     [0.5, 1.0]
     """
     surface.require_convex("a proven minimum")
