@@ -239,30 +239,28 @@ def write_out(expert: Expert) -> Steps:
 
 
 def _positions_of_schedule(expert: Expert) -> NDArray[np.int64]:
+    """The place of every step in its epoch, shape ``(..., K)``: a pass ends where its batches have shown n samples."""
     assert isinstance(expert.batch_size, Schedule)
-    sizes, n = expert.batch_size.values, np.asarray(expert.n)
-    if sizes.ndim != 1 or n.ndim != 0:
-        raise RecipeError(
-            f"expert {expert.name!r}: batch_size is a schedule over several configurations under reshuffling; give one "
-            "configuration at a time"
-        )
     if expert.drop_last:
         raise RecipeError(
             f"expert {expert.name!r}: drop_last with a schedule in batch_size is ambiguous; list the actual batch "
             "sizes of full passes and leave drop_last out"
         )
-    positions, position, seen = [], 0, 0
-    for size in sizes:
-        positions.append(position)
-        position, seen = position + 1, seen + int(size)
-        if seen > int(n):
+    sizes, n = np.broadcast_arrays(expert.batch_size.values, np.asarray(expert.n, dtype=np.float64)[..., None])
+    positions = np.empty(sizes.shape, dtype=np.int64)
+    position, seen = np.zeros(sizes.shape[:-1], dtype=np.int64), np.zeros(sizes.shape[:-1])
+    for k in range(sizes.shape[-1]):
+        positions[..., k] = position
+        seen = seen + sizes[..., k]
+        over = seen > n[..., k]
+        if np.any(over):
             raise RecipeError(
-                f"expert {expert.name!r}: batch_size schedule exceeds the {int(n)} samples of an epoch; the sizes of "
-                "each pass must add up to n"
+                f"expert {expert.name!r}: batch_size schedule exceeds the {int(n[..., k][over].flat[0])} samples of an "
+                "epoch; the sizes of each pass must add up to n"
             )
-        if seen == int(n):
-            position, seen = 0, 0
-    return np.asarray(positions, dtype=np.int64)
+        ends = seen == n[..., k]
+        position, seen = np.where(ends, 0, position + 1), np.where(ends, 0.0, seen)
+    return positions
 
 
 @vacuous
@@ -442,7 +440,7 @@ def log_response(expert: Expert) -> FloatArray:
         lyapunov = convex_momentum_log_response(
             steps.learning_rate, excess, momentum, stiffness, nesterov=expert.nesterov
         )
-        covered = (decay == 0) | (not expert.decoupled_decay)
+        covered = ((decay == 0) | (not expert.decoupled_decay)) & (momentum != 0)
         log_w = np.minimum(log_w, np.where(covered, lyapunov, np.inf))
     return np.where(steps.present, log_w, -np.inf)
 

@@ -153,11 +153,15 @@ def l1_gap(merge: Merge) -> GapBound:
     """
     refuse_broken(merge)
     rows = [mean_displacement(expert) for expert in merge.experts]
-    c, moved = np.broadcast_arrays(*lifted(sensitivity(merge), _stack([row[0] for row in rows])))
-    n = lifted(_stack([_field(expert, "n") for expert in merge.experts]), c)[0]
-    p, G = lifted(per_expert(merge, "weights"), _stack([_lipschitz(expert) for expert in merge.experts]), c)[:2]
-    trained = np.array([expert.head == "trained" for expert in merge.experts])
-    own = times(np.where(lifted(trained.astype(float), c)[0] > 0, np.maximum(c, 1.0), c), moved)
+    c, moved, n, p, G, trained = lifted(
+        sensitivity(merge),
+        _stack([row[0] for row in rows]),
+        _stack([_field(expert, "n") for expert in merge.experts]),
+        per_expert(merge, "weights"),
+        _stack([_lipschitz(expert) for expert in merge.experts]),
+        [float(expert.head == "trained") for expert in merge.experts],
+    )
+    own = times(np.where(trained > 0, np.maximum(c, 1.0), c), moved)
     if merge.shared_samples:
         others = times(c, moved) * n
         total = np.stack([np.delete(others, i, axis=0).sum(axis=0) for i in range(merge.size)])

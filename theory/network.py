@@ -11,7 +11,7 @@ from theory import operators
 from theory.assemble import Ingredients, assemble_bound, base_assumptions
 from theory.bound import Bound, ExpertTerms
 from theory.errors import RecipeError
-from theory.master import optimization_side
+from theory.master import lifted, optimization_side
 from theory.recipe import Expert, Merge, Method, Values, _numbers, per_expert
 from theory.stability import epsilon_cap
 
@@ -99,7 +99,7 @@ def network_bound(
         V, effective_V, dispersion_form = side.V, side.effective_V, side.form
     trained = np.full(size, trained_heads)
     private = None if private_drift is None else np.asarray(private_drift, dtype=np.float64)
-    total = d if private is None else np.hypot(d, private)
+    total = d if private is None else np.hypot(*lifted(d, private))
     eps = epsilon_cap(total) if epsilon is None else np.asarray(epsilon, dtype=np.float64)
     eps_form = "cap sqrt(2) d" if epsilon is None else "measured"
     if trained_heads and private is None and epsilon is None and not held_out:

@@ -60,14 +60,14 @@ def constant(learning_rate: ArrayLike, steps: int) -> Schedule:
 
 
 def step(
-    learning_rate: ArrayLike, steps: int, *, every: int, factor: float = 0.1, steps_per_epoch: int | None = None
+    learning_rate: ArrayLike, steps: int, *, every: int, factor: ArrayLike = 0.1, steps_per_epoch: int | None = None
 ) -> Schedule:
     """``eta_k = eta factor^(k // every)`` (torch ``StepLR``; timm ``StepLRScheduler`` without warm-up).
 
     >>> step(0.5, 5, every=2, factor=0.5).values.tolist()
     [0.5, 0.5, 0.25, 0.25, 0.125]
     """
-    time, decay = _time(steps, steps_per_epoch), _rates(factor, "factor")
+    time, decay = _time(steps, steps_per_epoch), _rates(factor, "factor")[..., None]
     return Schedule(_rates(learning_rate)[..., None] * decay ** (time // _whole(every, "every")))
 
 
@@ -76,7 +76,7 @@ def multi_step(
     steps: int,
     *,
     milestones: Sequence[int],
-    factor: float = 0.1,
+    factor: ArrayLike = 0.1,
     steps_per_epoch: int | None = None,
 ) -> Schedule:
     """``eta_k = eta factor^(number of milestones <= k)`` (torch ``MultiStepLR``).
@@ -86,7 +86,7 @@ def multi_step(
     """
     points = np.sort(np.array([_whole(point, "milestones", 0) for point in milestones], dtype=np.float64))
     passed = np.searchsorted(points, _time(steps, steps_per_epoch), side="right")
-    return Schedule(_rates(learning_rate)[..., None] * _rates(factor, "factor") ** passed.astype(np.float64))
+    return Schedule(_rates(learning_rate)[..., None] * _rates(factor, "factor")[..., None] ** passed.astype(np.float64))
 
 
 def cosine(
@@ -180,8 +180,8 @@ def one_cycle(
     steps: int,
     *,
     rise: float = 0.3,
-    start_factor: float = 25.0,
-    end_factor: float = 1e4,
+    start_factor: ArrayLike = 25.0,
+    end_factor: ArrayLike = 1e4,
     anneal: Literal["cos", "linear"] = "cos",
 ) -> Schedule:
     """One-cycle policy: from ``peak/start_factor`` up to ``peak``, then down to ``peak/(start_factor end_factor)``.
@@ -194,8 +194,11 @@ def one_cycle(
     [0.5, 1.0, 0.8125, 0.4375, 0.25]
     """
     count, high = _whole(steps, "steps"), _rates(peak, "peak")[..., None]
-    if not 0 < rise < 1 or start_factor < 1 or end_factor <= 0:
-        raise RecipeError("schedule: one_cycle needs rise in (0, 1), start_factor >= 1 and end_factor > 0; change them")
+    first, last = _rates(start_factor, "start_factor")[..., None], _rates(end_factor, "end_factor")[..., None]
+    if np.ndim(rise) or not 0 < float(rise) < 1 or np.any(first < 1) or np.any(last <= 0):
+        raise RecipeError(
+            "schedule: one_cycle needs one rise in (0, 1), start_factor >= 1 and end_factor > 0; change them"
+        )
     if anneal not in ("cos", "linear"):
         raise RecipeError(f"schedule: anneal is {anneal!r}; choose 'cos' or 'linear'")
     top, end = rise * count - 1, float(count - 1)
@@ -210,7 +213,7 @@ def one_cycle(
         weight = share if anneal == "linear" else (1 - np.cos(np.pi * share)) / 2
         return np.asarray(left + (right - left) * weight)
 
-    low = high / start_factor
+    low = high / first
     up = between(low, high, np.minimum(time, top) / top)
-    down = between(high, low / end_factor, (np.maximum(time, top) - top) / (end - top))
+    down = between(high, low / last, (np.maximum(time, top) - top) / (end - top))
     return Schedule(np.where(time <= top, up, down))

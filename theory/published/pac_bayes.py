@@ -189,5 +189,6 @@ def pac_bayes_penalty(
         raise RecipeError("delta is at least 1; give a probability of failure in (0, 1)")
     if np.any(np.abs(p.sum(axis=0) - 1) > 1e-9):
         raise RecipeError("weights do not sum to one; divide them by their sum")
+    n, p, B, rho, s, failure = align(n, p, B[None], rho[None], s[None], failure[None])
     excess = evaluated(high_probability_formula, (B, rho, s, np.asarray(float(len(p))), n, failure))
     return np.asarray(times(p, excess).sum(axis=0))
