@@ -189,12 +189,13 @@ def optimization_side(
     if orthogonal:
         near = np.minimum(near, base_distance(d, a, orthogonal=True))
     nearby = None if base_risks is None else near + extra
-    total, anchors, from_base = sharpest_side(risks, p, L, squares + extra, base_risks, nearby)
+    squares, added = lifted(squares, np.asarray(extra, dtype=np.float64)[None])
+    total, anchors, from_base = sharpest_side(risks, p, L, squares + added, base_risks, nearby)
     sharper = total < training + second
     if not sharper.any():
         return OptimizationSide(training, second, V, effective, form, np.zeros(risks.shape, dtype=bool))
     left = np.maximum(total - anchors, 0.0)
-    taken = from_base & sharper
+    taken = np.logical_and(*lifted(from_base, sharper[None]))
     name = "task by task, base anchors" if taken.any() else "task by task"
     stiff = np.where(largest > 0, largest, 1.0)
     return OptimizationSide(
@@ -232,16 +233,15 @@ def task_stability(
     if split is None and not shared_samples and not np.any(trained):
         movement = times(*lifted(sensitivity, epsilon))
         return np.asarray(movement * movement)
-    c, eps, head = np.broadcast_arrays(*lifted(sensitivity, epsilon, np.asarray(trained, dtype=np.float64)))
+    parts = (np.inf, np.inf) if split is None else split
+    c, eps, head, inner, outer, n = lifted(sensitivity, epsilon, trained, *parts, 1.0 if samples is None else samples)
     own, private, outward = times(np.where(head > 0, np.maximum(1.0, c), c), eps), np.zeros_like(eps), eps
     if split is not None:
-        inner, outer = (np.broadcast_to(part, c.shape) for part in lifted(split[0], split[1], c)[:2])
         with np.errstate(over="ignore"):
             better = (times(c, inner) ** 2 + outer**2 < own**2) & (head > 0)
         own, private = np.where(better, times(c, inner), own), np.where(better, outer, private)
         outward = np.where(head > 0, np.minimum(outward, inner), outward)
     if shared_samples:
-        n = np.broadcast_to(1.0, c.shape) if samples is None else lifted(samples, c)[0]
         others = times(c, outward)
         added = [
             sum((others[k] * np.sqrt(n[k] / n[i]) for k in range(len(c)) if k != i), np.zeros(c.shape[1:]))
