@@ -17,15 +17,23 @@ from theory.constrained import Objective, coefficients_summing_to, minimise_over
 from theory.convex import Minimum
 from theory.errors import MergeboundError
 from theory.function_space import Array
-from theory.surfaces import Choice, Rule, Surface, coefficients_of, domain_without, minimise_on, predicted_merge
+from theory.surfaces import (
+    MergingRule,
+    PredictedMerge,
+    Surface,
+    coefficients_of,
+    domain_without,
+    minimise_on,
+    predicted_merge,
+)
 
 _EXACT_SHAPLEY = 10
 _EXPENSIVE, _CHEAP = 200, 20_000
 
 
 def best_subset(
-    surface: Surface, rule: Rule, size: int, *, enumerate_up_to: int | None = None, max_nodes: int = 2000
-) -> Choice:
+    surface: Surface, rule: MergingRule, size: int, *, enumerate_up_to: int | None = None, max_nodes: int = 2000
+) -> PredictedMerge:
     """The k experts whose merge has the lowest predicted risk.
 
     All subsets are tried where they are few; otherwise branch and bound.  A node has experts that are in, out and
@@ -62,7 +70,7 @@ def best_subset(
     return _branch_and_bound(surface, rule, size, max_nodes)
 
 
-def best_subsets(surface: Surface, rule: Rule, *, max_nodes: int = 2000) -> tuple[Choice, ...]:
+def best_subsets(surface: Surface, rule: MergingRule, *, max_nodes: int = 2000) -> tuple[PredictedMerge, ...]:
     """The best subset of every size from 0 (the base) to N.
 
     >>> from theory import averaging, secant
@@ -75,7 +83,7 @@ def best_subsets(surface: Surface, rule: Rule, *, max_nodes: int = 2000) -> tupl
     return tuple(best_subset(surface, rule, size, max_nodes=max_nodes) for size in range(surface.experts + 1))
 
 
-def greedy_subset(surface: Surface, rule: Rule, size: int) -> Choice:
+def greedy_subset(surface: Surface, rule: MergingRule, size: int) -> PredictedMerge:
     """Add the expert that lowers the prediction most, ``size`` times.
 
     The gap is to one relaxed problem (that of :func:`best_subset` with nothing decided), ``inf`` where the prediction
@@ -94,20 +102,20 @@ def greedy_subset(surface: Surface, rule: Rule, size: int) -> Choice:
     return replace(best, gap=max(best.risk - lowest, 0.0), method="greedy")
 
 
-def _enumerate(surface: Surface, rule: Rule, size: int) -> Choice:
+def _enumerate(surface: Surface, rule: MergingRule, size: int) -> PredictedMerge:
     subsets = list(combinations(range(surface.experts), size))
     if rule.kind != "optimal":
         alphas = coefficients_of(surface, rule, subsets)
         risks = surface.risk(alphas)
         k = int(np.argmin(risks))
-        return Choice(subsets[k], alphas[k], float(risks[k]), 0.0, "enumeration")
+        return PredictedMerge(subsets[k], alphas[k], float(risks[k]), 0.0, "enumeration")
     trials = [predicted_merge(surface, rule, subset) for subset in subsets]
     best = min(trials, key=lambda choice: choice.risk)
     lowest = min(choice.risk - choice.gap for choice in trials)
     return replace(best, gap=max(best.risk - lowest, 0.0), method="enumeration")
 
 
-def _branch_and_bound(surface: Surface, rule: Rule, size: int, max_nodes: int) -> Choice:
+def _branch_and_bound(surface: Surface, rule: MergingRule, size: int, max_nodes: int) -> PredictedMerge:
     count = surface.experts
     best = greedy_subset(surface, rule, size)
     tolerance = 1e-9 * max(1.0, abs(best.risk))
@@ -151,7 +159,7 @@ def _branch_and_bound(surface: Surface, rule: Rule, size: int, max_nodes: int) -
 
 def _relaxed(
     surface: Surface,
-    rule: Rule,
+    rule: MergingRule,
     size: int,
     inside: frozenset[int],
     outside: frozenset[int],
@@ -196,7 +204,7 @@ class Credit:
     tier: str = "estimated"
 
 
-def shapley(surface: Surface, rule: Rule, *, orders: int | None = None, seed: int = 0) -> Credit:
+def shapley(surface: Surface, rule: MergingRule, *, orders: int | None = None, seed: int = 0) -> Credit:
     """Shapley values of the experts for the game ``v(S) = R(base) - R(merge of S)``.
 
     Args:
@@ -240,7 +248,7 @@ def shapley(surface: Surface, rule: Rule, *, orders: int | None = None, seed: in
     return Credit(value, error, float(risks[0] - risks[-1]), True)
 
 
-def _sampled_shapley(surface: Surface, rule: Rule, orders: int, seed: int) -> Credit:
+def _sampled_shapley(surface: Surface, rule: MergingRule, orders: int, seed: int) -> Credit:
     if orders < 2:
         raise MergeboundError(f"orders = {orders}: at least two, or None for exact values")
     rng, count = np.random.default_rng(seed), surface.experts

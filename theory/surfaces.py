@@ -133,7 +133,7 @@ def risk_surface(parts: Sequence[Part], weights: npt.ArrayLike | None = None, la
 
 
 @dataclass(frozen=True)
-class Rule:
+class MergingRule:
     """How a subset of experts is merged: :func:`averaging`, :func:`task_arithmetic`, :func:`optimal_coefficients`."""
 
     kind: Kind
@@ -152,16 +152,16 @@ class Rule:
         return 1.0 / members if self.kind == "average" else self.coefficient
 
 
-def averaging() -> Rule:
+def averaging() -> MergingRule:
     """Each of k experts with coefficient 1/k.
 
     >>> averaging().shared(4)
     0.25
     """
-    return Rule("average")
+    return MergingRule("average")
 
 
-def task_arithmetic(coefficient: float) -> Rule:
+def task_arithmetic(coefficient: float) -> MergingRule:
     """Each expert with the same given coefficient lambda.
 
     >>> task_arithmetic(0.3).shared(4)
@@ -169,10 +169,10 @@ def task_arithmetic(coefficient: float) -> Rule:
     """
     if not np.isfinite(coefficient):
         raise MergeboundError(f"coefficient = {coefficient}: task arithmetic needs a number")
-    return Rule("task_arithmetic", float(coefficient))
+    return MergingRule("task_arithmetic", float(coefficient))
 
 
-def optimal_coefficients(bounds: tuple[float, float] = (0.0, 1.0), *, on_simplex: bool = False) -> Rule:
+def optimal_coefficients(bounds: tuple[float, float] = (0.0, 1.0), *, on_simplex: bool = False) -> MergingRule:
     """Coefficients that minimise the prediction, in a box that contains 0, or on the simplex (layer by layer).
 
     >>> optimal_coefficients((-0.5, 1.5)).bounds
@@ -180,11 +180,11 @@ def optimal_coefficients(bounds: tuple[float, float] = (0.0, 1.0), *, on_simplex
     """
     if not on_simplex and not bounds[0] <= 0.0 <= bounds[1]:
         raise MergeboundError(f"bounds = {bounds}: an expert that is left out has coefficient 0, so include it")
-    return Rule("optimal", bounds=bounds, on_simplex=on_simplex)
+    return MergingRule("optimal", bounds=bounds, on_simplex=on_simplex)
 
 
 @dataclass(frozen=True)
-class Choice:
+class PredictedMerge:
     """A merge of some of the experts and its predicted risk.
 
     Attributes:
@@ -204,7 +204,7 @@ class Choice:
     tier: str = "estimated"
 
 
-def predicted_merge(surface: Surface, rule: Rule, experts: Iterable[int]) -> Choice:
+def predicted_merge(surface: Surface, rule: MergingRule, experts: Iterable[int]) -> PredictedMerge:
     """Merge exactly these experts; no expert is the base, alpha = 0.
 
     >>> helps = LogitField(np.zeros((1, 2)), np.array([[[2.0, 0.0]], [[0.0, 1.0]]]), np.array([0]), "secant")
@@ -214,16 +214,16 @@ def predicted_merge(surface: Surface, rule: Rule, experts: Iterable[int]) -> Cho
     members = indices(experts, surface.experts, "expert")
     if not members:
         zero = np.zeros(surface.size)
-        return Choice((), zero, float(surface.risk(zero)), 0.0, "base")
+        return PredictedMerge((), zero, float(surface.risk(zero)), 0.0, "base")
     if rule.kind != "optimal":
         alpha = coefficients_of(surface, rule, [members])[0]
-        return Choice(members, alpha, float(surface.risk(alpha)), 0.0, rule.kind)
+        return PredictedMerge(members, alpha, float(surface.risk(alpha)), 0.0, rule.kind)
     surface.require_convex("optimal coefficients")
     found = minimise_on(surface, domain_without(surface, rule, set(range(surface.experts)) - set(members)))
-    return Choice(members, found.point, found.value, found.gap, rule.kind)
+    return PredictedMerge(members, found.point, found.value, found.gap, rule.kind)
 
 
-def domain_without(surface: Surface, rule: Rule, outside: Iterable[int]) -> Polytope:
+def domain_without(surface: Surface, rule: MergingRule, outside: Iterable[int]) -> Polytope:
     """Where ``optimal`` looks when some experts stay out: their coefficients are 0 in every layer."""
     index = [i * surface.layers + l for i in outside for l in range(surface.layers)]
     return rule.domain(surface).holding(index, 0.0)
@@ -258,7 +258,7 @@ def minimise_on(
     return minimise_over(surface.gradient, domain, start, tolerance=tolerance, max_iterations=max_iterations)
 
 
-def coefficients_of(surface: Surface, rule: Rule, subsets: Sequence[Sequence[int]]) -> Array:
+def coefficients_of(surface: Surface, rule: MergingRule, subsets: Sequence[Sequence[int]]) -> Array:
     """Coefficients (len(subsets), K) under a rule that gives all members the same."""
     alphas = np.zeros((len(subsets), surface.experts))
     for row, subset in zip(alphas, subsets, strict=True):

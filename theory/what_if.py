@@ -2,7 +2,7 @@
 
 Everything here asks the same question of a :class:`Surface` (a predicted joint risk as a function of the merging
 coefficients, from collected statistics; nothing is merged and nothing is evaluated): what would the risk be if a
-*subset* of the experts were merged by a given :class:`Rule`?  Tier *estimated* throughout.  What is proven is the
+*subset* of the experts were merged by a given :class:`MergingRule`?  Tier *estimated* throughout.  What is proven is the
 search: each answer says how far it can be from the best answer of its kind *under the prediction* (``gap``).
 
 *Trap:* dropping an expert from the merge is not dropping its task.  By default all tasks keep counting, so that an
@@ -19,7 +19,15 @@ import numpy.typing as npt
 
 from theory.errors import MergeboundError
 from theory.function_space import Array, LogitField
-from theory.surfaces import Choice, Rule, Surface, coefficients_of, indices, predicted_merge, task_arithmetic
+from theory.surfaces import (
+    MergingRule,
+    PredictedMerge,
+    Surface,
+    coefficients_of,
+    indices,
+    predicted_merge,
+    task_arithmetic,
+)
 
 
 @dataclass(frozen=True)
@@ -34,16 +42,16 @@ class Changes:
         gap: each change is off by at most this because minima were not solved to the last digit.
     """
 
-    before: Choice
+    before: PredictedMerge
     experts: tuple[int, ...]
-    after: tuple[Choice, ...]
+    after: tuple[PredictedMerge, ...]
     change: Array
     gap: Array
     tier: str = "estimated"
 
 
 def leave_one_out(
-    surface: Surface, rule: Rule, experts: Iterable[int] | None = None, *, with_task: bool = False
+    surface: Surface, rule: MergingRule, experts: Iterable[int] | None = None, *, with_task: bool = False
 ) -> Changes:
     """Drop each expert of a merge in turn.
 
@@ -79,7 +87,7 @@ def leave_one_out(
     return Changes(before, members, tuple(after), np.array(change), np.array(gaps))
 
 
-def additions(surface: Surface, rule: Rule, experts: Iterable[int]) -> Changes:
+def additions(surface: Surface, rule: MergingRule, experts: Iterable[int]) -> Changes:
     """Add each expert that is not yet in the merge; its statistics are among the surface's (:func:`add_expert`).
 
     >>> from theory import averaging, secant

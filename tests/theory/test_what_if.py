@@ -25,7 +25,7 @@ from theory.function_space import (
 )
 from theory.subsets import best_subset, best_subsets, greedy_subset, shapley
 from theory.surfaces import (
-    Rule,
+    MergingRule,
     Surface,
     averaging,
     minimise_on,
@@ -124,7 +124,7 @@ def test_weights_on_some_tasks_are_rescaled() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_dropping_an_expert(rule: Rule) -> None:
+def test_dropping_an_expert(rule: MergingRule) -> None:
     parts, weights = fields(3), np.array([0.1, 0.2, 0.3, 0.4])
     one = risk_surface(parts, weights)
     found = leave_one_out(one, rule)
@@ -163,7 +163,7 @@ def test_trap_dropping_an_expert_is_not_dropping_its_task() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_adding_an_expert(rule: Rule) -> None:
+def test_adding_an_expert(rule: MergingRule) -> None:
     one = risk_surface(fields(4))
     found = additions(one, rule, [0, 2])
     assert found.experts == (1, 3)
@@ -191,13 +191,13 @@ def test_nobody_is_the_base() -> None:
 # --- subsets ---------------------------------------------------------------------------------------------------------
 
 
-def literal_best(one: Surface, rule: Rule, size: int) -> float:
+def literal_best(one: Surface, rule: MergingRule, size: int) -> float:
     return min(predicted_merge(one, rule, s).risk for s in combinations(range(one.experts), size))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("size", [2])
-def test_branch_and_bound_finds_what_enumeration_finds(rule: Rule, size: int) -> None:
+def test_branch_and_bound_finds_what_enumeration_finds(rule: MergingRule, size: int) -> None:
     for seed in range(1 if rule.kind == "optimal" else 2):
         one = risk_surface(fields(seed, experts=5, tasks=4))
         found = best_subset(one, rule, size, enumerate_up_to=0)
@@ -221,7 +221,7 @@ def test_branch_and_bound_over_curvature_models() -> None:
 
 
 @pytest.mark.parametrize("rule", [averaging(), optimal_coefficients()], ids=str)
-def test_stopping_early_keeps_the_gap_honest(rule: Rule) -> None:
+def test_stopping_early_keeps_the_gap_honest(rule: MergingRule) -> None:
     for seed in range(2):
         one = risk_surface(fields(seed, experts=5, tasks=5))
         exact = literal_best(one, rule, 3)
@@ -266,7 +266,7 @@ def test_layers_go_together_in_subsets() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_shapley_values_by_all_orders(rule: Rule) -> None:
+def test_shapley_values_by_all_orders(rule: MergingRule) -> None:
     one, count = risk_surface(fields(9, experts=3)), 3
     risks = {s: predicted_merge(one, rule, s).risk for k in range(4) for s in combinations(range(3), k)}
     literal = np.zeros(count)
