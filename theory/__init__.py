@@ -21,6 +21,7 @@ from theory.derivations import Derivation, derive
 from theory.enclosure import Enclosure, enclose
 from theory.errors import AssumptionError, MergeboundError, RecipeError
 from theory.export import bound_to_python, formula_to_python, latex_document
+from theory.fixed_inputs import descent_fit, given_inputs, ridge_fit
 from theory.function_space import LogitField, minimise_risk, predict_risk, secant, tangent
 from theory.generalization import ConfidentRisk, GapBound, high_probability, l1_gap, theorem_1
 from theory.heads import head_split
@@ -147,6 +148,7 @@ __all__ = [
     "consistency",
     "cross_fitted_risk",
     "derive",
+    "descent_fit",
     "design",
     "design_number",
     "difference_interval",
@@ -161,6 +163,7 @@ __all__ = [
     "fit_merging_law",
     "fit_size_law",
     "formula_to_python",
+    "given_inputs",
     "glossary",
     "hardt_convex",
     "hardt_nonconvex",
@@ -208,6 +211,7 @@ __all__ = [
     "prediction_interval",
     "random_batch",
     "regression_merge",
+    "ridge_fit",
     "risk_interval",
     "risk_surface",
     "scaling_table",

@@ -2,8 +2,8 @@
 
 Everything here asks the same question of a :class:`Surface` (a predicted joint risk as a function of the merging
 coefficients, from collected statistics; nothing is merged and nothing is evaluated): what would the risk be if a
-*subset* of the experts were merged by a given :class:`MergingRule`?  Tier *estimated* throughout.  What is proven is the
-search: each answer says how far it can be from the best answer of its kind *under the prediction* (``gap``).
+*subset* of the experts were merged by a given :class:`MergingRule`?  Tier *estimated* throughout.  What is proven is
+the search: each answer says how far it can be from the best answer of its kind *under the prediction* (``gap``).
 
 *Trap:* dropping an expert from the merge is not dropping its task.  By default all tasks keep counting, so that an
 expert is worth what it does for everybody; ``with_task=True`` drops the task too and compares the remaining tasks.
