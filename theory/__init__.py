@@ -36,6 +36,7 @@ from theory.linearization_error import (
     secant_error,
     tangent_error,
 )
+from theory.logistic import LogisticTask, confidence_coverage, simulate_logistic_gap, with_logistic_constants
 from theory.master import sharpest_side
 from theory.one_pass import one_pass_merge, one_pass_moments, one_pass_overlap
 from theory.operators import Effect, Operator, explain_method, merge_with, operator
@@ -111,6 +112,7 @@ __all__ = [
     "Expert",
     "GapBound",
     "LocalSensitivity",
+    "LogisticTask",
     "LogitCurvature",
     "LogitField",
     "Merge",
@@ -145,6 +147,7 @@ __all__ = [
     "coefficient_simplex",
     "coefficients_summing_to",
     "compare",
+    "confidence_coverage",
     "consistency",
     "cross_fitted_risk",
     "derive",
@@ -220,6 +223,7 @@ __all__ = [
     "secant_error",
     "shapley",
     "sharpest_side",
+    "simulate_logistic_gap",
     "simulate_merge",
     "statements",
     "tangent",
@@ -229,6 +233,7 @@ __all__ = [
     "task_vectors",
     "theorem_1",
     "training_risk",
+    "with_logistic_constants",
     "with_task_vectors",
     "with_true_constants",
 ]

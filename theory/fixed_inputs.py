@@ -126,8 +126,8 @@ def given_inputs(
     """Exact expectations over the labels for ``x_0 + sum alpha_i (x_i - x_0)``, x_i linear fits, given the inputs.
 
     *Statement:* ``E x_i = C x_0 + T H w_i``, ``Cov x_i = s_i^2 T H T/n_i``; on the samples of task j the merge has ``E
-    F_(S_j) = [ |E M - w_j|_H^2 + tr H Cov M + s_j^2 - 2 alpha_j s_j^2 tr(T H)/n_j ]/2`` (the last term is the degrees of
-    freedom).  *Proof:* ``A'y/n = H w + A'xi/n``, and ``Cov(A'xi/n) = s^2 H/n``; C, T and H commute.
+    F_(S_j) = [ |E M - w_j|_H^2 + tr H Cov M + s_j^2 - 2 alpha_j s_j^2 tr(T H)/n_j ]/2`` (the last term is the degrees
+    of freedom).  *Proof:* ``A'y/n = H w + A'xi/n``, and ``Cov(A'xi/n) = s^2 H/n``; C, T and H commute.
 
     ``tasks`` may differ in w, Sigma (the *true* covariance, used in the risk) and noise; only the noise's first two
     moments matter.  ``base`` (..., d), ``coefficients`` and ``weights`` (N, ...).  The gap may be negative for unlucky
