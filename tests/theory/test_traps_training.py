@@ -407,7 +407,7 @@ def test_weight_decay_moves_a_model_without_any_loss() -> None:
 
 
 def test_drift_from_the_log_reads_batches_before_their_step() -> None:
-    """Samples z = -1 and 1, one step of rate 1 from 0: after it its batch is fitted, before it the full gradient is 0."""
+    """Samples z = -1 and 1, one step of rate 1 from 0: then its batch is fitted; the full gradient at 0 is 0."""
     z, eta = np.array([1.0]), 1.0
     exact = abs(eta * z[0])
     before, after, full = (0.0 - z[0]) ** 2 / 2, 0.0, 0.0
@@ -454,11 +454,11 @@ def test_drift_by_noise_is_false_under_reshuffling() -> None:
     assert exact <= float(drift_base(run, timing)) * (1 + 1e-12)
 
 
-def twins_with_equal_start_gradients(steps: int, eta: float) -> tuple[float, float, float]:
+def twins_with_equal_start_gradients(steps: int, eta: float) -> tuple[float, np.ndarray]:
     """n = 1, f(x; z) = h_z x^2/2 - x with h in {0.5, 1}: equal gradients at x_0 = 0, different ones everywhere else.
 
-    Returns the exact stability (rms over all pairs), the gap at x_0, and D_2 as defined (largest rms over steps of the
-    gap between the training sample and a fresh one along the training sample's run).
+    Returns the exact stability (rms over all pairs) and the rms gap of every step (between the training sample and a
+    fresh one, along the training sample's run), whose largest is D_2.
     """
     curvatures = (0.5, 1.0)
 
@@ -472,12 +472,13 @@ def twins_with_equal_start_gradients(steps: int, eta: float) -> tuple[float, flo
     pairs = list(product(curvatures, repeat=2))
     exact = float(np.sqrt(np.mean([(path(a)[-1] - path(b)[-1]) ** 2 for a, b in pairs])))
     gaps = [np.sqrt(np.mean([((a - b) * path(a)[k]) ** 2 for a, b in pairs])) for k in range(steps)]
-    return exact, float(gaps[0]), float(max(gaps))
+    return exact, np.array(gaps)
 
 
 def test_gap_at_the_base_or_between_training_samples_is_not_enough() -> None:
     """D_2 measured at x_0 only (here 0), or between two training samples (n = 1: none differ), is far too small."""
-    exact, at_base, everywhere = twins_with_equal_start_gradients(12, 0.3)
+    exact, gaps = twins_with_equal_start_gradients(12, 0.3)
+    at_base, everywhere = float(gaps[0]), float(gaps.max())
     run = Expert("a", 1, 1, 0.3, 12, curvature="convex", L=1.0)
     timing = clock(run)
     between_training_samples = 0.0
@@ -489,6 +490,17 @@ def test_gap_at_the_base_or_between_training_samples_is_not_enough() -> None:
     assert exact <= float(epsilon_rms(everywhere, strong.tau, 1, gamma(with_strong, strong)))
     furthest = 0.5 * 2.0  # |h - h'| times the largest |x| ever visited, 1/h
     assert exact <= float(epsilon_sup(furthest, strong.tau, 1, gamma(with_strong, strong)))
+
+
+def test_the_gap_is_the_largest_of_all_steps_and_not_their_mean() -> None:
+    """A contracting run remembers its last steps, where the gap is largest here; or the gaps stay inside the sum."""
+    eta, steps = 0.9, 2
+    exact, gaps = twins_with_equal_start_gradients(steps, eta)
+    run = Expert("a", 1, 1, eta, steps, curvature="strongly_convex", L=1.0, mu=0.5)
+    timing, variance = clock(run), gamma(run, clock(run))
+    assert float(epsilon_rms(gaps.mean(), timing.tau, 1, variance)) < 0.8 * exact
+    assert exact <= float(epsilon_rms(gaps.max(), timing.tau, 1, variance))
+    assert exact <= float(epsilon_recursion(run, Schedule(gaps))) * SLACK
 
 
 def test_saturation_is_the_limit_of_the_noise_form() -> None:
