@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from theory.clocks import Steps, require_sgd, write_out
-from theory.errors import RecipeError
-from theory.recipe import Expert
+from theory.errors import AssumptionError, RecipeError
+from theory.recipe import Expert, Schedule
 from theory.symbolic import FloatArray
 
 
@@ -315,10 +315,19 @@ def _cross_terms(
 def constant_gap(
     tasks: Sequence[QuadraticTask], experts: Sequence[Expert], coefficients: ArrayLike, weights: ArrayLike
 ) -> float:
-    """Gap of a linear merge of plain SGD experts, ``sum p_i alpha_i tr(H (I-(I-eta H)^K) Omega)/n`` (section 9)."""
+    """Gap of a linear merge of plain SGD experts, ``sum p_i alpha_i tr(H (I-(I-eta H)^K) Omega)/n`` (section 9).
+
+    Constant learning rates without momentum and decay; everything else is refused by :class:`AssumptionError`.
+    """
     alpha, p = np.asarray(coefficients, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     total = 0.0
     for a, weight, task, expert in zip(alpha, p, tasks, experts, strict=True):
+        require_sgd(expert)
+        if isinstance(expert.learning_rate, Schedule) or np.any(expert.momentum) or np.any(expert.weight_decay):
+            raise AssumptionError(
+                f"expert {expert.name!r}: learning_rate changes, or momentum or weight_decay is not 0, which "
+                "constant_gap does not cover; use merge_moments"
+            )
         identity = np.eye(len(task.theta))
         step = identity - float(np.asarray(expert.learning_rate)) * task.H
         progress = identity - np.linalg.matrix_power(step, int(np.asarray(expert.steps)))
