@@ -263,7 +263,9 @@ def effective_dispersion(
     if np.all(stiff == stiff[:1]):
         return plain + extra, plain + extra, form
     mean, largest = (w * stiff).sum(axis=0), stiff.max(axis=0)
-    weighted, other = smallest_bound(d, a, w * stiff / mean, orthogonal=orthogonal)
-    value, which = smallest({"p": plain + extra, "pL": times(mean / largest, weighted + extra)})
+    flat = mean == 0  # nothing to weigh by
+    weighted, other = smallest_bound(d, a, w * stiff / np.where(flat, 1.0, mean), orthogonal=orthogonal)
+    sharper = np.where(flat, np.inf, times(mean / np.where(flat, 1.0, largest), weighted + extra))
+    value, which = smallest({"p": plain + extra, "pL": sharper})
     names = {"p": form, "pL": f"{other} (weights p L)"}
     return plain + extra, value, " or ".join(names[name] for name in which.split(" or "))

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.errors import RecipeError
+from theory.ties import refuse_contradictions
 
 FloatArray = NDArray[np.float64]
 Values = float | int | FloatArray | NDArray[np.int64]
@@ -308,6 +309,7 @@ def _validate_expert(expert: Expert) -> None:
     if expert.private_drift is not None and expert.drift is None:
         raise RecipeError(f"{owner}: private_drift is given without drift; give drift, the shared part, as well")
     _broadcastable(owner, {f.name: _config_shape_of(getattr(expert, f.name)) for f in fields(expert)})
+    refuse_contradictions(expert)
 
 
 def _validate_steps(owner: str, expert: Expert) -> None:

@@ -11,6 +11,7 @@ import pytest
 from theory import AssumptionError, Expert, Merge, RecipeError, Schedule, head_split, l1_gap, master_bound
 from theory.generalization import high_probability
 from theory.stability import epsilon_recursion
+from theory.ties import CONSTANTS
 
 
 def _cut(expert: Expert, place: int) -> Expert:
@@ -77,6 +78,7 @@ def _random_merge(rng: np.random.Generator) -> Merge:
                 D_inf=some(0.0, 3.0),
                 D_inf_private=some(0.0, 1.0),
                 G=some(0.0, 3.0),
+                measured=frozenset(CONSTANTS),  # no common loss
                 **known,  # type: ignore[arg-type]
             )
         )
@@ -164,7 +166,7 @@ def test_the_cap_takes_the_smaller_of_measured_and_bounded_drift_of_everything()
 
 
 def test_a_missing_training_risk_is_asked_for_by_name() -> None:
-    run = dict(n=20, batch_size=4, learning_rate=0.1, steps=5, L=1.0, initial_gradient_norm=1.0, sigma0=1.0, D_inf=1.0)
+    run = dict(n=20, batch_size=4, learning_rate=0.1, steps=5, L=1.0, initial_gradient_norm=1.0, sigma0=1.0, D_inf=2.0)
     for change in ({"momentum": 0.9}, {"sampling": "reshuffle"}):
         with pytest.raises(AssumptionError, match="training_risk") as refusal:
             master_bound(Merge((Expert("a", **run, **change),)))  # type: ignore[arg-type]
@@ -174,7 +176,7 @@ def test_a_missing_training_risk_is_asked_for_by_name() -> None:
 def test_a_measured_base_norm_makes_decoupled_decay_with_momentum_an_estimate() -> None:
     """Drift by 6(b) reads the norm of the base where the decay bypasses the momentum buffer, and only there."""
     run = dict(n=30, batch_size=10, learning_rate=0.1, steps=10, curvature="convex", L=1.0, momentum=0.5)
-    known = dict(initial_gradient_norm=1.0, sigma0=1.0, D_inf=1.0, training_risk=0.1, base_norm=2.0)
+    known = dict(initial_gradient_norm=1.0, sigma0=1.0, D_inf=2.0, training_risk=0.1, base_norm=2.0)
     claims = dict(shared_samples=False, data_independent_choices=True, per_sample_loss=True)
     for decay, tier in ((0.1, "estimated"), (0.0, "certified")):
         expert = Expert(
@@ -193,7 +195,7 @@ def test_coefficients_per_configuration_meet_two_axes_of_configurations(method: 
     """Axes of configurations are aligned at their end, also where both have the same length."""
     rng = np.random.default_rng(3)
     known = {"n": 100, "batch_size": 10, "steps": 20, "curvature": "convex", "L": 1.0, "initial_gradient_norm": 0.4}
-    known |= {"sigma": 1.0, "sigma0": 1.0, "D_inf": 1.0, "training_risk": 0.1}
+    known |= {"sigma": 1.0, "sigma0": 1.0, "D_inf": 2.0, "training_risk": 0.1}
     rates, alpha = rng.uniform(0.01, 0.5, (3, 3)), rng.random((2, 3))
 
     def merge(rate: Any, coefficients: Any) -> Merge:

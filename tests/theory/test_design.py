@@ -12,13 +12,14 @@ from theory import Expert, Merge, RecipeError, Schedule, master_bound
 from theory.inverse_design import Budget, Design, design, design_number
 from theory.inverse_design.problem import Problem
 from theory.inverse_design.question import read_variables
+from theory.ties import CONSTANTS
 
 
 def expert(name: str = "a", **changes: object) -> Expert:
     """A strongly convex expert whose bound has a minimum inside: training helps, noise and instability hurt."""
     known: dict[str, object] = dict(n=400, batch_size=8, learning_rate=0.1, steps=20, curvature="strongly_convex")
     known |= dict(L=1.0, mu=0.4, initial_gradient_norm=0.3, sigma=0.5, sigma0=0.5, D_inf=2.0)
-    known |= dict(initial_risk=1.0, minimal_risk=0.05)
+    known |= dict(initial_risk=1.0, minimal_risk=0.05, measured=frozenset({"initial_gradient_norm"}))
     return Expert(name, **(known | changes))  # type: ignore[arg-type]
 
 
@@ -40,7 +41,7 @@ def test_whole_numbers_against_every_combination(seed: int) -> None:
     rng = np.random.default_rng(seed)
     merge = pair()
     experts = tuple(
-        replace(item, learning_rate=float(rng.uniform(0.05, 0.4)), D_inf=float(rng.uniform(0.5, 8)))
+        replace(item, learning_rate=float(rng.uniform(0.05, 0.4)), D_inf=float(rng.uniform(1.2, 8)))
         for item in merge.experts
     )
     merge = replace(merge, experts=experts)
@@ -111,7 +112,7 @@ def test_one_expert_fixed_and_flops_per_expert() -> None:
 
 def test_data_shares() -> None:
     """A thousand samples split over two experts: the noisier, more sensitive one gets more."""
-    merge = Merge((expert("a", D_inf=0.5), expert("b", D_inf=4.0)), orthogonal_task_vectors=True)
+    merge = Merge((expert("a", D_inf=0.75), expert("b", D_inf=4.0)), orthogonal_task_vectors=True)
     best = design(merge, {"*.n": (20, 900)}, budgets=[Budget("data", 1000)], starts=256)
     first = np.arange(100, 901)
     value = priced(merge, [dict(n=first), dict(n=1000 - first)])
@@ -221,7 +222,7 @@ def test_momentum_and_schedules_are_searched_without_a_proof() -> None:
         for peak in grid
     ]
     assert best.objective <= min(values) * (1 + 1e-6)
-    heavy = expert("a", momentum=0.9, training_risk=None)
+    heavy = expert("a", momentum=0.9, training_risk=None, minimal_risk=0.0)
     models = {"a": lambda item: 1 / (1 + np.asarray(item.steps))}
     found = design(Merge((heavy,)), {"steps": (1, 60)}, risk_models=models, starts=64)
     all_steps = [
@@ -237,7 +238,7 @@ def test_momentum_and_schedules_are_searched_without_a_proof() -> None:
         ({"training_risk": 0.1}, {"steps": (1, 9)}, {}, "risk_models"),
         ({"learning_rate": Schedule(np.full(20, 0.1)), "steps": None}, {"steps": (1, 9)}, {}, "schedule"),
         ({"batch_size": Schedule(np.full(20, 4.0)), "steps": None}, {"batch_size": (1, 9)}, {}, "batch_size is a sch"),
-        ({"sigma": np.array([1.0, 2.0])}, {"steps": (1, 9)}, {}, "sigma is an array"),
+        ({"sigma": np.array([0.5, 1.0])}, {"steps": (1, 9)}, {}, "sigma is an array"),
         ({}, {"colour": (1, 9)}, {}, "cannot be free"),
         ({}, {"z.steps": (1, 9)}, {}, "names no expert"),
         ({}, {"steps": (9, 1)}, {}, "0 < lower <= upper"),
@@ -276,7 +277,8 @@ def test_extreme_recipes_never_give_nan() -> None:
     for seed in range(3):
         rng = np.random.default_rng(seed)
         names = ("sigma", "initial_gradient_norm", "D_inf", "initial_risk")
-        wild = {name: float(10.0 ** rng.uniform(-150, 150)) for name in names}
+        wild: dict[str, object] = {name: float(10.0 ** rng.uniform(-150, 150)) for name in names}
+        wild["measured"] = frozenset(CONSTANTS)  # no common loss
         merge = Merge((expert("a", **wild), expert("b", curvature="smooth", mu=None, pl_constant=1e-9)))
         free = {"learning_rate": (1e-12, 1e6), "*.steps": (1, 10**9)}
         try:

@@ -10,6 +10,7 @@ from quadratic_recipes import random_problem
 
 from theory import AssumptionError, Expert, Merge, RecipeError, Schedule, master_bound
 from theory.enclosure import drift_range, enclose
+from theory.ties import CONSTANTS
 
 WHOLE = ("steps", "batch_size", "n")
 
@@ -53,7 +54,8 @@ def random_plain(rng: np.random.Generator, name: str) -> tuple[Expert, dict[str,
     if decay and rng.random() < 0.5:
         box["weight_decay"] = (0.0, 2 * decay)
     sampling = str(rng.choice(["without_replacement", "with_replacement"]))
-    expert = Expert(name, curvature=curvature, weight_decay=decay, sampling=sampling, **values)  # type: ignore[arg-type]
+    measured = frozenset(CONSTANTS)  # no common loss
+    expert = Expert(name, curvature=curvature, weight_decay=decay, sampling=sampling, measured=measured, **values)  # type: ignore[arg-type]
     return expert, box
 
 
@@ -70,7 +72,9 @@ def test_point_box_is_the_bound() -> None:
     checked = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        experts = tuple(replace(expert, training_risk=0.3) for expert in random_problem(seed).experts)
+        experts = tuple(
+            replace(expert, training_risk=0.3, minimal_risk=None) for expert in random_problem(seed).experts
+        )
         merge = Merge(experts, orthogonal_task_vectors=bool(rng.random() < 0.3))
         found, exact = enclose(merge, {}), float(master_bound(merge).value)
         np.testing.assert_allclose([found.lower, found.upper], [exact, exact], rtol=1e-10)
@@ -129,7 +133,7 @@ def test_boxes_broadcast() -> None:
 def test_energy_form_of_one_box_does_not_depend_on_the_others() -> None:
     """Drift 6(c) needs eta <= 1/L; one box beyond it must neither refuse nor loosen the others."""
     expert = Expert(
-        *("a", 100, 5, 0.1, 50), L=1.0, sigma=0.1, initial_risk=0.2, D_inf=0.01, training_risk=0.1, drift=None
+        *("a", 100, 5, 0.1, 50), L=1.0, sigma=0.1, initial_risk=0.2, D_inf=0.2, training_risk=0.1, drift=None
     )
     both = drift_range(expert, {"learning_rate": (np.array([0.1, 0.1]), np.array([0.5, 1.5])), "sigma": (0.1, 0.2)})
     alone = drift_range(expert, {"learning_rate": (0.1, 0.5), "sigma": (0.1, 0.2)})
@@ -140,7 +144,7 @@ def test_energy_form_of_one_box_does_not_depend_on_the_others() -> None:
 def test_rms_stability_is_not_monotone_in_n() -> None:
     """Trap: the smallest n is not the worst case of the rms form (at n = b every batch is the whole sample)."""
     known = dict(batch_size=10, learning_rate=0.1, steps=1, curvature="convex", L=1.0, training_risk=0.0)
-    known |= dict(initial_gradient_norm=1.0, sigma0=1.0, D_2=0.1)
+    known |= dict(initial_gradient_norm=1.0, sigma0=0.05, D_2=0.1)
 
     def value(n: int) -> float:
         merge = Merge((Expert("a", n=n, **known),))  # type: ignore[arg-type]
@@ -168,7 +172,7 @@ def test_rms_stability_is_not_monotone_in_n() -> None:
 )
 def test_what_is_not_proven_is_refused(change: dict, ranges: dict, words: str) -> None:
     known = dict(n=100, batch_size=5, learning_rate=0.1, steps=20, curvature="convex", L=1.0, training_risk=0.1)
-    known |= dict(initial_gradient_norm=1.0, sigma0=1.0, D_inf=1.0)
+    known |= dict(initial_gradient_norm=1.0, sigma0=1.0, D_inf=2.0)
     merge = Merge((Expert("a", **(known | change)),))  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=words):
         enclose(merge, {"a": ranges})

@@ -35,6 +35,7 @@ from theory.generalization import high_probability, l1_gap, theorem_1
 from theory.lemma import directional_risk, layered_risk, moved_risk
 from theory.side_by_side import compare
 from theory.stability import epsilon_cap, epsilon_rms, epsilon_sup, gamma
+from theory.ties import CONSTANTS
 
 TINY, HUGE = 5e-324, 1.7e308
 EDGES = np.array([0.0, TINY, 1e-300, 1e-150, 1e-9, 0.1, 1.0, 2.0, 1e9, 1e150, 1e300, HUGE])
@@ -113,7 +114,34 @@ def array_recipe(rng: np.random.Generator, size: int) -> dict[str, Any]:
                   "training_risk", "minimal_risk", "base_norm", "drift", "epsilon"):  # fmt: skip
         if rng.random() < share:
             recipe[field] = extreme(rng, size)
-    return recipe
+    if rng.random() < 0.4:
+        return possible(recipe, rng, size)
+    return recipe | {"measured": frozenset(recipe) & frozenset(CONSTANTS)}  # measured numbers may contradict each other
+
+
+def possible(recipe: dict[str, Any], rng: np.random.Generator, size: int) -> dict[str, Any]:
+    """Extreme constants that one loss can have: gradients below G and below what L and the risk at the base allow."""
+    loud = dict(recipe)
+    G, share = loud.get("G", extreme(rng, size)), rng.random(size)
+    L, risk = loud["L"], loud.get("initial_risk", extreme(rng, size))
+    most = np.minimum(G, np.sqrt(L) * np.sqrt(risk)) / 2
+    for field in ("initial_gradient_norm", "sigma0", "sigma"):
+        if field in loud:
+            loud[field] = most * (share if field != "sigma" else 1.0)
+    for field in ("D_inf", "D_2", "D_envelope"):
+        if field in loud:
+            loud[field] = np.maximum(loud[field], 2 * most)
+    still = loud["curvature"] == "strongly_convex" or np.any(loud["weight_decay"])
+    if still:  # a lower bound on the gradient, too
+        loud.pop("minimal_risk", None)
+    for field in ("minimal_risk", "training_risk"):
+        if field in loud:
+            loud[field] = risk if still else risk * share / 2
+    if "B" in loud:
+        loud["B"] = np.maximum(loud["B"], risk)
+    if np.any(loud["weight_decay"]):
+        loud["base_norm"] = np.zeros(size)
+    return loud | ({"initial_risk": risk} if "initial_risk" in recipe else {})
 
 
 def refuse_or_build(name: str, recipe: dict[str, Any]) -> Expert | None:
@@ -195,8 +223,8 @@ JUNK: tuple[Any, ...] = (
     *(np.float32(2), np.int8(3), np.bool_(True), np.datetime64("2020-01-01"), HUGE, TINY, -HUGE, Exception, type),
 )
 GOOD: dict[str, Any] = dict(
-    n=100, batch_size=10, learning_rate=0.1, steps=20, curvature="convex", L=1.0, initial_gradient_norm=0.5, sigma=1.0,
-    sigma0=1.0, D_inf=2.0, training_risk=0.05, initial_risk=1.0, G=1.0, B=1.0,
+    n=100, batch_size=10, learning_rate=0.1, steps=20, curvature="convex", L=1.0, initial_gradient_norm=0.5, sigma=0.8,
+    sigma0=0.8, D_inf=2.0, training_risk=0.05, initial_risk=1.0, G=1.0, B=1.0,
 )  # fmt: skip
 SAFE_STEPS = (HUGE, 10**400)
 

@@ -92,7 +92,7 @@ def test_bounds_with_base_anchors_and_unequal_smoothness(seed: int) -> None:
 
 def test_base_side_wins_for_small_coefficients() -> None:
     """lambda -> 0 keeps the base: the bound tends to the base's risk, not to drift squared."""
-    pair = tuple(expert(name, initial_risk=0.3, sigma=None) for name in "ab")
+    pair = tuple(expert(name, initial_risk=0.3, sigma=None, sigma0=0.5) for name in "ab")
     bound = master_bound(Merge(pair, method="task_arithmetic", coefficients=1e-6, **STATED))
     assert bound.dispersion_form == "task by task, base anchors"
     assert float(bound.value) == pytest.approx(0.3, rel=1e-3)
@@ -126,7 +126,7 @@ def test_pieces_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     shape = (7, 5)
     recipes = (
-        expert("a", learning_rate=rng.uniform(0.01, 2.5, shape), D_2=1.0, initial_risk=rng.random((7, 1))),
+        expert("a", learning_rate=rng.uniform(0.01, 2.5, shape), D_2=1.5, initial_risk=0.7 + rng.random((7, 1))),
         expert(
             "b",
             n=rng.integers(50, 90, (1, 5)),
@@ -200,7 +200,7 @@ def test_recursion_is_used_visible_and_optional() -> None:
         (dict(steps=None, learning_rate=Schedule(np.linspace(0.1, 0.01, 40))), "learning_rate"),
         (dict(momentum=0.5), "learning_rate"),
         (dict(sampling="reshuffle"), "D_inf"),
-        (dict(head="trained"), "sigma0"),
+        (dict(head="trained", sigma=1.1), "sigma0"),
         (dict(D_inf=None, D_2=2.0), "learning_rate"),
     ],
 )
@@ -224,7 +224,7 @@ def test_elasticity_where_no_closed_expression_exists(changes: dict[str, object]
 
 def test_homogeneity_ties_the_elasticities_together() -> None:
     """Units: scaling every loss by s (gradients, L, risks; learning rates by 1/s) scales the bound by s."""
-    bound = master_bound(Merge((expert("a", initial_risk=0.4), expert("b", L=2.0)), **STATED))
+    bound = master_bound(Merge((expert("a", initial_risk=0.7), expert("b", L=2.0)), **STATED))
     fields = {
         "L": 1,
         "initial_gradient_norm": 1,

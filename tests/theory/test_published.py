@@ -305,7 +305,9 @@ def test_best_posterior_width_is_the_best() -> None:
 
 
 def test_losses_of_different_size_enter_with_their_own_bound() -> None:
-    experts = tuple(Expert(name, **{**KNOWN, "B": B, "drift": 0.5}) for name, B in (("a", 3.0), ("b", 0.5)))
+    experts = tuple(
+        Expert(name, **{**KNOWN, "B": B, "drift": 0.5, "initial_risk": 0.5}) for name, B in (("a", 3.0), ("b", 0.5))
+    )
     value = float(pac_bayes_expectation(Merge(experts), 2, merge_distance=0.1).value)
     spread = math.sqrt(sum(0.25 * B**2 / 100 for B in (3.0, 0.5)))
     assert value == pytest.approx(3 * 2 ** (1 / 3) * (0.1 * spread / 4) ** (2 / 3), rel=1e-12)

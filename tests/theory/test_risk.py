@@ -39,6 +39,7 @@ from theory.stability import (
 )
 from theory.symbolic import evaluate
 from theory.symbols import _rows, glossary, symbol
+from theory.ties import CONSTANTS
 from theory.training import pl_risk_formula
 
 STATED = dict(shared_samples=False, data_independent_choices=True, per_sample_loss=True)
@@ -444,13 +445,13 @@ def test_elasticity_is_the_slope(changes: dict[str, object], name: str) -> None:
     def bound(scale: float) -> float:
         pair = []
         for label, L in (("a", 1.0), ("b", 1.7)):
-            item = expert(label, **{"L": L, **changes})
+            item = expert(label, **{"L": L, "sigma0": None, **changes})
             pair.append(replace(item, **{name: getattr(item, name) * scale}))
         return float(master_bound(Merge(tuple(pair), method="weighted", coefficients=[0.3, 0.9])).value)
 
     exact = master_bound(
         Merge(
-            tuple(expert(label, **{"L": L, **changes}) for label, L in (("a", 1.0), ("b", 1.7))),
+            tuple(expert(label, **{"L": L, "sigma0": None, **changes}) for label, L in (("a", 1.0), ("b", 1.7))),
             method="weighted",
             coefficients=[0.3, 0.9],
         )
@@ -506,6 +507,7 @@ def test_no_nan_ever(seed: int) -> None:
             base_norm=extreme(),
             head=str(rng.choice(["none", "trained"])),  # type: ignore[arg-type]
             drift=extreme() if rng.random() < 0.2 else None,
+            measured=frozenset(CONSTANTS),  # no common loss
         )
 
     method = str(rng.choice(["average", "task_arithmetic", "dare"]))

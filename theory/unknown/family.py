@@ -14,6 +14,7 @@ from theory.errors import RecipeError
 from theory.recipe import Expert, Merge, Schedule, per_expert
 from theory.risk import master_bound
 from theory.symbolic import FloatArray
+from theory.ties import impossible
 from theory.unknown.stated import OneOf, Range, Unknown
 
 MOST_COMBINATIONS = 256
@@ -141,6 +142,7 @@ def in_domain(merge: Merge, count: int) -> np.ndarray:
         if expert.mu is not None and expert.L is not None:
             good &= np.asarray(expert.mu) <= np.asarray(expert.L)
         good &= np.asarray(expert.momentum, dtype=np.float64) < 1
+        good &= ~impossible(expert)
     first = int(np.argmax(good))
     if good[first]:
         for expert in merge.experts:
