@@ -75,8 +75,8 @@ def with_logistic_constants(tasks: Sequence[LogisticTask], base: ArrayLike, merg
         sizes = np.linalg.norm(z, axis=1)
         apart = np.where(np.all(z[:, None] == -z[None], axis=2), 0.0, np.linalg.norm(z[:, None] - z[None], axis=2))
         G = float(sizes.max())
-        constants = dict(L=G**2 / 4, G=G, D_inf=max(G, float(apart.max())), B=float(np.logaddexp(0.0, G * furthest)))
-        known.append(replace(expert, curvature="convex", mu=None, **constants))
+        D, B = max(G, float(apart.max())), float(np.logaddexp(0.0, G * furthest))
+        known.append(replace(expert, curvature="convex", mu=None, L=G**2 / 4, G=G, D_inf=D, B=B))
     return replace(merge, experts=tuple(known))
 
 
