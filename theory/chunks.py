@@ -7,10 +7,12 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from theory.assumptions import Assumption
 from theory.bound import Bound, ExpertTerms, Term
 from theory.clocks import is_constant, step_count
+from theory.errors import RecipeError
 from theory.recipe import Expert, Merge, Schedule
 from theory.symbolic import FloatArray
 
@@ -46,7 +48,9 @@ def piece_size(merge: Merge) -> int:
 def in_pieces(merge: Merge, bound: Callable[[Merge], Bound]) -> Bound:
     """The bound of every configuration, piece by piece; the same numbers as all at once.
 
-    A merge whose fields do not broadcast to one shape is left to ``bound``, which says so.
+    A merge whose fields do not broadcast to one shape is left to ``bound``, which says so.  Configurations that nothing
+    covers are ``inf`` among others; a piece of nothing else is bounded together with one that is covered, and the merge
+    is refused (with the reason of the first piece) where all pieces are.
     """
     try:
         shape = configurations(merge)
@@ -56,16 +60,26 @@ def in_pieces(merge: Merge, bound: Callable[[Merge], Bound]) -> Bound:
     if size <= step:
         return bound(merge)
     flat = _flattened(merge, shape)
-    pieces = [bound(_cut(flat, slice(start, start + step))) for start in range(0, size, step)]
-    lengths = [min(step, size - start) for start in range(0, size, step)]
+    starts = range(0, size, step)
+    lengths = [min(step, size - start) for start in starts]
+    tried = [_try(bound, _cut(flat, slice(start, start + step))) for start in starts]
+    covered = _covered_place(tried, starts, lengths)
+    skips = [int(isinstance(piece, RecipeError)) for piece in tried]
+    pieces: list[Bound] = []
+    for piece, start, length in zip(tried, starts, lengths, strict=True):
+        if isinstance(piece, RecipeError):
+            if covered is None:
+                raise piece
+            piece = bound(_cut(flat, np.append(covered, np.arange(start, start + length))))
+        pieces.append(piece)
 
     def join(parts: Sequence[FloatArray]) -> FloatArray:
         if all(part.ndim == 0 for part in parts):
             return parts[0]
         whole = np.empty(size)
         start = 0
-        for part, length in zip(parts, lengths, strict=True):
-            whole[start : start + length] = part
+        for part, length, skip in zip(parts, lengths, skips, strict=True):
+            whole[start : start + length] = part[skip:] if part.ndim and len(part) == length + skip else part
             start += length
         return whole.reshape(shape)
 
@@ -98,6 +112,26 @@ def in_pieces(merge: Merge, bound: Callable[[Merge], Bound]) -> Bound:
         dispersion_form=_names(piece.dispersion_form for piece in pieces),
         merge=merge,
     )
+
+
+def _try(bound: Callable[[Merge], Bound], merge: Merge) -> Bound | RecipeError:
+    try:
+        return bound(merge)
+    except RecipeError as reason:
+        return reason
+
+
+def _covered_place(tried: Sequence[Bound | RecipeError], starts: Sequence[int], lengths: Sequence[int]) -> int | None:
+    """A configuration with a bound, finite if there is one; None where every piece was refused."""
+    chosen = None
+    for piece, start, length in zip(tried, starts, lengths, strict=True):
+        if isinstance(piece, RecipeError):
+            continue
+        finite = np.flatnonzero(np.isfinite(np.broadcast_to(piece.value, (length,))))
+        if len(finite):
+            return start + int(finite[0])
+        chosen = start if chosen is None else chosen
+    return chosen
 
 
 def _join_rows(rows: Sequence[ExpertTerms], join: Callable[[Sequence[FloatArray]], FloatArray]) -> ExpertTerms:
@@ -162,7 +196,7 @@ def _flattened(merge: Merge, shape: tuple[int, ...]) -> Merge:
     return _unchecked(merge, changes)
 
 
-def _cut(merge: Merge, part: slice) -> Merge:
+def _cut(merge: Merge, part: slice | NDArray[np.int64]) -> Merge:
     experts = []
     for expert in merge.experts:
         changes: dict[str, Any] = {}

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from theory.certificate import logit_range
+from theory.checks import fitting
 from theory.errors import MergeboundError
 from theory.function_space import Array, Field, Labels, LogitField, cross_entropy, log_softmax
 from theory.symbolic import Formula, times
@@ -401,7 +402,9 @@ def loss_interval(loss: npt.ArrayLike, spread: npt.ArrayLike) -> tuple[Array, Ar
     >>> round(float(low), 4), round(float(high), 4)
     (0.214, 1.0165)
     """
-    ell, rho = np.broadcast_arrays(np.asarray(loss, dtype=np.float64), np.asarray(spread, dtype=np.float64))
+    ell, rho = np.asarray(loss, dtype=np.float64), np.asarray(spread, dtype=np.float64)
+    fitting("loss interval", loss=ell, spread=rho)
+    ell, rho = np.broadcast_arrays(ell, rho)
     if not (ell >= 0.0).all():
         raise MergeboundError("loss holds values that are negative or missing: a cross-entropy is at least zero")
     if not (rho >= 0.0).all():

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from theory.clocks import Steps, require_sgd, write_out
 from theory.errors import AssumptionError, RecipeError
+from theory.master import lifted
 from theory.recipe import Expert, Schedule
 from theory.symbolic import FloatArray
 
@@ -228,9 +229,9 @@ def merge_moments(
     """
     x0 = np.asarray(base, dtype=np.float64)
     drop = np.asarray(drop_rate, dtype=np.float64)
-    given, p = np.asarray(coefficients, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     level, variance = (np.ones_like(drop), drop / (1 - drop)) if rescale else (1 - drop, drop * (1 - drop))
-    alpha = given * level
+    given, p, kept = lifted(coefficients, weights, level[None])
+    alpha = given * kept
     moments = [expert_moments(task, x0, expert) for task, expert in zip(tasks, experts, strict=True)]
     cross = _cross_terms(tasks, experts, moments) if shared_samples else {}
     shifts = [moment.mean - x0 for moment in moments]

@@ -6,7 +6,7 @@ import contextlib
 
 import numpy as np
 
-from theory.clocks import clock, is_constant, smoothness, step_excess
+from theory.clocks import clock, is_constant, smoothness, step_count, step_excess
 from theory.drift import finite_batch_factor
 from theory.enclosure.boxes import (
     CLOCK_DIRECTIONS,
@@ -79,8 +79,8 @@ def _plain_risks(expert: Expert, ranges: Ranges, up: bool) -> list[FloatArray]:
         return found
     decay = np.asarray(rise.weight_decay, dtype=np.float64)
     stiffness = smoothness(rise) + decay
-    eta, K = (np.asarray(value, dtype=np.float64) for value in (rise.learning_rate, rise.steps))
-    early, few = (np.asarray(value, dtype=np.float64) for value in (fall.learning_rate, fall.steps))
+    eta, K = np.asarray(rise.learning_rate, dtype=np.float64), step_count(rise)
+    early, few = np.asarray(fall.learning_rate, dtype=np.float64), step_count(fall)
     b = np.asarray(rise.batch_size, dtype=np.float64)
     noise = np.asarray(rise.sigma, dtype=np.float64) * np.sqrt(finite_batch_factor(rise.n, b, rise.sampling))
     star = None if rise.minimal_risk is None else np.asarray(rise.minimal_risk, dtype=np.float64)
