@@ -15,6 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from theory.function_space import Array, Labels, cross_entropy, log_softmax
+from theory.symbolic import Formula, evaluate
+from theory.symbols import symbol
+
+
+def output_formula() -> Formula:
+    """``(sqrt(F) + rho/sqrt(8))^2``, rho the root mean square over images of the range of the logit change."""
+    import sympy
+
+    risk, rho = symbol("FK"), symbol("rho")
+    expression = (sympy.sqrt(risk) + rho / sympy.sqrt(8)) ** 2
+    return Formula("risk", ("FK", "rho"), expression, "section 8, output-space certificate")
 
 
 def logit_range(change: Array) -> Array:
@@ -33,14 +44,12 @@ def remainder_bound(logits: Array, labels: Labels, remainder: Array) -> Array:
     Returns:
         Upper bound on the mean loss, (...); a theorem when ``remainder`` is exact, *estimated* otherwise.
     """
-    root = np.sqrt(cross_entropy(logits, labels).mean(axis=-1))
-    return np.asarray((root + np.sqrt((logit_range(remainder) ** 2).mean(axis=-1) / 8.0)) ** 2)
+    return output_bound(cross_entropy(logits, labels).mean(axis=-1), remainder)
 
 
 def output_bound(own_risk: npt.ArrayLike, change: Array) -> Array:
     """Label-free certificate F_j(M) <= ( sqrt(F_j(x_j)) + sqrt(E range(delta)^2 / 8) )^2, delta = h(M) - h(x_j)."""
-    root = np.sqrt(np.asarray(own_risk, dtype=np.float64))
-    return np.asarray((root + np.sqrt((logit_range(change) ** 2).mean(axis=-1) / 8.0)) ** 2)
+    return evaluate(output_formula, own_risk, np.sqrt((logit_range(change) ** 2).mean(axis=-1)))
 
 
 def output_bound_labelled(logits: Array, labels: Labels, change: Array) -> Array:

@@ -62,6 +62,21 @@ def convex_risk_formula() -> Formula:
     return Formula("R", keys, expression, "convex, last iterate")
 
 
+def distance_risk_formula() -> Formula:
+    """``F* + L/2 (r^2 q^(2K) + nu sigma^2/b)``, q the step factor and nu the noise time: constant learning rate."""
+    keys = ("F_star", "L", "r0", "q", "K", "nu", "sigma", "b")
+    star, L, distance, q, steps, nu, sigma, b = (symbol(key) for key in keys)
+    expression = star + L / 2 * (distance**2 * q ** (2 * steps) + nu * sigma**2 / b)
+    return Formula("R", keys, expression, "section 8, distance to a minimiser")
+
+
+def descent_risk_formula() -> Formula:
+    """``F_0 + L sigma^2 N_2/(2b)``, N_2 the sum of squared learning rates: any smooth loss."""
+    keys = ("F0", "L", "sigma", "N2", "b")
+    start, L, sigma, squares, b = (symbol(key) for key in keys)
+    return Formula("R", keys, start + L * sigma**2 * squares / (2 * b), "section 8, descent lemma")
+
+
 @vacuous
 def harmonic(count: ArrayLike) -> FloatArray:
     """Harmonic numbers ``1 + 1/2 + ... + 1/K`` (Euler-Maclaurin beyond 64), for whole K >= 1.
@@ -234,14 +249,19 @@ def distance_training_risk(expert: Expert) -> FloatArray:
         excess, count = step_excess(expert, eta), step_count(expert)
         left, (_, second) = np.exp(2 * count * np.log1p(excess)), geometric_sums(excess, count)
         spread = times(eta**2 * second, effective**2 / b)
-        return _where_plain(expert, np.asarray(star + stiffness / 2 * (times(square, left) + spread)))
+        return _where_plain(expert, _from_distance(star, stiffness, times(square, left), spread))
     steps = write_out(expert)
     excess = step_excess(expert, steps.learning_rate, per_step=True)
     excess = np.where(steps.present, excess, 0.0)
     shrunk = np.exp(2 * np.log1p(excess).sum(axis=-1))
     log_w = np.where(steps.present, sgd_log_response(steps.learning_rate, excess), -np.inf)
     moved = times(np.exp(2 * log_w), _noise(expert, steps, sigma)).sum(axis=-1)
-    return _where_plain(expert, np.asarray(star + stiffness / 2 * (times(square, shrunk) + moved)))
+    return _where_plain(expert, _from_distance(star, stiffness, times(square, shrunk), moved))
+
+
+def _from_distance(star: FloatArray, stiffness: FloatArray, left: FloatArray, noise: FloatArray) -> FloatArray:
+    """The formula with what is left of the squared distance and the summed noise (powers are taken in log space)."""
+    return evaluate(distance_risk_formula, star, stiffness, np.sqrt(left), 1.0, 1.0, noise, 1.0, 1.0)
 
 
 @vacuous
@@ -263,7 +283,8 @@ def descent_training_risk(expert: Expert) -> FloatArray:
     else:
         steps = write_out(expert)
         noise = (steps.learning_rate**2 * _noise(expert, steps, sigma)).sum(axis=-1)
-    return _where_plain(expert, np.where(small, start + stiffness / 2 * noise, np.inf))
+    value = evaluate(descent_risk_formula, start, stiffness, 1.0, noise, 1.0)
+    return _where_plain(expert, np.where(small, value, np.inf))
 
 
 def training_risk(expert: Expert) -> tuple[FloatArray, str]:

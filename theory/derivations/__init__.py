@@ -14,22 +14,40 @@ from theory.errors import MergeboundError
 
 
 def _table() -> dict[str, Callable[[], Derivation]]:
-    from theory.derivations import risk, training
+    from theory.derivations import certificates, forms, operators, published, risk, training
 
     return {
         "lemma 1": risk.lemma_1,
+        "lemma 1 forms": forms.lemma_forms,
         "clock": training.clock_sgd,
         "momentum": training.clock_momentum,
         "theorem 1": risk.theorem_1,
         "gap forms": risk.gap_forms,
         "theorem 2": training.stability,
+        "sharper stability": forms.stability_forms,
+        "heads": forms.heads,
         "theorem 3": training.drift,
         "dispersion": risk.dispersion,
+        "aggregation": forms.aggregation,
         "training risk": training.training_risk,
         "convex risk": training.convex_risk,
+        "distance risk": forms.distance_risk,
+        "descent risk": forms.descent_risk,
         "master bound": risk.master,
         "laws": risk.laws,
+        "output certificate": certificates.output_certificate,
+        "loss change": certificates.loss_changes,
+        "linear operators": operators.linear_operators,
         "dare": risk.dare,
+        "masks": operators.masks,
+        "ties": operators.ties,
+        "model stock": operators.model_stock,
+        "slerp": operators.slerp,
+        "iso": operators.iso,
+        "hardt": published.hardt,
+        "lei-ying": published.lei_ying,
+        "fedavg": published.fedavg,
+        "pac-bayes": published.pac_bayes,
     }
 
 
