@@ -305,6 +305,26 @@ def test_the_deviation_counts_the_sample_in_the_training_risk() -> None:
     assert np.mean(gaps > float(found.shift + found.deviation)) <= 0.4
 
 
+def test_a_sample_of_a_light_task_can_move_the_others() -> None:
+    """The merge is expert 1, whose task weighs 0.01: its sample acts on the joint risk through task 2."""
+    run = dict(n=1, batch_size=1, learning_rate=0.1, steps=1, curvature="convex", L=1.0, G=1.0, B=2.0)
+    pair = tuple(Expert(name, sampling="reshuffle", **run) for name in "ab")  # type: ignore[arg-type]
+    p = np.array([0.01, 0.99])
+
+    def gap(first: float, second: float) -> float:
+        """F(M) - F_S(M) with f = 1 - z x and M = 0.1 z_1: the joint risk is 1 everywhere."""
+        return float(1 - p @ (1 - np.array([first, second]) * 0.1 * first))
+
+    exact = max(abs(gap(1, z) - gap(-1, z)) for z in (-1, 1))
+    found = high_probability(Merge(pair, method="weighted", weights=p, coefficients=[1.0, 0.0], **STATED), 0.0, 0.1)
+    s = float(found.reach[0])
+    naive, ours = 2 * 0.01 * s + 0.01 * 2, 2 * 1.0 * s + 0.01 * 2  # p_i G_i in place of G = sum p_t G_t
+    assert naive < 0.2 * exact
+    assert exact <= ours
+    spread = ours**2 + (0.99 * 2) ** 2  # the second task's sample moves nothing
+    assert float(found.deviation) == pytest.approx(math.sqrt(0.5 * math.log(10) * spread))
+
+
 @pytest.mark.parametrize("sampling", ["without_replacement", "with_replacement"])
 def test_twins_of_independent_batches_can_be_pushed_at_every_step(sampling: Any) -> None:
     """One push per epoch is what reshuffling guarantees; independent batches may draw the sample again and again."""

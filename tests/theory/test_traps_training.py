@@ -181,6 +181,10 @@ def test_the_rms_form_is_refused_under_reshuffling() -> None:
     variance = float(gamma_of_weights(np.ones(2), 1, 2, "reshuffle", np.arange(2)))
     naive = float(epsilon_rms(rms.max(), 2.0, 2, variance))
     assert naive < 0.9 * exact
+    # the reshuffling line takes the gap where the sample is in the batch, E[u_k^2 | I_k = 1], not its rms over all runs
+    given_drawn = np.sqrt([np.mean([u[k] ** 2 for I, u in gaps.items() if I[k]]) for k in range(2)])
+    assert np.sqrt(np.sum(rms**2) / 2) < 0.9 * exact
+    assert exact == pytest.approx(np.sqrt(np.sum(given_drawn**2) / 2))
     run = Expert("a", 2, 1, 1.0, 2, sampling="reshuffle", curvature="convex", L=1.0, D_2=float(rms.max()))
     with pytest.raises(RecipeError, match="not under reshuffling"):
         expert_epsilon(run)
