@@ -22,7 +22,11 @@ def register(app: typer.Typer) -> None:
         recipe: Annotated[Path, typer.Option("--recipe", "-r", help="Recipe file; see docs/examples/recipe.yaml.")],
         free: Annotated[
             list[str],
-            typer.Option("--free", "-f", help="What may change, with its limits: steps=10:5000, '*.steps=10:5000'."),
+            typer.Option(
+                "--free",
+                "-f",
+                help="What may change: all.steps=10:5000 (one number) or each.steps=10:5000 (per expert).",
+            ),
         ],
         budget: Annotated[
             list[str] | None,
@@ -42,7 +46,7 @@ def register(app: typer.Typer) -> None:
         The recipe gives everything that is fixed, and constants of the loss (no `training_risk`: the bound on it must
         follow, so give `initial_risk`, `sigma`, `minimal_risk` and `pl_constant`, `mu` or `minimizer_distance`).
 
-        Example: `mergebound design -r recipe.yaml --free learning_rate=0.001:0.5 --free '*.steps=10:5000'
+        Example: `mergebound design -r recipe.yaml --free learning_rate=0.001:0.5 --free each.steps=10:5000
         --budget samples=1e6`
         """
         from experiments.recipe_file import read_recipe
@@ -115,4 +119,5 @@ def design_as_dict(found: Design) -> dict[str, Any]:
         "lower_bound": plain(found.lower_bound),
         "gap": plain(found.gap),
         "evidence": found.evidence,
+        "least_training": None if found.least_training is None else found.least_training.explain(),
     }

@@ -13,7 +13,7 @@ from theory import Budget, design
 
 RECIPE = """
 defaults: {n: 400, batch_size: 8, learning_rate: 0.1, steps: 20, curvature: strongly_convex, L: 1.0, mu: 0.4,
-           initial_gradient_norm: 0.3, sigma: 0.5, sigma0: 0.5, D_inf: 2.0, initial_risk: 1.0, minimal_risk: 0.05}
+           initial_gradient_norm: 0.9, sigma: 0.5, sigma0: 0.5, D_inf: 2.0, initial_risk: 1.0, minimal_risk: 0.05}
 experts: [{name: a}, {name: b, n: 150}]
 """
 
@@ -37,6 +37,8 @@ def test_design_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert content["value"] == pytest.approx(float(wanted.bound.value))
     assert content["cost"]["samples"] <= 300
     assert content["gap"] <= 0.011
+    said = None if wanted.least_training is None else wanted.least_training.explain()
+    assert content["least_training"] == said
     code, out, _ = run(arguments, capsys)
     assert code == 0
     assert "active term" in out

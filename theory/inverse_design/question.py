@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
+from theory.addressing import field_of, groups_of
 from theory.errors import RecipeError
 from theory.recipe import Expert, Merge, Schedule
 
@@ -53,14 +54,13 @@ def read_variables(merge: Merge, free: Mapping[str, tuple[float, float]]) -> tup
     names = [expert.name for expert in merge.experts]
     made: list[Variable] = []
     for key, limits in free.items():
-        owner, dot, field = key.rpartition(".")
+        field = field_of(key)
         if field not in (*EXPERT_FIELDS, "coefficients"):
             raise RecipeError(
-                f"design: {key!r} cannot be free; choose {', '.join(EXPERT_FIELDS)} or coefficients, with '*.' or an "
-                "expert's name in front"
+                f"design: {key!r} cannot be free; choose {', '.join(EXPERT_FIELDS)} or coefficients, with 'all.' (one "
+                "number for all experts), 'each.' (one per expert) or an expert's name in front"
             )
-        if dot and owner != "*" and owner not in names:
-            raise RecipeError(f"design: {key!r} names no expert; the experts are {', '.join(names)}")
+        groups = groups_of(key, names, "design")
         try:
             low, high = (float(limit) for limit in limits)
         except (TypeError, ValueError) as error:
@@ -71,11 +71,7 @@ def read_variables(merge: Merge, free: Mapping[str, tuple[float, float]]) -> tup
             low, high = float(np.ceil(low)), float(np.floor(high))
             if low > high:
                 raise RecipeError(f"design: there is no whole number between the limits of {key!r}; widen them")
-        everyone = tuple(range(len(names)))
-        if owner == "*":
-            made += [Variable(f"{names[i]}.{field}", field, (i,), low, high) for i in everyone]
-        else:
-            made.append(Variable(key, field, (names.index(owner),) if dot else everyone, low, high))
+        made += [Variable(name, field, experts, low, high) for name, experts in groups]
     if not made:
         raise RecipeError("design: nothing is free; name at least one field with its limits")
     taken = [(item.field, index) for item in made for index in item.experts]

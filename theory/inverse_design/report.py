@@ -9,6 +9,7 @@ import numpy as np
 from theory.enclosure import unchecked
 from theory.errors import RecipeError
 from theory.inverse_design.branching import Proof
+from theory.inverse_design.diagnosis import least_training
 from theory.inverse_design.problem import Problem
 from theory.inverse_design.question import WHOLE, Budget
 from theory.inverse_design.result import Design, Sensitivity, ShadowPrice
@@ -58,6 +59,7 @@ def as_design(
         lower_bound=lower,
         gap=gap,
         evidence=evidence,
+        least_training=least_training(problem, point, value, bound),
     )
 
 

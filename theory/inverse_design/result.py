@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from theory.addressing import is_common, scope_of
 from theory.bound import Bound, _table
+from theory.inverse_design.least_training import LeastTraining
 from theory.recipe import Merge
 
 
@@ -43,6 +45,7 @@ class Design:
     bound without the step-by-step recursions, or the cost); ``choices`` the value of every free variable; ``cost`` all
     kinds of cost; ``active_term`` the largest term; ``limits`` which limits and budgets are reached.  ``lower_bound``:
     no recipe of the design range has a smaller objective (None where not proven); ``gap`` the relative difference.
+    ``least_training`` is set where the answer is only "train as little as allowed", with the reason and the remedy.
     """
 
     merge: Merge
@@ -57,11 +60,19 @@ class Design:
     lower_bound: float | None
     gap: float | None
     evidence: str
+    least_training: LeastTraining | None = None
 
     def explain(self) -> str:
         """Readable report: choices, costs, active term and limits, shadow prices, sensitivities, evidence."""
         lines = [f"E F(M) <= {float(self.bound.value):.4g}   (tier: {self.bound.tier})", ""]
-        lines += _table([("free", "value"), *((name, f"{value:.6g}") for name, value in self.choices.items())])
+        size = self.merge.size
+        rows = [
+            (name, f"{value:.6g}", scope_of(range(size) if is_common(name) else (0,), size, name))
+            for name, value in self.choices.items()
+        ]
+        lines += _table([("free", "value", "is"), *rows])
+        if self.least_training is not None:
+            lines += ["", self.least_training.explain()]
         lines += ["", *_table([("cost", "used"), *((name, f"{value:.6g}") for name, value in self.cost.items())])]
         lines += ["", f"active term: {self.active_term}", "limits reached: " + (", ".join(self.limits) or "none")]
         if self.shadow_prices:

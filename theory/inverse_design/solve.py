@@ -48,19 +48,24 @@ def design(
     ``bound - minimal_risk <= target``.  The training risk must follow the hyperparameters: by a bound of section 8
     (``initial_risk``, ``sigma``, ``minimal_risk`` with ``pl_constant``, ``mu`` or ``minimizer_distance``), or by
     ``risk_models``, a function of the expert (fields are arrays over candidates) per name; the tier is then estimated.
-    ``boxes`` limits branch and bound, which stops at a relative gap of ``tolerance``; ``starts`` and ``seed`` fix the
-    random sample.
+    ``"steps"`` or ``"all.steps"`` is one number common to all experts, ``"each.steps"`` or ``"*.steps"`` one per
+    expert.  ``boxes`` limits branch and bound, which stops at a relative gap of ``tolerance``; ``starts`` and ``seed``
+    fix the random sample.  Where the answer is only to train as little as allowed, ``least_training`` says why.
 
     Raises :class:`RecipeError` for a malformed question, a fixed field that would not follow, or a target that cannot
     be met (saying whether that is proven).  Source: theory section 11.
 
     >>> from theory import Expert, Merge
-    >>> known = dict(n=1000, batch_size=10, learning_rate=0.1, steps=100, curvature="convex", L=1.0, D_inf=1.0,
-    ...              initial_gradient_norm=1.0, sigma=1.0, initial_risk=1.0, minimal_risk=0.0, pl_constant=0.1)
-    >>> merge = Merge((Expert("a", **known), Expert("b", **known)))
+    >>> known = dict(n=1000, batch_size=10, learning_rate=0.1, steps=100, L=1.0, mu=0.9, D_inf=2.0,
+    ...              curvature="strongly_convex", initial_gradient_norm=1.4, sigma=0.3, initial_risk=1.0,
+    ...              minimal_risk=0.0)
+    >>> merge = Merge((Expert("a", **known), Expert("b", **known)), orthogonal_task_vectors=True)
     >>> best = design(merge, {"learning_rate": (1e-3, 1.0), "steps": (1, 1000)}, budgets=[Budget("samples", 4000)])
     >>> best.cost["samples"] <= 4000 and best.gap <= 0.02
     True
+    >>> best = design(replace(merge, orthogonal_task_vectors=False), {"all.steps": (1, 1000)})  # norms alone
+    >>> best.choices["all.steps"], best.least_training.cause
+    (1.0, 'norms')
     """
     models = dict(risk_models or {})
     variables = read_variables(merge, free)
@@ -115,7 +120,7 @@ def design_number(
     (or data) for each, while the instability of the average falls with N.  The key of the smallest ``objective`` is
     the answer.  The copies have independent samples of the *same* size and constants.  Raises :class:`RecipeError`.
 
-    >>> known = dict(n=1000, batch_size=10, learning_rate=0.1, steps=100, curvature="convex", L=1.0, D_inf=1.0)
+    >>> known = dict(n=1000, batch_size=10, learning_rate=0.1, steps=100, curvature="convex", L=1.0, D_inf=2.0)
     >>> known |= dict(initial_gradient_norm=1.0, sigma=1.0, initial_risk=1.0, minimal_risk=0.0, pl_constant=0.1)
     >>> found = design_number(Expert("a", **known), [1, 2], {"steps": (1, 100)}, budgets=[Budget("steps", 100)])
     >>> sorted(found), found[2].merge.size

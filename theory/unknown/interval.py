@@ -87,17 +87,18 @@ def bound_interval(
 ) -> BoundInterval:
     """The interval of master bounds over everything that is unknown, and which unknown widens it most.
 
-    ``unknown`` maps a field to a :class:`Range` or :class:`OneOf`: ``"L"`` is one common value for all experts,
-    ``"*.L"`` one per expert, ``"photos.L"`` of one expert; ``"coefficients"`` those of the merge.  Such fields may hold
-    any value in ``merge``.  ``samples`` and ``seed`` fix the random sample, ``boxes`` and ``tolerance`` the splitting
-    of boxes.  The step-by-step recursions are left out.  Raises :class:`RecipeError` or its AssumptionError as the
-    bound itself does (an optimizer that is not covered and has no measured drift, a missing constant).
+    ``unknown`` maps a field to a :class:`Range` or :class:`OneOf`: ``"L"`` (or ``"all.L"``) is **one** value common to
+    all experts, ``"each.L"`` (or ``"*.L"``) one per expert, ``"photos.L"`` of one expert; ``"coefficients"`` those of
+    the merge.  Such fields may hold any value in ``merge``.  ``samples`` and ``seed`` fix the random sample, ``boxes``
+    and ``tolerance`` the splitting of boxes.  The step-by-step recursions are left out.  Raises :class:`RecipeError` or
+    its AssumptionError as the bound itself does (an optimizer that is not covered and has no measured drift, a missing
+    constant).
 
     >>> from theory import Expert, Merge
     >>> known = dict(n=1000, batch_size=50, learning_rate=0.1, steps=100, curvature="convex", L=1.0,
     ...              initial_gradient_norm=0.5, sigma=1.0, D_inf=2.0, training_risk=0.05)
     >>> merge = Merge((Expert("a", **known), Expert("b", **known)))
-    >>> result = bound_interval(merge, {"*.steps": Range(50, 200, log=True), "sigma": Range(0.5, 2.0)})
+    >>> result = bound_interval(merge, {"each.steps": Range(50, 200, log=True), "sigma": Range(0.5, 1.4)})
     >>> result.proven, result.widest in ("a.steps", "b.steps")
     (True, True)
     """

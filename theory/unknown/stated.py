@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from theory.addressing import field_of, groups_of
 from theory.errors import RecipeError
 from theory.recipe import Expert, Merge
 from theory.symbolic import FloatArray
@@ -60,17 +61,11 @@ def read_unknowns(merge: Merge, unknown: Mapping[str, Range | OneOf]) -> tuple[U
     known = {item.name for item in fields(Expert)} - set(NOT_NUMBERS)
     made: list[Unknown] = []
     for key, stated in unknown.items():
-        owner, dot, field = key.rpartition(".")
+        field = field_of(key)
         if field not in known | {"coefficients"}:
             raise RecipeError(f"unknown: {key!r} is not a field of an expert that can be unknown; check its spelling")
-        if dot and owner != "*" and owner not in names:
-            raise RecipeError(f"unknown: {key!r} names no expert; the experts are {', '.join(names)}")
-        everyone = tuple(range(len(names)))
         checked = _checked(key, field, stated)
-        if owner == "*":
-            made += [Unknown(f"{names[i]}.{field}", field, (i,), checked) for i in everyone]
-        else:
-            made.append(Unknown(key, field, (names.index(owner),) if dot else everyone, checked))
+        made += [Unknown(name, field, experts, checked) for name, experts in groups_of(key, names, "unknown")]
     if not made:
         raise RecipeError("unknown: nothing is unknown; name at least one field with a Range or OneOf")
     taken = [(item.field, index) for item in made for index in item.experts]
