@@ -94,13 +94,15 @@ class GapBound:
 class ConfidentRisk:
     """``F(M) <= value`` with probability at least ``1 - delta``: ``value = empirical_risk + shift + deviation`` (loss).
 
-    ``reach`` (shape ``(N, ...)``, param) is the distance s_i that twins never exceed.
+    ``reach`` (shape ``(N, ...)``, param) is the distance s_i that twins never exceed, ``joint_reach`` S_i bounds the
+    root of the sum of their squares over all samples (``S_i <= sqrt(n_i) s_i``).
     """
 
     value: FloatArray
     shift: FloatArray
     deviation: FloatArray
     reach: FloatArray
+    joint_reach: FloatArray
     delta: FloatArray
     tier: Tier
     assumptions: tuple[Assumption, ...]
@@ -194,6 +196,43 @@ def twin_reach(expert: Expert, timing: Clock | None = None) -> FloatArray:
 
 
 @vacuous
+def joint_reach(expert: Expert, timing: Clock | None = None) -> FloatArray:
+    """Bound S on ``sqrt(sum_j s_j^2)``, s_j the distance of the twins of sample j, whatever the seeds (param, (...)).
+
+    *Statement:* given the seeds ``s_j <= D sum_k (w_k/b_k) I_kj``.  Reshuffling: ``S = D sum over epochs of sqrt(sum_{k
+    in epoch} w_k^2/b_k)``; batches without replacement: ``D sum w_k/sqrt(b_k)``; with replacement: ``D sum w_k``.
+    *Proof:* Minkowski over epochs (or steps); the 2-norm of I_k over samples is ``sqrt(b_k)`` for distinct samples and
+    at most b_k otherwise.  Never more than ``sqrt(n)`` times :func:`twin_reach`, and less by ``sqrt(b/n)`` without
+    replacement, by ``1/sqrt(n)`` with, and under reshuffling where w_k changes in an epoch.
+
+    >>> run = Expert("a", n=100, batch_size=4, learning_rate=0.1, steps=3, curvature="convex", L=1.0, D_inf=1.0)
+    >>> float(joint_reach(run)), 10 * float(twin_reach(run))  # 3 * 0.1/2, and 10 * 3 * 0.1/4
+    (0.15000000000000002, 0.7500000000000001)
+    """
+    D = largest_gap(expert)
+    timing = clock(expert) if timing is None else timing
+    log_w = log_response(expert) if timing.log_w is None else timing.log_w
+    return times(D, sure_norm(log_w, write_out(expert), expert.sampling))
+
+
+@vacuous
+def sure_norm(log_w: FloatArray, steps: Steps, sampling: str) -> FloatArray:
+    """Bound on the 2-norm over samples of ``sum_k (w_k/b_k) I_k`` for every outcome of a sampling; as above."""
+    w = np.where(steps.present, np.exp(log_w), 0.0)
+    if sampling == "with_replacement":
+        return np.asarray(w.sum(axis=-1))
+    if sampling == "without_replacement":
+        return np.asarray((w / np.sqrt(steps.batch_size)).sum(axis=-1))
+    squares = w**2 / steps.batch_size
+    total, epoch = np.zeros(w.shape[:-1]), np.zeros(w.shape[:-1])
+    for k in range(w.shape[-1]):
+        starts = steps.position[..., k] == 0
+        total = np.where(starts, total + np.sqrt(epoch), total)
+        epoch = np.where(starts, 0.0, epoch) + squares[..., k]
+    return np.asarray(total + np.sqrt(epoch))
+
+
+@vacuous
 def sure_response(log_w: FloatArray, steps: Steps, sampling: str) -> FloatArray:
     """The largest possible ``sum_k (w_k/b_k) I_k`` over all outcomes of a sampling; ``log_w`` of shape ``(..., K)``."""
     w = np.exp(log_w)
@@ -214,16 +253,18 @@ def sure_response(log_w: FloatArray, steps: Steps, sampling: str) -> FloatArray:
 def high_probability(merge: Merge, empirical_risk: ArrayLike, delta: ArrayLike) -> ConfidentRisk:
     """Theorem 1 with high probability: ``F(M) <= F_S(M) + shift + deviation`` with probability at least ``1 - delta``.
 
-    ``shift = sum p_i G_i c_i D_i tau_i/n_i``; ``deviation = sqrt(log(1/delta)/2 sum_i n_i (2 G c_i s_i + p_i
-    B_i/n_i)^2)`` with ``G = sum p_t G_t`` and s_i of :func:`twin_reach` (McDiarmid's inequality given the seeds: the
-    shift holds given the seeds because every batch holds b_k samples).  ``empirical_risk`` is F_S(M) of the merge at
-    hand (loss), ``delta`` in (0, 1); both broadcast.
+    ``shift = sum p_i G_i c_i D_i tau_i/n_i``; ``deviation = sqrt(log(1/delta)/2 sum_i (2 G c_i S_i + p_i
+    B_i/sqrt(n_i))^2)`` with ``G = sum p_t G_t`` and S_i of :func:`joint_reach`.  *Proof:* McDiarmid's inequality given
+    the seeds; sample ij moves ``F(M) - F_S(M)`` by at most ``2 G c_i s_ij + p_i B_i/n_i``, and the 2-norm over j obeys
+    Minkowski; the shift holds given the seeds because every batch holds b_k samples.  ``S_i <= sqrt(n_i) s_i`` gives
+    theory section 3's form.  ``empirical_risk`` is F_S(M) of the merge at hand (loss), ``delta`` in (0, 1); both
+    broadcast.
 
     Assumes, on all reachable x and for every sample set: losses in [0, B_i], G_i-Lipschitz, gaps at most D_i (2G);
     step factors known (L, no measured kappa); no momentum; heads not trained; independent samples.  c_i must hold for
     every seed: DARE's is ``lambda/(1-drop)``, not its root mean square.  Reshuffling is the case of interest; under
-    independent batches s_i does not fall with n.  Raises :class:`RecipeError` or :class:`AssumptionError` naming what
-    is missing.
+    independent batches S_i covers seeds that draw one batch again and again.  Raises :class:`RecipeError` or
+    :class:`AssumptionError` naming what is missing.
 
     >>> run = dict(n=1000, batch_size=10, learning_rate=0.01, steps=200, curvature="convex", L=1.0, G=1.0, B=1.0)
     >>> pair = Merge((Expert("a", sampling="reshuffle", **run), Expert("b", sampling="reshuffle", **run)))
@@ -247,18 +288,18 @@ def high_probability(merge: Merge, empirical_risk: ArrayLike, delta: ArrayLike) 
     for expert in merge.experts:
         _refuse_uncertain(expert)
     timings = [clock(expert) for expert in merge.experts]
-    reach = _stack([twin_reach(expert, timing) for expert, timing in zip(merge.experts, timings, strict=True)])
+    pairs = list(zip(merge.experts, timings, strict=True))
+    reach = _stack([twin_reach(expert, timing) for expert, timing in pairs])
+    joint = _stack([joint_reach(expert, timing) for expert, timing in pairs])
     mean = _stack(
-        [
-            times(largest_gap(expert), timing.tau / np.asarray(expert.n, dtype=np.float64))
-            for expert, timing in zip(merge.experts, timings, strict=True)
-        ]
+        [times(largest_gap(expert), timing.tau / np.asarray(expert.n, dtype=np.float64)) for expert, timing in pairs]
     )
     fields = [_stack([_field(expert, name) for expert in merge.experts]) for name in ("n", "G", "B")]
-    p, c, n, G, B, s, mean = lifted(per_expert(merge, "weights"), _surely_sensitive(merge), *fields, reach, mean)
+    p, c = per_expert(merge, "weights"), _surely_sensitive(merge)
+    p, c, n, G, B, s, S, mean = lifted(p, c, *fields, reach, joint, mean)
     shift = times(p * c * G, mean).sum(axis=0)
-    influence = times(times(2 * times(p, G).sum(axis=0), c), s) + p * B / n
-    spread = times(n, influence**2).sum(axis=0)
+    influence = times(times(2 * times(p, G).sum(axis=0), c), S) + p * B / np.sqrt(n)  # 2-norm over the samples
+    spread = (influence**2).sum(axis=0)
     deviation = np.where(spread == 0, 0.0, evaluate(deviation_formula, spread, level))
     assumptions, measured = _audit(merge, ["D_inf tau/n"] * merge.size)
     measured += [
@@ -271,6 +312,7 @@ def high_probability(merge: Merge, empirical_risk: ArrayLike, delta: ArrayLike) 
         shift=shift,
         deviation=deviation,
         reach=s,
+        joint_reach=S,
         delta=level,
         tier=tier_of(assumptions, measured),
         assumptions=tuple(assumptions),

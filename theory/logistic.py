@@ -151,13 +151,16 @@ def _descend(
 class Coverage:
     """The high-probability form against real runs, one value per ``delta``: ``bound`` on F(M) - F_S(M), the
     ``quantile`` of the simulated gap at ``1 - delta``, the ``violations`` (fraction of runs above the bound), and
-    ``deviation_ratio``: the bound's deviation over that of the simulation (quantile minus mean)."""
+    ``deviation_ratio``: the bound's deviation over that of the simulation (quantile minus mean); and the simulated
+    ``mean`` of the gap with its ``standard_error``."""
 
     delta: FloatArray
     bound: FloatArray
     quantile: FloatArray
     violations: FloatArray
     deviation_ratio: FloatArray
+    mean: float
+    standard_error: float
 
     @property
     def ratio(self) -> FloatArray:
@@ -198,4 +201,6 @@ def confidence_coverage(
         quantile=quantile,
         violations=(gap[:, None] > sure.value).mean(axis=0),
         deviation_ratio=ratio,
+        mean=float(gap.mean()),
+        standard_error=float(gap.std(ddof=1) / np.sqrt(replicates)),
     )

@@ -10,11 +10,12 @@ import mpmath
 import numpy as np
 import pytest
 
-from theory import AssumptionError, Expert, Merge, RecipeError, clock, expert_epsilon, task_stability
+from theory import AssumptionError, Expert, Merge, RecipeError, Schedule, clock, expert_epsilon, task_stability
 from theory.clocks import write_out
 from theory.generalization import (
     deviation_formula,
     high_probability,
+    joint_reach,
     l1_formula,
     l1_gap,
     mean_displacement,
@@ -154,6 +155,18 @@ def test_average_of_two_experts_by_enumeration(case: tuple[str, int, int, int, f
         )
         assert furthest <= float(twin_reach(expert)) * (1 + 1e-12)
         assert furthest >= 0.3 * float(twin_reach(expert))
+        jointly = 0.0
+        for seed in {seed for seed, _ in table}:
+            moved = [
+                max(
+                    abs(x - table[(seed, (*z[:j], -z[j], *z[j + 1 :]))])
+                    for (other, z), x in table.items()
+                    if other == seed
+                )
+                for j in range(n)
+            ]
+            jointly = max(jointly, float(np.linalg.norm(moved)))
+        assert 0.3 * float(joint_reach(expert)) <= jointly <= float(joint_reach(expert)) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -270,3 +283,40 @@ def test_refusals_name_the_field() -> None:
     with pytest.raises(AssumptionError, match="adamw"):
         l1_gap(merged(optimizer="adamw"))
     assert np.isinf(l1_gap(merged(curvature="smooth", steps=100_000)).value)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "gain"), [("reshuffle", 1.0), ("without_replacement", 0.1**0.5), ("with_replacement", 0.01**0.5)]
+)
+def test_joint_reach_against_the_largest_reach(sampling: str, gain: float) -> None:
+    """Never above sqrt(n) twin_reach; below it by sqrt(b/n), 1/sqrt(n), or by a decaying schedule or a short batch."""
+    run = logistic("a", sampling, 100, 10, 20, 0.1)
+    assert float(joint_reach(run)) == pytest.approx(gain * 10 * float(twin_reach(run)))
+    decaying = replace(run, learning_rate=Schedule(np.linspace(0.1, 0.0, 20)), steps=None)
+    ragged = replace(run, n=91, steps=10)  # 9 batches of 10 and one of 1 in an epoch
+    for case in (decaying, ragged):
+        ratio = float(joint_reach(case)) / (np.sqrt(int(case.n)) * float(twin_reach(case)))
+        assert ratio < gain * 1.01 + 0.06 if sampling != "reshuffle" else ratio < 0.85
+    wild = replace(run, curvature="smooth", L=1e6, learning_rate=np.array([0.1, 1e-9]), steps=1000)
+    assert np.isinf(joint_reach(wild)[0])
+    assert np.isfinite(joint_reach(wild)[1])
+
+
+def test_joint_reach_is_the_worst_seed_of_constant_gradients() -> None:
+    """Linear losses: sqrt(sum s_j^2) is D |sum_k (w_k/b_k) I_k|; the worst draw of every sampling is enumerated."""
+    eta = Schedule(np.array([0.9, 0.4, 0.7, 0.2]))
+    for sampling, n, b, tight in (
+        ("reshuffle", 4, 2, 0.99),
+        ("reshuffle", 3, 2, 0.8),
+        ("without_replacement", 4, 2, 1.0),
+        ("with_replacement", 3, 2, 1.0),
+    ):
+        expert = Expert("a", n, b, eta, sampling=sampling, curvature="convex", L=0.0, D_inf=2.0)  # type: ignore[arg-type]
+        worst = 0.0
+        for batches, _ in orders(expert):
+            pushes = np.zeros(n)
+            for rate, batch in zip(eta.values, batches, strict=True):
+                np.add.at(pushes, list(batch), 2.0 * rate / len(batch))
+            worst = max(worst, float(np.linalg.norm(pushes)))
+        assert tight * float(joint_reach(expert)) <= worst * (1 + 1e-12)
+        assert worst <= float(joint_reach(expert)) * (1 + 1e-12)
