@@ -39,6 +39,22 @@ def configurations(merge: Merge) -> tuple[int, ...]:
     return np.broadcast_shapes(*shapes)
 
 
+def one_recipe(merge: Merge, where: str, takes: str = "one recipe") -> None:
+    """Refuse a merge over several configurations (:class:`RecipeError` naming the first field that has them)."""
+    owners = [("merge", vars(merge)), *((f"expert {expert.name!r}", vars(expert)) for expert in merge.experts)]
+    for owner, record in owners:
+        for name, value in record.items():
+            if name == "experts" or value is None:
+                continue
+            shape = value.values.shape[:-1] if isinstance(value, Schedule) else ()
+            if name in PER_EXPERT:
+                shape = np.shape(value)[1:]
+            elif _is_numeric(name, value):
+                shape = np.shape(value)
+            if np.prod(shape, dtype=np.int64) != 1:
+                raise RecipeError(f"{owner}: {name} is an array; {where} takes {takes}")
+
+
 def piece_size(merge: Merge) -> int:
     """How many configurations to treat at once: fewer where every step is written out."""
     written = [int(step_count(expert).max()) for expert in merge.experts if not is_constant(expert)]

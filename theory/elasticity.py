@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from theory.chunks import one_recipe
 from theory.clocks import is_constant, lowest_curvature, nu_formula, smoothness, tau_formula
 from theory.errors import MergeboundError
 from theory.operators import coefficients
 from theory.recipe import Expert, Schedule, per_expert
-from theory.symbols import symbol
+from theory.symbolic import Formula
+from theory.symbols import glossary, symbol
 
 if TYPE_CHECKING:
     from theory.bound import Bound, ExpertTerms
@@ -86,6 +88,7 @@ def expand(bound: Bound) -> Expanded:
         raise MergeboundError(
             "elasticity: this bound was made from measured numbers; build it by master_bound from recipes"
         )
+    one_recipe(merge, "elasticity", "one configuration at a time")
     if merge.shared_samples or any(expert.head == "trained" for expert in merge.experts):
         raise NotSymbolic("elasticity: not symbolic with shared samples or trained heads; compare two bounds instead")
     _refuse_measured(bound)
@@ -270,6 +273,23 @@ def _task_by_task(
             choices.append(sympy.sqrt(base[j]) + sympy.sqrt(L[j] / 2 * (squared(None) + extra)))
         total += p[j] * smaller(*choices) ** 2
     return sympy.sqrt(total)
+
+
+def formula_elasticity(formula: Formula, key: str) -> Any:
+    """``d log(formula)/d log(key)`` as a sympy expression in the glossary's symbols.
+
+    Zero where the formula does not hold the key.  Raises :class:`MergeboundError` for keys outside the glossary.
+
+    >>> from theory.stability import gamma_with_replacement_formula
+    >>> str(formula_elasticity(gamma_with_replacement_formula(), "b"))
+    '-1'
+    """
+    import sympy
+
+    if key not in glossary():
+        raise MergeboundError(f"elasticity: {key!r} is not in the glossary; choose one of {', '.join(formula.keys)}")
+    item = symbol(key)
+    return sympy.simplify(item * sympy.diff(formula.expression, item) / formula.expression)
 
 
 def elasticity(bound: Bound, name: str, expert: str | None = None) -> float:

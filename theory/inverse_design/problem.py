@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from theory.chunks import one_recipe
 from theory.enclosure import unchecked
 from theory.errors import AssumptionError
 from theory.inverse_design.question import Budget, RiskModel, Variable
@@ -27,6 +28,10 @@ class Problem:
     target: float | None
     cost: Budget
     models: Mapping[str, RiskModel]
+
+    def __post_init__(self) -> None:
+        """Refuse a merge over several configurations: candidates and configurations would share an axis."""
+        one_recipe(self.merge, "design")
 
     @property
     def lower(self) -> FloatArray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from theory.chunks import one_recipe
 from theory.enclosure import Unchecked, unchecked
 from theory.errors import RecipeError
 from theory.recipe import Expert, Merge, Schedule, per_expert
@@ -26,6 +27,10 @@ class Family:
 
     merge: Merge
     unknowns: tuple[Unknown, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a merge over several configurations: points and configurations would share an axis."""
+        one_recipe(self.merge, "a search over unknown fields")
 
     @property
     def continuous(self) -> tuple[int, ...]:
