@@ -19,7 +19,7 @@ from experiments.tasks.digits8 import EIGHT, digits8
 from merging.registry import get
 from theory.errors import MergeboundError
 
-NUMERICS_VERSION = 4
+NUMERICS_VERSION = 5
 """Raised whenever the same spec would give other bits; part of the hash that names stored results."""
 
 Positive = Annotated[float, Field(gt=0)]

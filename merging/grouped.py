@@ -10,6 +10,7 @@ from torch import Tensor
 
 from merging.errors import MethodError
 from merging.flat import FlatSpace
+from merging.linear_form import LinearForm
 from merging.method import Rows, check_coefficients, combine
 
 Groups = Mapping[str, Sequence[float]]
@@ -29,12 +30,20 @@ def combine_groups(rows: Rows, space: FlatSpace, coefficients: Sequence[float], 
     default = check_coefficients(coefficients, len(rows))
     if not groups:
         return combine(rows, default)
-    compiled = [(_compile(pattern), check_coefficients(values, len(rows))) for pattern, values in groups.items()]
     result = torch.empty_like(rows[0])
     for name, piece in space.segments():
-        weights = next((values for expression, values in compiled if expression.fullmatch(name)), default)
-        result[piece] = combine([row[piece] for row in rows], weights)
+        form = grouped_form(len(rows), name, coefficients=default, groups=groups)
+        result[piece] = combine([row[piece] for row in rows], form.weights)
     return result
+
+
+def grouped_form(
+    experts: int, tensor: str = "", *, coefficients: Sequence[float], groups: Groups | None = None
+) -> LinearForm:
+    """The coefficients of one tensor's group."""
+    default = check_coefficients(coefficients, experts)
+    compiled = [(_compile(pattern), check_coefficients(values, experts)) for pattern, values in (groups or {}).items()]
+    return LinearForm(next((values for expression, values in compiled if expression.fullmatch(tensor)), default))
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

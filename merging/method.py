@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.flat import FlatSpace, compute_dtype
 from merging.types import TaskVector
+
+if TYPE_CHECKING:
+    from merging.linear_form import LinearForm
 
 Rows = Sequence[Tensor]
 """N flat task vectors of shape ``(P,)``: a list of them, or the rows of an ``(N, P)`` matrix."""
@@ -130,6 +133,8 @@ class Method:
             a mapping by their names.
         localized: ``localized(task_vectors, **settings) -> list[dict[str, Tensor]]``, one task vector per expert, for
             methods that compress experts into one vector and hand each of them back (masks, rescalers).
+        linear_form: ``linear_form(experts, tensor, **settings) -> LinearForm``, for linear methods: the numbers behind
+            ``flat`` for one tensor (``experts`` is their number), so that compiled loops can do the same.
     """
 
     name: str
@@ -154,6 +159,7 @@ class Method:
     extras: tuple[str, ...] = ()
     per_expert: tuple[str, ...] = ()
     localized: Callable[..., list[dict[str, Tensor]]] | None = None
+    linear_form: Callable[..., LinearForm] | None = None
 
     def is_tensorwise(self, settings: Mapping[str, Any]) -> bool:
         """Whether, with these settings, each tensor of the result depends on that tensor of the experts only."""

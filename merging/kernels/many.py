@@ -23,7 +23,7 @@ COMBINE, ELECT_SUM, ELECT_MEAN, LARGEST, UNIFY = range(5)
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def _combine(rows: Any, origin: int, members: Any, weights: Any, out: Any) -> None:
     """``out = sum_i w_i row_i`` over the members in order, four at a time to spare loads and stores."""
     n = out.size
@@ -65,7 +65,7 @@ def _combine(rows: Any, origin: int, members: Any, weights: Any, out: Any) -> No
         done += 1
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def _elect(
     rows: Any,
     origin: int,
@@ -133,7 +133,7 @@ def _elect(
             out[j] = out[j] * sign[j]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def _largest(rows: Any, origin: int, members: Any, lowest: Any, out: Any) -> None:
     """The entry of largest magnitude; of opposite ones the positive."""
     n = out.size
@@ -150,7 +150,7 @@ def _largest(rows: Any, origin: int, members: Any, lowest: Any, out: Any) -> Non
         out[j] = out[j] if out[j] >= -lowest[j] else lowest[j]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def _unify(rows: Any, origin: int, members: Any, ones: Any, sign: Any, out: Any) -> None:
     """The largest magnitude among the entries of the sign of the plain sum."""
     n = out.size
@@ -170,7 +170,7 @@ def _unify(rows: Any, origin: int, members: Any, ones: Any, sign: Any, out: Any)
         out[j] = out[j] * sign[j]
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def _agree(rows: Any, origin: int, members: Any, strictness: Any, threshold: float, votes: Any, out: Any) -> None:
     """Multiply by 1 where at least ``threshold`` members have ``|row| > l |out - row|``, by 0 elsewhere."""
     n = out.size
@@ -187,7 +187,7 @@ def _agree(rows: Any, origin: int, members: Any, strictness: Any, threshold: flo
         out[j] = out[j] * (one if votes[j] >= threshold else zero)
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def _trim(row: Any, ranks: Any, edges: Any, keep: Any, start: int, out: Any) -> None:
     """``out``: the chunk from ``start`` of a row, zero where the rank within its piece reaches the piece's ``keep``."""
     zero = out.dtype.type(0)
@@ -202,7 +202,7 @@ def _trim(row: Any, ranks: Any, edges: Any, keep: Any, start: int, out: Any) -> 
         piece += 1
 
 
-@compiled  # type: ignore[untyped-decorator]
+@compiled
 def merge_block(
     rows: Any,
     base: Any,

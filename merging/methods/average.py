@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from merging.flat import FlatSpace
-from merging.method import Method, Rows, always, apply_flat, combine
+from merging.linear_form import LinearForm, apply_form
+from merging.method import Method, Rows, always, apply_flat
 from merging.types import TaskVector
 
 
@@ -22,7 +23,12 @@ def average(task_vectors: Sequence[TaskVector]) -> dict[str, Tensor]:
 
 def average_flat(rows: Rows, space: FlatSpace) -> Tensor:
     """:func:`average` on N rows of shape ``(P,)``."""
-    return combine(rows).div_(len(rows))
+    return apply_form(rows, average_form(len(rows)))
+
+
+def average_form(experts: int, tensor: str = "") -> LinearForm:
+    """The sum, divided by N."""
+    return LinearForm(divisor=experts)
 
 
 METHOD = Method(
@@ -36,4 +42,5 @@ METHOD = Method(
     elementwise=True,
     idempotent=True,
     lipschitz=True,
+    linear_form=average_form,
 )

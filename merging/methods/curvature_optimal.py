@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from merging.flat import FlatSpace
-from merging.grouped import Groups, combine_groups
+from merging.grouped import Groups, combine_groups, grouped_form
 from merging.method import Method, Rows, apply_flat
 from merging.types import TaskVector
 
@@ -55,6 +55,7 @@ METHOD = Method(
     linear=True,
     elementwise=True,
     lipschitz=True,
+    linear_form=grouped_form,
     needs_data=True,
     extras=("groups",),
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from merging.errors import MethodError
 from merging.flat import FlatSpace, compute_dtype
 from merging.layers import Layers, layers_of
+from merging.linear_form import LinearForm
 from merging.method import Method, Parameter, Rows, apply_flat, combine
 from merging.types import TaskVector
 
@@ -65,10 +66,30 @@ def lines_flat(
 ) -> Tensor:
     """:func:`lines` on N rows of shape ``(P,)``."""
     total = combine(rows)
-    scales = depth_scales(layers_of(space.names) if layers is None else layers, alpha / len(rows), beta, outside)
+    known = layers_of(space.names) if layers is None else layers
+    scales = depth_scales(known, alpha / len(rows), beta, outside)
     for name, piece in space.segments():
         total[piece] *= scales[name]
     return total
+
+
+def lines_form(
+    experts: int,
+    tensor: str,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+    outside: Outside = "first",
+    layers: Layers | None = None,
+) -> LinearForm:
+    """The sum, times the scale of the tensor's layer.
+
+    Raises:
+        MethodError: the layers are not given, or there is none.
+    """
+    if layers is None:
+        raise MethodError("the form of LiNeS for one tensor needs the layers of the whole model: give layers=")
+    return LinearForm(factor=depth_scales(layers, alpha / experts, beta, outside)[tensor])
 
 
 def depth_scales(layers: Layers, alpha: float, beta: float, outside: Outside = "first") -> dict[str, float]:
@@ -140,5 +161,6 @@ METHOD = Method(
     linear=True,
     elementwise=True,
     lipschitz=True,
+    linear_form=lines_form,
     extras=("layers",),
 )

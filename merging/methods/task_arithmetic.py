@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from merging.flat import FlatSpace
-from merging.method import Method, Parameter, Rows, apply_flat, check_coefficients, combine
+from merging.linear_form import LinearForm, apply_form
+from merging.method import Method, Parameter, Rows, apply_flat, check_coefficients
 from merging.types import TaskVector
 
 
@@ -33,8 +34,15 @@ def task_arithmetic_flat(
     rows: Rows, space: FlatSpace, *, coefficient: float = 0.3, coefficients: Sequence[float] | None = None
 ) -> Tensor:
     """:func:`task_arithmetic` on N rows of shape ``(P,)``."""
-    weights = None if coefficients is None else check_coefficients(coefficients, len(rows))
-    return combine(rows, weights).mul_(coefficient)
+    return apply_form(rows, task_arithmetic_form(len(rows), coefficient=coefficient, coefficients=coefficients))
+
+
+def task_arithmetic_form(
+    experts: int, tensor: str = "", *, coefficient: float = 0.3, coefficients: Sequence[float] | None = None
+) -> LinearForm:
+    """The coefficients (default: a plain sum), times the scale."""
+    weights = None if coefficients is None else check_coefficients(coefficients, experts)
+    return LinearForm(weights, factor=coefficient)
 
 
 METHOD = Method(
@@ -48,4 +56,5 @@ METHOD = Method(
     linear=True,
     elementwise=True,
     lipschitz=True,
+    linear_form=task_arithmetic_form,
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from merging.flat import FlatSpace
 from merging.method import Method, Rows, always, apply_flat
-from merging.methods.average import average_flat
+from merging.methods.average import average_flat, average_form
 from merging.types import TaskVector
 
 
@@ -40,4 +40,5 @@ METHOD = Method(
     idempotent=True,
     lipschitz=True,
     base_free=always,
+    linear_form=average_form,
 )

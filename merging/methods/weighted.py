@@ -9,7 +9,8 @@ from torch import Tensor
 
 from merging.errors import MethodError
 from merging.flat import FlatSpace
-from merging.method import Method, Parameter, Rows, apply_flat, check_coefficients, combine
+from merging.linear_form import LinearForm, apply_form
+from merging.method import Method, Parameter, Rows, apply_flat, check_coefficients
 from merging.types import TaskVector
 
 
@@ -38,7 +39,14 @@ def weighted(
 
 def weighted_flat(rows: Rows, space: FlatSpace, *, coefficients: Sequence[float], normalize: bool = True) -> Tensor:
     """:func:`weighted` on N rows of shape ``(P,)``."""
-    weights = check_coefficients(coefficients, len(rows))
+    return apply_form(rows, weighted_form(len(rows), coefficients=coefficients, normalize=normalize))
+
+
+def weighted_form(
+    experts: int, tensor: str = "", *, coefficients: Sequence[float], normalize: bool = True
+) -> LinearForm:
+    """The coefficients, divided by their sum if they are to be normalised."""
+    weights = check_coefficients(coefficients, experts)
     if normalize:
         total = fsum(weights)
         if total == 0.0:
@@ -46,7 +54,7 @@ def weighted_flat(rows: Rows, space: FlatSpace, *, coefficients: Sequence[float]
                 "the coefficients sum to zero and cannot be normalised: change one, or set normalize=false"
             )
         weights = tuple(weight / total for weight in weights)
-    return combine(rows, weights)
+    return LinearForm(weights)
 
 
 METHOD = Method(
@@ -62,4 +70,5 @@ METHOD = Method(
     elementwise=True,
     idempotent=True,
     lipschitz=True,
+    linear_form=weighted_form,
 )

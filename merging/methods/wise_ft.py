@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from merging.flat import FlatSpace
-from merging.method import Method, Parameter, Rows, apply_flat, combine
+from merging.linear_form import LinearForm, apply_form
+from merging.method import Method, Parameter, Rows, apply_flat
 from merging.types import TaskVector
 
 
@@ -27,7 +28,12 @@ def wise_ft(task_vectors: Sequence[TaskVector], *, alpha: float = 0.5) -> dict[s
 
 def wise_ft_flat(rows: Rows, space: FlatSpace, *, alpha: float = 0.5) -> Tensor:
     """:func:`wise_ft` on N rows of shape ``(P,)``."""
-    return combine(rows).mul_(alpha / len(rows))
+    return apply_form(rows, wise_ft_form(len(rows), alpha=alpha))
+
+
+def wise_ft_form(experts: int, tensor: str = "", *, alpha: float = 0.5) -> LinearForm:
+    """The sum, times alpha / N."""
+    return LinearForm(factor=alpha / experts)
 
 
 METHOD = Method(
@@ -40,4 +46,5 @@ METHOD = Method(
     linear=True,
     elementwise=True,
     lipschitz=True,
+    linear_form=wise_ft_form,
 )

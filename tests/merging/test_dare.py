@@ -8,7 +8,7 @@ from torch import Tensor
 
 from merging.flat import FlatSpace
 from merging.methods.dare import dare
-from merging.random_masks import keep_mask, uniform_words
+from merging.random_masks import keep_mask, philox, uniform_words
 
 SPACE = FlatSpace.of({"a": torch.zeros(40, 25), "b": torch.zeros(501)})
 
@@ -71,4 +71,22 @@ def test_a_prefix_of_a_stream_is_the_stream() -> None:
 
 def test_the_stream_is_frozen() -> None:
     """A change here changes every published DARE merge."""
-    assert uniform_words(7, "expert", "block.weight", 4).tolist() == [2373439673, 1059609144, 1177709031, 1919769557]
+    assert uniform_words(7, "expert", "block.weight", 4).tolist() == [3314262911, 1897247160, 2641326355, 3461717909]
+
+
+def test_the_generator_gives_its_published_words() -> None:
+    """Known answers of Philox4x32-10 (Salmon et al. 2011, the reference implementation's test vectors)."""
+    ones = 0xFFFFFFFF
+    cases = [
+        ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones, ones), (ones, ones, ones, ones), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0xA4093822, 0x299F31D0),
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for key, counter, expected in cases:
+        block = np.array([counter[0] + (counter[1] << 32)], dtype=np.uint64)
+        found = philox(np.array([*key, *counter[2:]], dtype=np.uint32), block)
+        assert tuple(found.tolist()) == expected

@@ -1,0 +1,135 @@
+"""``sum_i alpha_i (x_i - x_0)``, scaled and added to the base, for one chunk."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+from numpy.typing import NDArray
+
+from merging.kernels.pointers import float32_pointer
+
+_BLOCK = 4096  # entries: the block of the result stays in the first-level cache while the experts pass by
+
+
+@njit(nogil=True, cache=True)
+def linear(
+    out: NDArray[np.float32],
+    base: int,
+    experts: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    factor: np.float32,
+    divisor: np.float32,
+    shift: np.float32,
+) -> None:
+    """Write ``M = x_0 + (sum_i w_i Delta_i) * factor / divisor + shift x_0`` of one chunk into ``out``.
+
+    Args:
+        out: shape ``(n,)``.
+        base: address of the base's n float32 entries.
+        experts: addresses of the experts' n entries.
+        weights: one per expert; empty: a plain sum.
+        factor: not applied if it is one.
+        divisor: not applied if it is one.
+        shift: multiple of the base that is added to the update; not applied if it is zero.
+    """
+    n = out.shape[0]
+    origin = carray(float32_pointer(base), n)
+    for start in range(0, n, _BLOCK):
+        stop = min(n, start + _BLOCK)
+        size = stop - start
+        o = out[start:stop]
+        b = origin[start:stop]
+        for i in range(experts.shape[0]):
+            x = carray(float32_pointer(experts[i]), n)[start:stop]
+            if weights.shape[0] == 0:
+                if i == 0:
+                    for j in range(size):
+                        o[j] = x[j] - b[j]
+                else:
+                    for j in range(size):
+                        o[j] = o[j] + (x[j] - b[j])
+            else:
+                w = weights[i]
+                if i == 0:
+                    for j in range(size):
+                        o[j] = (x[j] - b[j]) * w
+                else:
+                    for j in range(size):
+                        o[j] = o[j] + (x[j] - b[j]) * w
+        finish(o, b, factor, divisor, shift)
+
+
+@njit(nogil=True, cache=True)
+def linear_without_base(
+    out: NDArray[np.float32],
+    experts: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    factor: np.float32,
+    divisor: np.float32,
+) -> None:
+    """:func:`linear` with a base of zeros."""
+    n = out.shape[0]
+    for start in range(0, n, _BLOCK):
+        stop = min(n, start + _BLOCK)
+        size = stop - start
+        o = out[start:stop]
+        for i in range(experts.shape[0]):
+            x = carray(float32_pointer(experts[i]), n)[start:stop]
+            if weights.shape[0] == 0:
+                if i == 0:
+                    for j in range(size):
+                        o[j] = x[j]
+                else:
+                    for j in range(size):
+                        o[j] = o[j] + x[j]
+            else:
+                w = weights[i]
+                if i == 0:
+                    for j in range(size):
+                        o[j] = x[j] * w
+                else:
+                    for j in range(size):
+                        o[j] = o[j] + x[j] * w
+        if factor != np.float32(1.0):
+            for j in range(size):
+                o[j] = o[j] * factor
+        if divisor != np.float32(1.0):
+            for j in range(size):
+                o[j] = o[j] / divisor
+        for j in range(size):
+            o[j] = o[j] + np.float32(0.0)  # as adding a base of zeros does: -0 becomes 0
+
+
+@njit(nogil=True, cache=True)
+def finish(
+    out: NDArray[np.float32],
+    base: NDArray[np.float32],
+    factor: np.float32,
+    divisor: np.float32,
+    shift: np.float32,
+) -> None:
+    """Scale an update in place and add it to the base (see :func:`linear`)."""
+    if factor != np.float32(1.0):
+        for j in range(out.shape[0]):
+            out[j] = out[j] * factor
+    if divisor != np.float32(1.0):
+        for j in range(out.shape[0]):
+            out[j] = out[j] / divisor
+    if shift != np.float32(0.0):
+        for j in range(out.shape[0]):
+            out[j] = out[j] + base[j] * shift
+    for j in range(out.shape[0]):
+        out[j] = out[j] + base[j]
+
+
+@njit(nogil=True, cache=True)
+def beyond(values: NDArray[np.float32], limit: np.float32) -> int:
+    """How many entries are NaN, infinite or of larger magnitude than ``limit``."""
+    count = 0
+    for start in range(0, values.shape[0], _BLOCK):
+        part = values[start : start + _BLOCK]
+        found = np.int32(0)
+        for j in range(part.shape[0]):
+            found = np.int32(found + np.int32(not (abs(part[j]) <= limit)))
+        count += found
+    return count

@@ -1,0 +1,121 @@
+"""Count and collect magnitudes around a threshold: the loops under exact selection in a stream."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+from numpy.typing import NDArray
+
+from merging.kernels.pointers import float32_pointer
+
+_BLOCK = 2048
+
+
+@njit(nogil=True, cache=True)
+def around(
+    base: int,
+    expert: int,
+    n: int,
+    low: np.float32,
+    high: np.float32,
+    first: int,
+    shift: int,
+    histogram: NDArray[np.int32],
+) -> int:
+    """Count ``|x - x_0|`` above ``high``, and add those in ``[low, high]`` to a histogram over bit patterns.
+
+    Args:
+        base: address of the base's n float32 entries.
+        expert: address of the expert's n entries.
+        n: number of entries.
+        low: lower end of the bracket.
+        high: upper end.
+        first: bit pattern of ``low``.
+        shift: the bin of a magnitude with bit pattern p is ``(p - first) >> shift``.
+        histogram: added to.
+
+    Returns:
+        How many magnitudes are above ``high``.
+    """
+    b = carray(float32_pointer(base), n)
+    x = carray(float32_pointer(expert), n)
+    magnitudes = np.empty(_BLOCK, np.float32)
+    inside = np.empty(_BLOCK, np.uint8)
+    inside_by_8 = inside.view(np.uint64)
+    bits = magnitudes.view(np.uint32)
+    collected = np.empty(_BLOCK + 8, np.uint32)
+    above = 0
+    for start in range(0, n, _BLOCK):
+        stop = min(n, start + _BLOCK)
+        size = stop - start
+        found = np.int32(0)
+        for j in range(size):
+            m = abs(x[start + j] - b[start + j])
+            magnitudes[j] = m
+            found = np.int32(found + np.int32(m > high))
+            inside[j] = np.uint8((m >= low) & (m <= high))
+        for j in range(size, (size + 7) // 8 * 8):
+            inside[j] = np.uint8(0)
+        above += found
+        count = 0
+        for k in range((size + 7) // 8):
+            if inside_by_8[k] != np.uint64(0):
+                for j in range(8 * k, 8 * k + 8):
+                    collected[count] = bits[j]
+                    count += np.int64(inside[j])
+        for k in range(count):
+            histogram[(np.int64(collected[k]) - first) >> shift] += np.int32(1)
+    return above
+
+
+@njit(nogil=True, cache=True)
+def count_equal(base: int, expert: int, n: int, value: np.float32) -> int:
+    """How many of n entries have ``|x - x_0| = value``."""
+    b = carray(float32_pointer(base), n)
+    x = carray(float32_pointer(expert), n)
+    count = 0
+    for start in range(0, n, _BLOCK):
+        stop = min(n, start + _BLOCK)
+        found = np.int32(0)
+        for j in range(start, stop):
+            found = np.int32(found + np.int32(abs(x[j] - b[j]) == value))
+        count += found
+    return count
+
+
+@njit(nogil=True, cache=True)
+def place_of_equal(base: int, expert: int, n: int, value: np.float32, number: int) -> int:
+    """The place just behind the ``number``-th entry (from one) with ``|x - x_0| = value``; n if there are fewer."""
+    b = carray(float32_pointer(base), n)
+    x = carray(float32_pointer(expert), n)
+    seen = 0
+    for j in range(n):
+        if abs(x[j] - b[j]) == value:
+            seen += 1
+            if seen == number:
+                return j + 1
+    return n
+
+
+@njit(nogil=True, cache=True)
+def not_finite(base: int, expert: int, n: int) -> int:
+    """How many of n differences ``x - x_0`` are NaN or infinite."""
+    b = carray(float32_pointer(base), n)
+    x = carray(float32_pointer(expert), n)
+    count = 0
+    for start in range(0, n, _BLOCK):
+        stop = min(n, start + _BLOCK)
+        found = np.int32(0)
+        for j in range(start, stop):
+            found = np.int32(found + np.int32(not (abs(x[j] - b[j]) <= np.float32(3.4028234663852886e38))))
+        count += found
+    return count
+
+
+@njit(nogil=True, cache=True)
+def magnitudes_of(base: int, expert: int, n: int, out: NDArray[np.float32]) -> None:
+    """Write ``|x - x_0|`` of n entries into ``out``."""
+    b = carray(float32_pointer(base), n)
+    x = carray(float32_pointer(expert), n)
+    for j in range(n):
+        out[j] = abs(x[j] - b[j])
