@@ -1,8 +1,9 @@
 """One pass of minibatch SGD over fresh Gaussian samples: exact risk, training gap, stability, drift (theory section 9).
 
 The tasks are those of :mod:`theory.regression`: ``f(x; a, y) = (a'x - y)^2/2``, ``y = a'w + xi``, ``a ~ N(0, Sigma)``.
-Every sample is used at most once (``reshuffle`` and at most one epoch), so a step is a fresh random affine map and
-moments close by Isserlis' (Wick's) theorem:
+Every sample is used at most once (``reshuffle`` and at most one epoch; a second epoch, or independent batches, would
+need moments whose degree grows with every step), so a step is a fresh random affine map and moments close by Isserlis'
+(Wick's) theorem:
 
 * the second moment of ``(x - w, buffer)`` is a linear recursion through the fourth moments of a;
 * the twins' distance follows the same recursion without noise;
@@ -49,7 +50,7 @@ def one_pass_steps(expert: Expert) -> Steps:
     used = np.where(steps.present, steps.batch_size, 0.0).sum(axis=-1)
     starts = ((steps.position == 0) & steps.present).sum(axis=-1)
     good = (starts == 1) & (used <= np.asarray(expert.n))
-    if expert.sampling != "reshuffle" or not np.all(good):
+    if expert.sampling == "with_replacement" or not np.all(good):  # one step without replacement is one pass, too
         raise AssumptionError(
             f"expert {expert.name!r}: {float(used.max()):g} draws from {float(np.max(expert.n)):g} samples by "
             f"{expert.sampling!r} are not one pass; the moments close for fresh samples only: choose sampling "

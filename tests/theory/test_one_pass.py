@@ -150,6 +150,30 @@ def test_broadcasts_as_one_configuration_at_a_time() -> None:
                 assert getattr(many, field)[i, j] == pytest.approx(float(getattr(single, field)), rel=1e-9)
 
 
+def test_a_grid_of_coefficients_and_weights() -> None:
+    rng = np.random.default_rng(9)
+    tasks, base = [random_task(rng, 2) for _ in range(2)], rng.standard_normal(2)
+    runs = [Expert(name, 8, 4, 0.1, 2, sampling="reshuffle") for name in "ab"]
+    alpha, p = rng.uniform(0, 1, (2, 5)), np.array([0.3, 0.7])
+    many = one_pass_merge(tasks, base, runs, alpha, p)
+    weighted = one_pass_merge(tasks, base, runs, alpha[:, 0], np.stack([[0.3, 0.5], [0.7, 0.5]]))
+    for k in range(5):
+        single = one_pass_merge(tasks, base, runs, alpha[:, k], p)
+        for field in ("risk", "training_risk", "gap", "V", "stability"):
+            assert getattr(many, field)[k] == pytest.approx(float(getattr(single, field)))
+            assert getattr(weighted, field)[0] == pytest.approx(float(getattr(many, field)[0]))
+
+
+def test_one_batch_without_replacement_is_one_pass() -> None:
+    rng = np.random.default_rng(1)
+    task, base = random_task(rng, 2), rng.standard_normal(2)
+    run = Expert("a", 8, 4, 0.1, 1, sampling="reshuffle")
+    same = replace(run, sampling="without_replacement")
+    assert one_pass_moments(task, base, same).epsilon == one_pass_moments(task, base, run).epsilon
+    with pytest.raises(AssumptionError, match="one pass"):
+        one_pass_moments(task, base, replace(same, steps=2))
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), rate=st.floats(0.01, 0.3), scale=st.floats(0.1, 10.0))
 def test_units_and_rotations(seed: int, rate: float, scale: float) -> None:
