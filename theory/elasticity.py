@@ -289,7 +289,7 @@ def formula_elasticity(formula: Formula, key: str) -> Any:
     if key not in glossary():
         raise MergeboundError(f"elasticity: {key!r} is not in the glossary; choose one of {', '.join(formula.keys)}")
     item = symbol(key)
-    return sympy.simplify(item * sympy.diff(formula.expression, item) / formula.expression)
+    return item * sympy.diff(formula.expression, item) / formula.expression
 
 
 def elasticity(bound: Bound, name: str, expert: str | None = None) -> float:

@@ -22,25 +22,41 @@ def formulas() -> tuple[Callable[[], Formula], ...]:
     >>> [make().name for make in formulas()][:3]
     ['risk', 'risk', 'gap']
     """
+    from theory.certificate import output_formula
     from theory.clocks import nu_formula, tau_formula
     from theory.drift import drift_base_formula, drift_energy_formula, drift_noise_formula
     from theory.generalization import deviation_formula, l1_formula, theorem_1_formula
     from theory.laws import lambda_formula, number_formula
     from theory.lemma import lemma_formula
+    from theory.linearization_error import largest_loss_formula, taylor_factor_formula
     from theory.master import master_formula
+    from theory.operators import masks, matrices, span
+    from theory.published import fedavg, hardt, lei_ying, pac_bayes
+    from theory.scaling_law import merging_law_formula
     from theory.stability import (
         epsilon_rms_formula,
         epsilon_sup_formula,
         gamma_with_replacement_formula,
         gamma_without_replacement_formula,
     )
-    from theory.training import convex_risk_formula, pl_risk_formula
+    from theory.training import convex_risk_formula, descent_risk_formula, distance_risk_formula, pl_risk_formula
 
     return (
         *(lemma_formula, theorem_1_formula, l1_formula, deviation_formula, tau_formula, nu_formula),
         *(gamma_without_replacement_formula, gamma_with_replacement_formula),
         *(epsilon_sup_formula, epsilon_rms_formula, drift_noise_formula, drift_base_formula, drift_energy_formula),
-        *(pl_risk_formula, convex_risk_formula, master_formula, lambda_formula, number_formula),
+        *(pl_risk_formula, convex_risk_formula, distance_risk_formula, descent_risk_formula),
+        *(master_formula, lambda_formula, number_formula),
+        *(output_formula, largest_loss_formula, taylor_factor_formula),
+        *(masks.mask_sensitivity_formula, masks.plain_mask_sensitivity_formula),
+        *(masks.mask_noise_formula, masks.plain_mask_noise_formula, masks.trim_change_formula),
+        *(span.model_stock_ratio_formula, span.model_stock_slope_formula, span.slerp_weight_formula),
+        matrices.iso_gain_formula,
+        *(hardt.convex_formula, hardt.strongly_convex_formula, hardt.nonconvex_formula, hardt.burn_in_formula),
+        *(lei_ying.l1_step_formula, lei_ying.l2_step_formula),
+        *(lei_ying.l1_gap_formula, lei_ying.l2_instability_formula, fedavg.one_round_formula),
+        *(pac_bayes.expectation_formula, pac_bayes.best_expectation_formula, pac_bayes.high_probability_formula),
+        merging_law_formula,
     )
 
 
@@ -49,8 +65,20 @@ def _source(expression: Any, names: dict[Any, str], module: Module) -> str:
     from sympy.printing.numpy import NumPyPrinter
     from sympy.printing.pycode import PythonCodePrinter
 
+    if module == "numpy" and expression.has(sympy.gamma):
+        raise MergeboundError("export: numpy has no Gamma function; choose module='math'")
     plain = expression.xreplace({item: sympy.Symbol(name, real=True) for item, name in names.items()})
-    printer = PythonCodePrinter() if module == "math" else NumPyPrinter()
+
+    class Arrays(NumPyPrinter):  # type: ignore[misc]
+        """numpy without helpers: the largest of several by pairs (the stock printer needs functools)."""
+
+        def _print_Max(self, expr: Any) -> str:
+            first, *rest = (self._print(part) for part in expr.args)
+            for part in rest:
+                first = f"numpy.maximum({first}, {part})"
+            return str(first)
+
+    printer = PythonCodePrinter() if module == "math" else Arrays()
     return str(printer.doprint(plain))
 
 
@@ -166,6 +194,19 @@ def _left(name: str) -> str:
         "risk": r"\mathbb{E} F \le ",
         "gap": r"\mathbb{E}[F - F_S] \le ",
         "deviation": r"F - F_S - \text{shift} \le ",
+        "F_S(M)": r"\mathbb{E} F_S(M) \le ",
+        "instability": r"\mathcal I \le ",
+        "epsilon^2": r"\varepsilon^2 \text{ grows by } ",
+        "sensitivity": "c = ",
+        "noise": r"\Delta V / \Vert\Delta\Vert^2 = ",
+        "V": r"V' - V = ",
+        "t": "t = ",
+        "slope": r"\frac{dt}{d\cos} = ",
+        "weight": r"\text{weight} = ",
+        "gain": r"\text{gain} = ",
+        "taylor_factor": r"\psi = ",
+        "largest_loss": r"\ell \le ",
+        "loss": r"\ell = ",
     }
     if name in sides:
         return sides[name]

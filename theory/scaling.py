@@ -311,6 +311,28 @@ def scaling_markdown(rows: tuple[Exponent, ...]) -> str:
     return "\n".join(lines)
 
 
+def formula_limit(formula: Formula, key: str, target: str) -> Any:
+    """Limit of a formula as a glossary key tends to ``target`` (``"0"``, ``"oo"``, or a key such as ``"n"``).
+
+    Positive keys come from above.  Raises :class:`MergeboundError` where the formula does not hold the key.
+
+    >>> from theory.clocks import tau_formula
+    >>> str(formula_limit(tau_formula(), "kappa", "0"))
+    'K*\\\\eta'
+    """
+    import sympy
+
+    if key not in formula.keys:
+        raise MergeboundError(f"scaling: {formula.source} has no {key!r}; choose one of {', '.join(formula.keys)}")
+    item = symbol(key)
+    if target in glossary():
+        return sympy.simplify(formula.expression.subs(item, symbol(target)))
+    goal = {"0": sympy.Integer(0), "oo": sympy.oo}.get(target)
+    if goal is None:
+        raise MergeboundError(f"scaling: {target!r} is no target of a limit; choose '0', 'oo' or a glossary key")
+    return sympy.simplify(sympy.limit(formula.expression, item, goal))
+
+
 @dataclass(frozen=True, eq=False)
 class Limit:
     """``expression`` tends to ``value`` as the glossary key ``variable`` tends to ``target``."""
@@ -414,6 +436,7 @@ __all__ = [
     "Regime",
     "clock_expressions",
     "exponent",
+    "formula_limit",
     "leading_term",
     "limits",
     "long_clock",
