@@ -34,6 +34,7 @@ _DRIFT_FIELDS: dict[str, tuple[str, ...]] = {
     "6(d), loss log": ("batch_losses", "L"),
     "measured": ("drift",),
 }
+BASE_ANCHOR = "no bound, base anchor"
 _EPSILON_FIELDS: dict[str, tuple[str, ...]] = {
     "Theorem 2 (sup)": ("clock", "D_inf"),
     "Theorem 2 (sup, 2G)": ("clock", "G"),
@@ -208,6 +209,24 @@ def _total_drift(expert: Expert, timing: Clock | None) -> FloatArray:
     return np.asarray(np.minimum(together, bounded))
 
 
+def _risk_or_base(expert: Expert, base_side: bool) -> tuple[FloatArray, str]:
+    """The training risk and its form; ``inf`` where no bound covers the run (momentum, reshuffling) but the base can be
+    the anchor of Theorem 4 instead: ``initial_risk`` known, no trained head, V not measured.
+
+    Without ``initial_risk`` the refusal asks for it, too.
+    """
+    try:
+        return training_risk(expert)
+    except AssumptionError as refusal:
+        if not base_side or expert.head == "trained":
+            raise
+        if expert.initial_risk is None:
+            raise AssumptionError(
+                f"{refusal}; or give initial_risk, with which the base is the anchor of Theorem 4"
+            ) from refusal
+        return np.asarray(np.inf), BASE_ANCHOR
+
+
 def expert_terms(
     expert: Expert, c: FloatArray, *, needs_drift: bool, recursion: bool = True
 ) -> tuple[ExpertTerms, tuple[FloatArray, FloatArray], list[str]]:
@@ -225,8 +244,8 @@ def expert_terms(
     split, split_fields = _split(expert)
     forms = [(drift_form, _DRIFT_FIELDS), (epsilon_form, _EPSILON_FIELDS), ("split", {"split": split_fields})]
     used = _used(expert, timing, forms)
-    risk, risk_form = training_risk(expert)
-    risk_fields = {"given": ("training_risk",), **TRAINING_FIELDS}
+    risk, risk_form = _risk_or_base(expert, needs_drift)
+    risk_fields = {"given": ("training_risk",), BASE_ANCHOR: ("initial_risk",), **TRAINING_FIELDS}
     for form in risk_form.split(" or "):
         given = [name for name in risk_fields[form] if getattr(expert, name) is not None]
         used += [f"{expert.name}: {name}" for name in expert.is_measured(*given)]

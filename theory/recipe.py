@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theory.errors import RecipeError
-from theory.ties import refuse_contradictions
+from theory.ties import ROUNDING, refuse_contradicting_merge, refuse_contradictions
 
 FloatArray = NDArray[np.float64]
 Values = float | int | FloatArray | NDArray[np.int64]
@@ -353,13 +353,22 @@ def _validate_curvature(owner: str, expert: Expert) -> None:
             )
         _require(owner, "mu", mu, np.isfinite(mu) & (mu > 0), "give mu > 0, or choose curvature 'convex'")
         if expert.L is not None:
-            _require(owner, "mu", mu, mu <= np.asarray(expert.L), "strong convexity cannot exceed the smoothness L")
+            limit = np.asarray(expert.L, dtype=np.float64)
+            _below(owner, "mu", mu, "L", limit, "strong convexity cannot exceed the smoothness")
     if expert.pl_constant is not None:
         pl = _numbers(owner, "pl_constant", expert.pl_constant)
         _require(owner, "pl_constant", pl, np.isfinite(pl) & (pl > 0), "give a positive constant, or leave it out")
         if expert.L is not None:
-            limit = np.asarray(expert.L) + np.asarray(expert.weight_decay)
-            _require(owner, "pl_constant", pl, pl <= limit, "the PL constant cannot exceed L + weight_decay")
+            limit = np.asarray(expert.L, dtype=np.float64) + np.asarray(expert.weight_decay, dtype=np.float64)
+            _below(owner, "pl_constant", pl, "L + weight_decay", limit, "a PL constant cannot exceed the smoothness")
+
+
+def _below(owner: str, field: str, value: FloatArray, name: str, limit: FloatArray, why: str) -> None:
+    """Refuse a constant above another one, naming both values (rounding is forgiven)."""
+    wrong = np.asarray(value > limit * (1 + ROUNDING))
+    if wrong.any():
+        large, small = (float(np.broadcast_to(item, wrong.shape)[wrong].flat[0]) for item in (value, limit))
+        raise RecipeError(f"{owner}: {field} {large:g} exceeds {name} {small:g}: {why}; lower {field} or raise L")
 
 
 def _config_shape_of(value: Any) -> FloatArray | None:
@@ -434,6 +443,12 @@ def _validate_merge(merge: Merge) -> None:
     if merge.sensitivity is not None:
         sensitivity = _per_expert("sensitivity", merge.sensitivity, len(names), common=True)
         _require("merge", "sensitivity", sensitivity, np.isfinite(sensitivity) & (sensitivity >= 0), "give c >= 0")
+    try:
+        refuse_contradicting_merge(merge)
+    except ValueError as error:
+        if isinstance(error, RecipeError):
+            raise
+        return  # shapes that do not fit together are refused, with all of them, where they meet
 
 
 def _per_expert(field: str, value: Any, size: int, *, common: bool) -> FloatArray:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from theory.errors import AssumptionError
 
 if TYPE_CHECKING:
-    from theory.recipe import Expert
+    from theory.recipe import Expert, Merge
 
 FloatArray = NDArray[np.float64]
 ROUNDING = 1e-9
@@ -419,3 +419,80 @@ def _at(value: FloatArray, shape: tuple[int, ...], place: tuple[np.intp, ...]) -
     full = np.broadcast_shapes(value.shape, shape)
     position = (*(0,) * (len(full) - len(place)), *(int(index) for index in place))
     return float(np.broadcast_to(value, full)[position])
+
+
+@np.errstate(all="ignore")
+def refuse_contradicting_merge(merge: Merge) -> None:
+    """Refuse what no merge has: a sensitivity below that of its linear combination, two norms of one base.
+
+    ``M = x_0 + sum alpha_i Delta_i`` moves by exactly ``|alpha_i|`` times the change of expert i (DARE, in mean square:
+    ``|alpha_i|/sqrt(1 - drop)`` rescaled, ``|alpha_i| sqrt(1 - drop)`` not), so a smaller sensitivity that is stated as
+    known is false; a larger one is loose.  Experts that share all parameters start from one base, so their
+    ``base_norm`` agree.  Measured numbers are not judged.  Raises :class:`AssumptionError`.
+
+    >>> from theory import Expert, Merge
+    >>> run = dict(n=100, batch_size=10, learning_rate=0.1, steps=10, L=1.0)
+    >>> Merge((Expert("a", **run), Expert("b", **run)), sensitivity=0.4, measured=frozenset())
+    ... # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    theory.errors.AssumptionError: merge: sensitivity 0.4 is below 0.5, which method 'average' has...
+    """
+    moved = _linear_sensitivity(merge)
+    if moved is not None and merge.sensitivity is not None and "sensitivity" not in merge.measured:
+        given, least = _over_experts(np.asarray(merge.sensitivity, dtype=np.float64), moved)
+        wrong = np.asarray(given < least * (1 - ROUNDING))
+        if wrong.any():
+            place = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+            raise AssumptionError(
+                f"merge: sensitivity {given[place]:.6g} is below {least[place]:.6g}, which method {merge.method!r} has "
+                f"with these coefficients (for expert {merge.experts[int(place[0])].name!r}); leave sensitivity out, "
+                "or list it in measured"
+            )
+    norms = [
+        (expert.name, np.asarray(expert.base_norm, dtype=np.float64))
+        for expert in merge.experts
+        if expert.head == "none" and expert.base_norm is not None and "base_norm" not in expert.measured
+    ]
+    for name, norm in norms[1:]:
+        first, other = norms[0][1], norm
+        if np.any(np.abs(first - other) > ROUNDING * (first + other)):
+            raise AssumptionError(
+                f"merge: base_norm of {norms[0][0]!r} ({_first(first)}) and of {name!r} ({_first(other)}) differ, but "
+                "all experts start from one base; give the norm of that base to all (or head 'frozen' or 'trained' "
+                "where a part is private)"
+            )
+
+
+def _first(values: FloatArray) -> str:
+    return f"{float(values.flat[0]):.6g}" + (", ..." if values.size > 1 else "")
+
+
+def _linear_sensitivity(merge: Merge) -> FloatArray | None:
+    """``|alpha_i|`` of shape ``(N, ...)`` for linear methods with known coefficients (DARE: in mean square)."""
+    if merge.measured & {"coefficients", "weights", "drop_rate"}:
+        return None
+    count = len(merge.experts)
+    if merge.method in ("average", "uniform_soup"):
+        return np.full(count, 1.0 / count)
+    given = merge.coefficients if merge.coefficients is not None else merge.weights
+    if merge.method == "weighted" and given is None:
+        return np.full(count, 1.0 / count)
+    if given is None or merge.method not in ("weighted", "task_arithmetic", "dare", "wise_ft"):
+        return None
+    alpha = np.abs(np.asarray(given, dtype=np.float64))
+    alpha = np.broadcast_to(alpha, (count,)) if alpha.ndim == 0 else alpha
+    if merge.method != "dare":
+        return alpha
+    keep = 1 - np.asarray(merge.drop_rate, dtype=np.float64)
+    alpha, keep = _over_experts(alpha, keep[None])
+    return np.asarray(alpha / np.sqrt(keep) if merge.rescale else alpha * np.sqrt(keep))
+
+
+def _over_experts(*arrays: FloatArray) -> list[FloatArray]:
+    """Experts on axis 0, the axes of configurations aligned at the end, broadcast."""
+    depth = max(array.ndim for array in arrays)
+    lifted = [
+        array.reshape(array.shape[:1] + (1,) * (depth - array.ndim) + array.shape[1:]) if array.ndim else array
+        for array in arrays
+    ]
+    return list(np.broadcast_arrays(*lifted))

@@ -139,8 +139,8 @@ def possible(recipe: dict[str, Any], rng: np.random.Generator, size: int) -> dic
             loud[field] = risk if still else risk * share / 2
     if "B" in loud:
         loud["B"] = np.maximum(loud["B"], risk)
-    if np.any(loud["weight_decay"]):
-        loud["base_norm"] = np.zeros(size)
+    if np.any(loud["weight_decay"]) or "base_norm" in loud:
+        loud["base_norm"] = np.zeros(size)  # one base for all experts
     return loud | ({"initial_risk": risk} if "initial_risk" in recipe else {})
 
 

@@ -75,7 +75,7 @@ def test_broken_assumption_is_refused(tmp_path: Path) -> None:
 def test_every_method_can_be_written_down(method: str) -> None:
     run = dict(name="a", n=100, batch_size=10, learning_rate=0.1, steps=20, curvature="convex", L=1.0)
     run |= dict(initial_gradient_norm=0.5, sigma=1.0, D_inf=2.0, training_risk=0.1)
-    merge: dict[str, object] = {"method": method, "sensitivity": 0.5, "dispersion": 0.1, "measured": ["dispersion"]}
+    merge: dict[str, object] = {"method": method, "sensitivity": 1.0, "dispersion": 0.1, "measured": ["dispersion"]}
     if method in COEFFICIENT_METHODS:
         merge["coefficients"] = 0.5
     read = recipe_from({"experts": [run], "merge": merge}, "recipe.yaml")
