@@ -40,14 +40,14 @@ def run(name: str, n: int, b: int, eta: float | Schedule, steps: int | None) -> 
 TASKS = [cloud(seed) for seed in range(3)]
 HEAVY = (run("a", 60, 10, 0.5, 30), run("b", 100, 8, 0.3, 26), run("c", 40, 40, 1.0, 5))
 LIGHT = (run("a", 60, 10, 0.05, 30), run("b", 100, 8, 0.03, 26), run("c", 40, 40, 0.1, 5))
-INDEPENDENT = tuple(replace(expert, sampling="without_replacement") for expert in HEAVY)
+INDEPENDENT = (replace(HEAVY[0], sampling="without_replacement"),)
 ONE = np.array([0.0])
 CASES = {  # tasks, base, merge, largest ratio of deviations (bound over simulation) at delta = 0.1 and 0.001
     "hardly trained, far from 0": ([COIN], np.array([2.0]), (run("a", 100, 10, 1e-4, 10),), {}, 2.0, 1.4),
     "one epoch": ([cloud(9)], np.zeros(3), (run("a", 100, 10, 1.0, 10),), {}, 350, 140),
     "five epochs": ([cloud(9)], np.zeros(3), (run("a", 100, 10, 1.0, 50),), {}, 950, 450),
     "average of three": (TASKS, np.zeros(3), HEAVY, {}, 620, 270),
-    "independent batches": (TASKS, np.zeros(3), INDEPENDENT, {}, 1150, 510),
+    "independent batches": (TASKS[:1], np.zeros(3), INDEPENDENT, {}, 750, 280),
     "task arithmetic": (TASKS, np.ones(3), LIGHT, dict(method="task_arithmetic", coefficients=0.3), 14.5, 11.5),
 }
 
@@ -57,7 +57,7 @@ def test_bound_covers_the_simulated_quantiles(name: str) -> None:
     tasks, base, experts, how, at_tenth, at_thousandth = CASES[name]
     merge = Merge(experts, **how, **STATED)  # type: ignore[arg-type]
     assert high_probability(with_logistic_constants(tasks, base, merge), 0.1, 0.1).tier == "certified"
-    found = confidence_coverage(tasks, base, merge, DELTAS, replicates=10_000, seed=1)
+    found = confidence_coverage(tasks, base, merge, DELTAS, replicates=5_000, seed=1)
     assert np.all(found.violations <= found.delta)
     assert np.all(found.bound >= found.quantile)
     assert np.all(found.ratio >= 1)
@@ -83,7 +83,7 @@ def test_constants_against_search() -> None:
     skew = LogisticTask(np.array([[1.0, 0.0], [-1.0, 0.0], [0.6, 0.8], [-0.3, 0.9]]), np.full(4, 0.25))
     merge = with_logistic_constants([skew], [0.5, -0.5], Merge((run("a", 8, 2, 0.3, 4),), **STATED))  # type: ignore[arg-type]
     known, z = merge.experts[0], skew.points
-    x = rng.standard_normal((100_000, 2)) * 30
+    x = rng.standard_normal((30_000, 2)) * 30
     share = 1 / (1 + np.exp(np.clip(x @ z.T, -700, 700)))
     gradient = -share[..., None] * z
     apart = np.linalg.norm(gradient[:, :, None] - gradient[:, None], axis=-1).max()

@@ -210,7 +210,7 @@ def test_too_large_a_learning_rate_makes_training_samples_worse() -> None:
 
 def test_never_nan_and_refusals() -> None:
     task = RegressionTask(np.eye(2), np.ones(2), 1.0)
-    wild = Expert("a", 2000, 1, np.array([0.1, 1e6]), 2000, sampling="reshuffle", momentum=0.9)
+    wild = Expert("a", 200, 1, np.array([0.1, 1e6]), 200, sampling="reshuffle", momentum=0.9)
     exact = one_pass_merge([task], np.zeros(2), [wild], [0.5], [1.0])
     for field in ("risk", "training_risk", "gap", "V", "stability"):
         values = getattr(exact, field)
