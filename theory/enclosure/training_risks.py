@@ -65,6 +65,8 @@ def _stepwise_risks(expert: Expert, ranges: Ranges, up: bool) -> list[FloatArray
     for form in (pl_training_risk, convex_training_risk, descent_training_risk):
         with contextlib.suppress(RecipeError):
             found.append(form(corner))
+    if corner.minimal_risk is None:
+        return found or [np.asarray(np.inf)]
     with contextlib.suppress(RecipeError):
         star, other = (np.asarray(item.minimal_risk, dtype=np.float64) for item in (corner, opposite))
         value = distance_training_risk(unchecked(corner, minimal_risk=other))  # F* lowers the distance

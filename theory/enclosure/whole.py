@@ -145,7 +145,8 @@ def _optimization_side(
     ``|1 - alpha|``, ``|alpha|`` and ``|alpha - p|`` are interval arithmetic; everything else increases in risks,
     drifts and smoothness.  Returns the smallest total, unit sqrt(loss), shape ``(...)``.
     """
-    F, low, high, drift, weights, stiff = _align(risks, alpha[0], alpha[1], d, p, L)
+    masks = np.asarray(extra, dtype=np.float64)[None]
+    F, low, high, drift, weights, stiff, added = _align(risks, alpha[0], alpha[1], d, p, L, masks)
     own, moved, off = (_magnitudes(low, high, shift)[side] for shift in (1.0, 0.0, weights))
     largest, stiffness = stiff.max(axis=0), weights * stiff
     far = (times(own, drift) + sums_of_others(times(moved, drift))) ** 2
@@ -159,7 +160,7 @@ def _optimization_side(
     for square in squares:
         joint += [
             largest * (times(weights, square).sum(axis=0) + extra),
-            times(stiffness, square + extra).sum(axis=0),
+            times(stiffness, square + added).sum(axis=0),
         ]
     mean = stiffness.sum(axis=0)
     if fixed_smoothness:
@@ -167,9 +168,9 @@ def _optimization_side(
         away = _magnitudes(low, high, share)[side]
         joint.append(mean * (times(away, drift).sum(axis=0) ** 2 + times(share, drift**2).sum(axis=0) + extra))
     elif side == 0:  # the pL-weighted centred form is at least its second part
-        joint.append(times(stiffness, drift**2 + extra).sum(axis=0))
+        joint.append(times(stiffness, drift**2 + added).sum(axis=0))
     training = np.sqrt(times(weights, F).sum(axis=0))
-    distances = smallest_of(squares) + extra
+    distances = smallest_of(squares) + added
     total, _, _ = sharpest_side(F, weights, stiff, distances, base_risks, None if base_risks is None else near + extra)
     return np.asarray(np.minimum(training + np.sqrt(smallest_of(joint) / 2), total))
 
