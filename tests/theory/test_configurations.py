@@ -8,7 +8,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from theory import AssumptionError, Expert, Merge, RecipeError, Schedule, head_split, l1_gap, master_bound
+from theory import (
+    AssumptionError,
+    Expert,
+    Merge,
+    MergeboundError,
+    QuadraticTask,
+    Range,
+    RecipeError,
+    Schedule,
+    bound_interval,
+    bound_to_python,
+    clock,
+    expert_epsilon,
+    head_split,
+    l1_gap,
+    master_bound,
+    merge_moments,
+    network_bound,
+    pac_bayes_penalty,
+)
 from theory.generalization import high_probability
 from theory.stability import epsilon_recursion
 from theory.ties import CONSTANTS
@@ -207,3 +226,107 @@ def test_coefficients_per_configuration_meet_two_axes_of_configurations(method: 
         for j in range(3):
             alone = master_bound(merge(float(rates[i, j]), alpha[:, j]))
             assert together.value[i, j] == pytest.approx(float(alone.value), rel=1e-12)
+
+
+KNOWN: dict[str, Any] = {"n": 100, "batch_size": 10, "learning_rate": 0.1, "steps": 20, "curvature": "convex", "L": 1.0}
+KNOWN |= {"initial_gradient_norm": 0.4, "sigma": 0.5, "D_inf": 2.0, "training_risk": 0.1, "G": 1.0}
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_what_masks_add_is_no_number_per_expert(independent: bool) -> None:
+    """Two experts whose distances differ, two drop rates: the added dispersion belongs to configurations."""
+    pair = (Expert("a", **KNOWN), Expert("b", **{**KNOWN, "initial_gradient_norm": 1.0}))
+    fixed: dict[str, Any] = {"method": "dare", "coefficients": [0.9, 0.2], "independent_masks": independent}
+    drops = np.array([0.0, 0.9])
+    together = master_bound(Merge(pair, drop_rate=drops, **fixed)).value
+    alone = [float(master_bound(Merge(pair, drop_rate=drop, **fixed)).value) for drop in drops]
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+
+
+def test_weights_per_configuration_meet_one_displacement_per_expert() -> None:
+    pair = (Expert("a", **KNOWN), Expert("b", **{**KNOWN, "n": 20}))
+    p = np.array([[0.9, 0.2], [0.1, 0.8]])
+    twin = 2 * 0.1 * 20 / np.array([100, 20])  # 2 G tau / n
+    np.testing.assert_allclose(l1_gap(Merge(pair, weights=p)).value, 0.5 * twin @ p, rtol=1e-12)
+
+
+def test_penalty_per_distance_is_not_one_per_expert() -> None:
+    together = pac_bayes_penalty([1000, 10], [0.5, 0.5], np.array([0.1, 2.0]), 0.1, 0.05)
+    alone = [float(pac_bayes_penalty([1000, 10], [0.5, 0.5], distance, 0.1, 0.05)) for distance in (0.1, 2.0)]
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+
+
+def test_private_drifts_per_configuration_meet_one_drift_per_expert() -> None:
+    risks, shared, private = np.array([0.1, 0.2]), np.array([0.1, 3.0]), np.array([[0.5, 0.0], [1.0, 0.2]])
+    together = network_bound(risks, 1.0, shared, private_drift=private, trained_heads=True)
+    for place in range(2):
+        alone = network_bound(risks, 1.0, shared, private_drift=private[:, place], trained_heads=True)
+        assert together.value[place] == pytest.approx(float(alone.value), rel=1e-12)
+
+
+def test_drop_rates_per_configuration_in_exact_merges() -> None:
+    task = QuadraticTask(np.eye(1), np.ones(1), np.eye(1))
+    runs = [
+        Expert(name, n=10, batch_size=5, learning_rate=rate, steps=3, L=1.0) for name, rate in (("a", 0.1), ("b", 0.9))
+    ]
+    drops = np.array([0.0, 0.8])
+    together = merge_moments([task] * 2, [0.0], runs, [0.9, 0.1], [0.5, 0.5], drop_rate=drops)
+    for place, drop in enumerate(drops):
+        alone = merge_moments([task] * 2, [0.0], runs, [0.9, 0.1], [0.5, 0.5], drop_rate=drop)
+        assert np.asarray(together.risk)[place] == pytest.approx(float(alone.risk), rel=1e-12)
+
+
+def test_batch_schedules_over_configurations_under_reshuffling() -> None:
+    """Passes of 6 + 4 and of 3 + 3 + 4 samples of ten, in one array."""
+    sizes = np.array([[6, 4, 6, 4, 6, 4], [3, 3, 4, 3, 3, 4]])
+    run: dict[str, Any] = {"n": 10, "learning_rate": 0.1, "curvature": "convex", "L": 1.0, "sampling": "reshuffle"}
+    together, _ = expert_epsilon(Expert("a", batch_size=Schedule(sizes), D_inf=1.0, **run))
+    alone = [float(expert_epsilon(Expert("a", batch_size=Schedule(one), D_inf=1.0, **run))[0]) for one in sizes]
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+    with pytest.raises(RecipeError, match="batch_size schedule exceeds the 9 samples"):
+        expert_epsilon(Expert("a", batch_size=Schedule(sizes), D_inf=1.0, **{**run, "n": np.array([10, 9])}))
+
+
+def test_a_run_without_momentum_keeps_its_clock_among_others() -> None:
+    """A measured rate replaces L; the response of momentum, which reads L, does not serve a run that has none."""
+    run: dict[str, Any] = {"n": 20, "batch_size": 2, "learning_rate": 0.3, "steps": 9, "curvature": "convex", "L": 1.0}
+    together = clock(Expert("a", momentum=np.array([0.0, 0.5]), kappa=0.2, **run)).tau
+    alone = [float(clock(Expert("a", momentum=beta, kappa=0.2, **run)).tau) for beta in (0.0, 0.5)]
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+
+
+def test_pieces_say_inf_where_one_array_does() -> None:
+    """More configurations than a piece holds: those that nothing covers are inf, wherever the pieces end."""
+    momentum = np.where(np.arange(40_000) < 20_000, 0.0, 0.9)  # no form of the drift covers momentum here
+    few = master_bound(Merge((Expert("a", **{**KNOWN, "momentum": momentum[[0, -1]]}), Expert("b", **KNOWN)))).value
+    many = master_bound(Merge((Expert("a", **{**KNOWN, "momentum": momentum}), Expert("b", **KNOWN)))).value
+    assert np.isfinite(few[0])
+    assert np.isinf(few[1])
+    np.testing.assert_array_equal(many, np.where(momentum == 0, few[0], np.inf))
+    with pytest.raises(RecipeError, match="no bound on the drift") as refusal:
+        master_bound(Merge((Expert("a", **{**KNOWN, "momentum": np.full(40_000, 0.9)}), Expert("b", **KNOWN))))
+    assert "'a'" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "field", ["weights", "coefficients", "drop_rate", "dispersion", "sensitivity", "learning_rate"]
+)
+def test_searches_and_elasticities_take_one_recipe(field: str) -> None:
+    """Configurations would be paired with the points of the search; they are refused by the name of their field."""
+    rows = np.array([[0.5, 0.4], [0.5, 0.6]])
+    changes: dict[str, dict[str, Any]] = {
+        "weights": {"weights": rows},
+        "coefficients": {"method": "weighted", "coefficients": rows},
+        "drop_rate": {"method": "dare", "coefficients": 0.5, "drop_rate": np.array([0.1, 0.2])},
+        "dispersion": {"dispersion": np.array([0.1, 0.2])},
+        "sensitivity": {"dispersion": 0.1, "sensitivity": rows},
+        "learning_rate": {},
+    }
+    run = {**KNOWN, "learning_rate": np.array([0.1, 0.2])} if field == "learning_rate" else KNOWN
+    merge = Merge((Expert("a", **run), Expert("b", **KNOWN)), **changes[field])
+    with pytest.raises(MergeboundError, match=f"{field} is an array"):
+        master_bound(merge).elasticity("steps")
+    with pytest.raises(MergeboundError, match=f"{field} is an array"):
+        bound_to_python(master_bound(merge))
+    with pytest.raises(RecipeError, match=f"{field} is an array"):
+        bound_interval(merge, {"a.steps": Range(10, 30)})
