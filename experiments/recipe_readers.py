@@ -43,7 +43,8 @@ class RecipeReading:
     """What the files of one run say: ``known`` fields of :class:`theory.Expert`; ``unknown`` fields with what to give;
     ``ranges`` of fields that the files only bracket; ``ignored`` keys with the reason; ``notes`` (assumptions of the
     theory that the run touches, defaults that were assumed); ``per_sample_loss`` (A3): False where it is broken;
-    ``interpolated``: known fields that the log has only for some steps."""
+    ``interpolated``: known fields that the log has only for some steps; ``assumed``: known fields that rest on a guess
+    (the number of devices, accumulated batches, a default of the tool)."""
 
     name: str
     tool: str
@@ -55,6 +56,7 @@ class RecipeReading:
     notes: tuple[str, ...]
     per_sample_loss: bool | None = None
     interpolated: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         """Known fields, and the middle (a whole number) of those that are only bracketed."""
@@ -63,8 +65,11 @@ class RecipeReading:
 
     @property
     def guessed(self) -> tuple[str, ...]:
-        """Fields at the middle of a bracket or interpolated from a log: whatever uses them is *estimated*."""
-        return (*(name for name in self.ranges if name not in self.known), *self.interpolated)
+        """Fields at the middle of a bracket, interpolated from a log, or resting on a guess: whatever uses them is
+        *estimated*, and the bound's assumptions name them."""
+        brackets = (name for name in self.ranges if name not in self.known)
+        assumed = (name for name in self.assumed if name in self.known)
+        return tuple(dict.fromkeys((*brackets, *self.interpolated, *assumed)))
 
     def expert(self, **given: Any) -> Expert:
         """The expert, with ``given`` fields added or put in place of those read; the files' gaps are named."""
@@ -105,12 +110,14 @@ class _Notebook:
     notes: list[str] = field(default_factory=list)
     per_sample_loss: bool | None = None
     interpolated: tuple[str, ...] = ()
+    assumed: list[str] = field(default_factory=list)
 
     def close(self, name: str, tool: str, files: tuple[Path, ...]) -> RecipeReading:
         return RecipeReading(
             *(name, tool, files, self.known, self.unknown, self.ranges, self.ignored, tuple(self.notes)),
             self.per_sample_loss,
             self.interpolated,
+            tuple(dict.fromkeys(self.assumed)),
         )
 
 
@@ -266,6 +273,9 @@ def read_timm(
     per_device = values.whole("batch_size", 128, least=1) or 128
     accumulated = values.whole("grad_accum_steps", 1, least=1) or 1
     total = per_device * workers * accumulated
+    if values.get("batch_size") is None:
+        book.assumed.append("batch_size")
+        book.notes.append("batch_size is not in the file: 128 per device, the tool's default, is assumed")
     samples = n if n is not None else values.whole("train_num_samples", least=1)
     _timm_optimizer(values, book)
     rate = _timm_rate(values, book, total)
@@ -297,6 +307,8 @@ def read_timm(
                 "smaller batch is not in the recipe (steps are counted as they were run)"
             )
         _timm_schedule(values, book, rate, updates, summary)
+    if book.assumed:  # steps per epoch, the schedule and scaled learning rates follow from the batch
+        book.assumed += ["steps", "learning_rate"]
     for key in _TIMM_DATA:
         if key in values.content:
             values.get(key)
@@ -309,6 +321,7 @@ def read_timm(
 def _devices(book: _Notebook, devices: int | None) -> int:
     if devices is None:
         book.notes.append("one device is assumed; give devices=... for a distributed run (the batch grows with it)")
+        book.assumed.append("batch_size")
     return devices or 1
 
 
@@ -499,6 +512,7 @@ def read_trainer(
     per_device = arguments.whole("per_device_train_batch_size", least=1) or state.whole("train_batch_size", least=1)
     total = None if per_device is None else per_device * workers * accumulated
     if total is not None and arguments_path is None:
+        book.assumed.append("batch_size")
         book.notes.append("one batch per step is assumed: gradient_accumulation_steps is not in trainer_state.json")
     if total is not None:
         book.known["batch_size"] = total

@@ -37,3 +37,25 @@ def tier_of(assumptions: Iterable[Assumption], measured: Iterable[str]) -> Tier:
     """``certified`` only when no measured constant was used and every assumption holds (theory section 8, tiers)."""
     clean = all(item.verdict == "holds" or item.covered for item in assumptions)
     return "certified" if clean and not tuple(measured) else "estimated"
+
+
+def run_as_stated(measured: Iterable[str]) -> list[Assumption]:
+    """What was run (``"expert: field"``) and is only measured or guessed, as assumptions that nobody checked.
+
+    >>> run_as_stated(["a: batch_size", "a: steps"])[0].statement
+    'batch_size, steps of a are what was run'
+    """
+    by_owner: dict[str, list[str]] = {}
+    for entry in measured:
+        owner, _, name = entry.rpartition(": ")
+        by_owner.setdefault(owner, []).append(name)
+    return [
+        Assumption(
+            "run",
+            f"{', '.join(names)} of {owner} are what was run",
+            "unknown",
+            "measured or guessed, not recorded (listed in measured); a batch size from files of a run is a guess where "
+            "they do not have the number of devices or of accumulated batches",
+        )
+        for owner, names in by_owner.items()
+    ]

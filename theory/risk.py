@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from theory.assemble import Ingredients, assemble_bound, base_assumptions, measured_run, refuse_broken
-from theory.assumptions import Assumption
+from theory.assumptions import Assumption, run_as_stated
 from theory.bound import Bound, ExpertTerms, Term
 from theory.chunks import configurations, in_pieces
 from theory.clocks import smoothness, step_count
@@ -91,7 +91,8 @@ def _bound_at_once(merge: Merge, recursion: bool) -> Bound:
         measured.append("merge: dispersion")
     if merge.sensitivity is not None and "sensitivity" in merge.measured:
         measured.append("merge: sensitivity")
-    measured.extend(measured_run(merge))
+    run = measured_run(merge)
+    measured.extend(run)
     assumptions = base_assumptions(
         shared=merge.shared_samples,
         choices=merge.data_independent_choices,
@@ -99,6 +100,7 @@ def _bound_at_once(merge: Merge, recursion: bool) -> Bound:
         measured_smoothness=any("L" in expert.measured for expert in merge.experts),
         held_out=False,
     )
+    assumptions.extend(run_as_stated(run))
     assumptions.extend(_merge_assumptions(merge))
     split_arrays = (_stack([inner for inner, _ in splits]), _stack([outer for _, outer in splits]))
     parts = Ingredients(

@@ -349,11 +349,11 @@ def test_trainer_without_arguments(tmp_path: Path, older: bool) -> None:
     assert low <= 30 * 8 - 7 <= 30 * 8 <= high
     assert reading.fields()["n"] == round((low + high) / 2)
     assert set(reading.stated()) == {f"{tmp_path.name}.n"}
-    assert set(reading.guessed) == {"n", "learning_rate"}
+    assert set(reading.guessed) == {"n", "learning_rate", "batch_size"}
     loss = dict(L=0.1, curvature="convex", initial_gradient_norm=0.1, sigma0=0.5, training_risk=0.1, optimizer="sgd")
     expert = reading.expert(**loss, D_inf=1.0, gradient_clipping=False, sampling="without_replacement")
-    assert expert.measured == {"n", "learning_rate"}  # the middle of a bracket, rates between logged ones
-    assert not reading.expert(**loss, D_inf=1.0, n=240, learning_rate=0.01).measured
+    assert expert.measured == {"n", "learning_rate", "batch_size"}  # middle of a bracket, between logs, one device
+    assert not reading.expert(**loss, D_inf=1.0, n=240, learning_rate=0.01, batch_size=8).measured
     found = bound_interval(Merge((expert,)), reading.stated(), samples=32)
     assert found.lower <= found.upper < 1.1 * found.lower
 
@@ -493,3 +493,20 @@ def test_report_reads(tmp_path: Path) -> None:
     text = read_run(write_timm(tmp_path / "photos", opt="adamw")).explain()
     for words in ("photos: timm (args.yaml)", "unknown: n: give", "note: optimizer adamw", "ignored: model:"):
         assert words in text
+
+
+def test_a_guessed_number_of_devices_makes_the_bound_an_estimate_and_is_named(tmp_path: Path) -> None:
+    """One device is a guess: batch, steps and rates follow from it; with devices stated nothing is guessed."""
+    folder = write_timm(tmp_path / "photos", opt="momentum", clip_grad=None)
+    guess, stated = read_run(folder, n=330), read_run(folder, n=330, devices=1)
+    assert set(guess.guessed) == {"batch_size", "steps", "learning_rate"}
+    assert stated.guessed == ()
+    constants = dict(L=1.0, initial_gradient_norm=0.1, sigma0=0.1, D_inf=0.3, training_risk=0.1, curvature="convex")
+    claims = dict(shared_samples=False, data_independent_choices=True, per_sample_loss=True)
+    for reading, tier in ((guess, "estimated"), (stated, "certified")):
+        bound = master_bound(Merge((reading.expert(**constants),), **claims))  # type: ignore[arg-type]
+        assert bound.tier == tier
+        named = [item for item in bound.assumptions if item.name == "run"]
+        assert bool(named) == (tier == "estimated")
+        assert all("batch_size" in item.statement and "devices" in item.why for item in named)
+        assert all(item.verdict == "unknown" for item in named)
