@@ -27,7 +27,7 @@ from theory.operators import (
     trim_change,
     trimmed,
 )
-from theory.operators.operator import Effect
+from theory.operators.effects import Effect
 
 Array = np.ndarray
 SHAPES = {"blocks.0.w": (4, 3), "blocks.1.w": (2, 3), "norm.b": (5,)}

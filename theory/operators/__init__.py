@@ -6,6 +6,7 @@ master bound it moves.  :func:`explain_method` puts that into words.
 """
 
 from theory.operators.catalogue import Reading, explain_method, operator, operators
+from theory.operators.effects import Action, Effect, Operator, Setting
 from theory.operators.elected import agreement, elected_sensitivity, sce_sensitivity, trimmed
 from theory.operators.linear import fisher_shares
 from theory.operators.masks import drop_probabilities, l1_mask_sensitivity, mask_variance, trim_change
@@ -24,7 +25,6 @@ from theory.operators.of_merge import (
     operator_assumptions,
     sensitivity,
 )
-from theory.operators.operator import Action, Effect, Operator, Setting
 from theory.operators.span import (
     karcher_coefficients,
     model_stock_coefficients,

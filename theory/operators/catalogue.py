@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from theory.errors import RecipeError
+from theory.operators.effects import NO_GUARANTEE, Effect, Operator
 from theory.operators.elected import elected_operators
 from theory.operators.linear import linear_operators
 from theory.operators.masks import mask_operators
 from theory.operators.matrices import matrix_operators
-from theory.operators.operator import NO_GUARANTEE, Effect, Operator
 from theory.operators.span import span_operators
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from theory.errors import RecipeError
-from theory.operators.operator import (
+from theory.operators.effects import (
     Action,
     Effect,
     Operator,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from theory.errors import RecipeError
-from theory.operators.operator import (
+from theory.operators.effects import (
     Action,
     Effect,
     Operator,

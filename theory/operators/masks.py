@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from theory.errors import RecipeError
-from theory.operators.elected import ceiling, elected_sensitivity
-from theory.operators.operator import (
+from theory.operators.effects import (
     Action,
     Effect,
     Operator,
@@ -26,6 +25,7 @@ from theory.operators.operator import (
     rows_of,
     scaled,
 )
+from theory.operators.elected import ceiling, elected_sensitivity
 from theory.symbolic import FloatArray, Formula, evaluate, times
 from theory.symbols import symbol
 

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from theory.errors import AssumptionError, RecipeError
-from theory.operators.linear import linear_effect
-from theory.operators.operator import (
+from theory.operators.effects import (
     Action,
     Effect,
     Operator,
@@ -25,6 +24,7 @@ from theory.operators.operator import (
     one_number,
     scaled,
 )
+from theory.operators.linear import linear_effect
 from theory.sensitivity import LocalSensitivity, local_sensitivity
 from theory.symbolic import FloatArray, Formula, evaluate
 from theory.symbols import symbol

@@ -10,7 +10,7 @@ import numpy as np
 from theory.assumptions import Assumption
 from theory.errors import AssumptionError, RecipeError
 from theory.operators.catalogue import operator
-from theory.operators.operator import frozen
+from theory.operators.effects import frozen
 from theory.recipe import COEFFICIENT_METHODS, Expert, Merge, per_expert
 from theory.symbolic import FloatArray, times, vacuous
 

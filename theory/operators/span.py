@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from theory.errors import RecipeError
-from theory.operators.operator import Action, Effect, Operator, Setting, normalised, numbers, one_number
+from theory.operators.effects import Action, Effect, Operator, Setting, normalised, numbers, one_number
 from theory.symbolic import FloatArray, Formula, evaluate
 from theory.symbols import symbol
 
