@@ -1,14 +1,13 @@
-"""How tight every statement is: random heterogeneous recipes with exact values, and a label for every theorem.
+"""How tight every statement is: random heterogeneous recipes with exact values, from the quadratics of section 9.
 
-A statement is *tight* if an instance attains it (the instance is a test), else *upper*, with the largest ratio
-exact/upper that a numerical search found.  The exact values come from the additive-noise quadratics of section 9.
+The labels (tight, limit, upper) with their instances are in :mod:`theory.statement_labels`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,24 +31,6 @@ from theory.risk import master_bound
 from theory.stability import epsilon_cap, epsilon_floor, epsilon_recursion, epsilon_rms, epsilon_sup, gamma
 from theory.symbolic import FloatArray, vacuous
 from theory.training import pl_training_risk
-
-Label = Literal["tight", "upper"]
-
-
-@dataclass(frozen=True)
-class Statement:
-    """One statement with its label: ``ratio`` is 1 if an instance attains it, else the worst exact/upper found.
-
-    ``instance`` says where (tight: the attaining instance; upper: what the search found), ``search`` how it was looked
-    for.
-    """
-
-    name: str
-    theorem: str
-    label: Label
-    ratio: float
-    instance: str
-    search: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +83,7 @@ def random_expert(
     rate: Any = np.exp(rng.uniform(np.log(0.005), np.log(0.999 if gentle else 2.4), size)) / (h[:, -1] + decay)
     batch: Any = rng.integers(1, n + 1)
     sampling = str(rng.choice(["without_replacement", "with_replacement", "reshuffle"]))
+    sampling = fixed.get("sampling", sampling)
     if rng.random() < 0.3:
         steps = int(rng.integers(1, 40))
         rate = Schedule(rate[:, None] * rng.random((size, steps)))
