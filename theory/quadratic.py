@@ -105,7 +105,8 @@ def mode_response(
     beta, omega = momentum[..., None], decay[..., None]
     pull = curvature if decoupled else curvature + omega
     ahead, coupling = (1 + beta, beta**2) if nesterov else (np.ones_like(beta), beta)
-    shape = np.broadcast_shapes((*learning_rate.shape[:-1], 1), pull.shape, beta.shape)
+    steps = np.broadcast_shapes(learning_rate.shape, present.shape)
+    shape = np.broadcast_shapes((*steps[:-1], 1), pull.shape, beta.shape, omega.shape)
     response = np.zeros((*shape, count))
     first, second = np.ones(shape), np.zeros(shape)
     for k in range(count - 1, -1, -1):

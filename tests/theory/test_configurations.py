@@ -21,6 +21,7 @@ from theory import (
     bound_to_python,
     clock,
     expert_epsilon,
+    expert_moments,
     head_split,
     l1_gap,
     master_bound,
@@ -330,3 +331,14 @@ def test_searches_and_elasticities_take_one_recipe(field: str) -> None:
         bound_to_python(master_bound(merge))
     with pytest.raises(RecipeError, match=f"{field} is an array"):
         bound_interval(merge, {"a.steps": Range(10, 30)})
+
+
+def test_decays_per_configuration_outside_the_buffer_in_exact_moments() -> None:
+    task = QuadraticTask(np.eye(2), np.ones(2), np.eye(2))
+    run: dict[str, Any] = {"n": 10, "batch_size": 5, "learning_rate": 0.1, "steps": 3, "L": 1.0, "momentum": 0.5}
+    together = expert_moments(
+        task, [0.0, 1.0], Expert("a", weight_decay=np.array([0.0, 0.3]), decoupled_decay=True, **run)
+    )
+    for place, decay in enumerate((0.0, 0.3)):
+        alone = expert_moments(task, [0.0, 1.0], Expert("a", weight_decay=decay, decoupled_decay=True, **run))
+        assert np.asarray(together.risk)[place] == pytest.approx(float(alone.risk), rel=1e-12)
