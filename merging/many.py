@@ -28,6 +28,7 @@ from merging.partition import Partition, is_variance
 from merging.registry import get
 
 _BLOCK_BYTES = 2**25
+_TOGETHER = 16  # merges per matrix product: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class ManyMerges:
         if self.plan is None:
             return self._by_definition
         if not self.exact:
-            return self._by_product
+            joined = torch.cat([self.rows, self.base[None]])  # the base is one more row, with coefficient one
+            return lambda start, block: self._by_product(joined, start, block)
         count = len(self.partition.shared)
         covers_all = self.method.linear or self.method.merges_buffers
         covered = self.space if covers_all else self.space.take(0, count)
@@ -133,12 +135,13 @@ class ManyMerges:
                 self.method, self.base, rows, self.names, self.space, self.partition, self.wanted, start + place
             )
 
-    def _by_product(self, start: int, block: Tensor) -> None:
+    def _by_product(self, joined: Tensor, start: int, block: Tensor) -> None:
         assert self.plan is not None
-        alphas = _alphas(self.plan, slice(start, start + len(block)))
-        order = np.argsort(sorted(range(len(self.names)), key=self.names.__getitem__))
-        matrix = torch.from_numpy(alphas[:, order]).to(self.rows)
-        torch.addmm(self.base, matrix, self.rows, out=block)
+        place = np.argsort(sorted(range(len(self.names)), key=self.names.__getitem__))
+        alphas = _alphas(self.plan, slice(start, start + len(block)))[:, place]
+        matrix = torch.from_numpy(np.column_stack([alphas, np.ones(len(block))])).to(joined)
+        for low in range(0, len(block), _TOGETHER):
+            torch.mm(matrix[low : low + _TOGETHER], joined, out=block[low : low + _TOGETHER])
         self._clamp(block)
 
     def _clamp(self, block: Tensor) -> None:

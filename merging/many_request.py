@@ -82,7 +82,7 @@ def asked(
     weights = None if coefficients is None else _weights(coefficients, names)
     varying = {name: _tuple(values) for name, values in (each or {}).items()}
     one_seed = isinstance(seed, int | np.integer)
-    seeds = tuple(int(value) for value in (np.atleast_1d(seed) if one_seed else seed))  # type: ignore[union-attr,arg-type]
+    seeds = tuple(int(value) for value in (np.atleast_1d(seed) if one_seed else seed))  # type: ignore[union-attr]
     twice = sorted(set(varying) & set(settings))
     if twice:
         raise MethodError(f"'{twice[0]}' was given for all merges and in each=: give it once")
@@ -110,8 +110,8 @@ def _members(subsets: Subsets, experts: int) -> tuple[tuple[int, ...], ...]:
     if isinstance(subsets, np.ndarray):
         if subsets.dtype != np.bool_ or subsets.ndim != 2 or subsets.shape[1] != experts:
             raise MethodError(
-                f"subsets of type {subsets.dtype} and shape {subsets.shape} do not fit {experts} experts: give booleans "
-                "of shape (merges, experts), or lists of indices"
+                f"subsets of type {subsets.dtype} and shape {subsets.shape} do not fit {experts} experts: give "
+                "booleans of shape (merges, experts), or lists of indices"
             )
         where, who = np.nonzero(subsets)
         cuts = np.searchsorted(where, np.arange(1, len(subsets)))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from merging.flat import FlatSpace
 from merging.many_plan import Form, Masks, Plan
-from merging.methods.dare import sparsify
 from merging.methods.ties import kept
+from merging.random_masks import match_l1, stream_key
 
 Floats = NDArray[Any]
 Ranks = NDArray[np.int32]
@@ -92,10 +92,7 @@ class Runner:
 
         dtype = rows.dtype
         members = plan.members[chosen]
-        if form.weighted:
-            weights = np.where(members, plan.weights[chosen], 0.0).astype(dtype)
-        else:
-            weights = members.astype(dtype)
+        weights = np.where(members, plan.weights[chosen] if form.weighted else 1.0, 0.0).astype(dtype)
         levels = np.full(len(chosen), -1)
         edges, keep, ranks = np.zeros(2, np.int64), np.zeros((1, 1), np.int64), np.zeros((len(rows), 1), np.int32)
         if form.scope is not None:
@@ -153,13 +150,18 @@ class Runner:
 
     def _sparsify(self, masks: Masks, used: Sequence[int]) -> Tensor:
         """Masked rows, ``(N, size)``; rows that nobody uses are left undefined."""
-        experts, size = self._experts, self._experts.space.size
-        rows = [experts.rows[i, :size] for i in used]
-        names = [experts.names[i] for i in used]
-        survivors, _ = sparsify(rows, experts.space, names, masks.seed, masks.drop, masks.rescale, masks.rescaling)
-        result = torch.empty((len(experts.rows), size), dtype=experts.rows.dtype)
-        for i, row in zip(used, survivors, strict=True):
-            result[i] = row
+        from merging.kernels import many
+
+        space, names = self._experts.space, self._experts.names
+        rows = self._experts.rows[:, : space.size]
+        result = rows.clone() if masks.drop == 0.0 else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        limit = np.uint64(round(masks.drop * 2**32))
+        for i in used if masks.drop > 0.0 else ():
+            for tensor, piece in space.segments():
+                key = stream_key(masks.seed, names[i], tensor)
+                many.drop_entries(_array(rows[i, piece]), key, limit, _array(result[i, piece]))
+        if masks.rescale and masks.rescaling == "l1":
+            match_l1([rows[i] for i in used], [result[i] for i in used], space)
         return result
 
     def _rank(self, masks: Masks | None, used: Sequence[int] | None, scope: str) -> Ranks:

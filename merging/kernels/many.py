@@ -14,6 +14,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from merging.kernels.philox import words
+
 CHUNK = 1024
 """Coordinates per chunk: nine float32 chunks fill a first-level cache of 48 KB."""
 
@@ -200,6 +202,20 @@ def _trim(row: Any, ranks: Any, edges: Any, keep: Any, start: int, out: Any) -> 
         for j in range(target.size):
             target[j] = values[j] if order[j] < limit else zero
         piece += 1
+
+
+@compiled
+def drop_entries(row: Any, key: Any, limit: Any, out: Any) -> None:
+    """``row`` times 1 where the stream's word is at least ``limit`` (uint64), times 0 elsewhere; one tensor."""
+    buffer = np.empty(4096, np.uint32)
+    zero = out.dtype.type(0)
+    one = out.dtype.type(1)
+    for low in range(0, row.size, 4096):
+        high = min(low + 4096, row.size)
+        drawn, values, target = buffer[: high - low], row[low:high], out[low:high]
+        words(key, low, drawn)
+        for j in range(drawn.size):
+            target[j] = values[j] * (one if drawn[j] >= limit else zero)
 
 
 @compiled
