@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from theory import statement_instances as instances
 from theory.clocks import clock, convex_momentum_log_response, heavy_ball_convex_response, sgd_times
 from theory.dispersion import centred_bound, orthogonal_bound, triangle_bound
 from theory.drift import drift_base, drift_energy, drift_log, drift_losses, drift_noise
@@ -367,4 +368,49 @@ def statements() -> tuple[Statement, ...]:
             _balanced,
             f"{_RANDOM}: up to 0.9998 where Theorem 4 alone is active",
         ),
+        *_further(),
+    )
+
+
+def _further() -> tuple[Statement, ...]:
+    """Further forms: heads, gaps from losses, shared samples, other training risks, aggregation, logits, masks."""
+    reflection = "one curvature, steps of 2/L"
+    return (
+        Statement("trained heads, 2x2 recursion", "section 1", "limit", 1.0, "one step, many corners", instances.heads),
+        Statement(
+            "stability, gap from the loss log",
+            "section 5",
+            "upper",
+            sqrt(0.5),
+            "one step on centred samples",
+            instances.loss_log,
+            "one step: every centred noise gives the same; more steps: random recipes of the tests",
+        ),
+        Statement(
+            "stability, shared samples", "section 1", "tight", 1.0, "one sample for all", instances.shared_samples
+        ),
+        Statement("training risk, distance", "section 8", "tight", 1.0, "one curvature", instances.distance),
+        Statement("training risk, descent", "section 8", "tight", 1.0, reflection, instances.descent),
+        Statement(
+            "sharpest aggregation", "section 7", "tight", 1.0, "each task moved straight away", instances.aggregation
+        ),
+        Statement(
+            "output certificate, rise of the root",
+            "section 8",
+            "upper",
+            0.9025124681,
+            "small change at a loss of 1.2564: sqrt(2) (1-exp(-l))/sqrt(l)",
+            instances.output,
+            "grid over losses and ranges: largest as the range vanishes",
+        ),
+        Statement(
+            "output certificate, with labels",
+            "section 8",
+            "limit",
+            1.0,
+            "two equal logits, small change",
+            instances.output_labelled,
+        ),
+        Statement("largest loss in a range", "section 8", "tight", 1.0, "all wrong classes", instances.output_sharp),
+        Statement("sensitivity, DARE", "section 10", "tight", 1.0, "an identity", instances.dare),
     )

@@ -187,7 +187,8 @@ def fedavg() -> Derivation:
 
     keys = ("F0", "T", "chi", "g", "L", "W", "h")
     start, T, chi, g, L, W, h = (symbol(key) for key in keys)
-    u, H, x, own = *sympy.symbols("u H xi", real=True), sympy.Symbol("H", positive=True)
+    u, H, x = sympy.symbols("u H xi", real=True)
+    own = sympy.Symbol("H", positive=True)
     both = {u: (-3.0, 3.0), H: (-3.0, 3.0), x: (-3.0, 3.0)}
     return Derivation(
         name="fedavg",
