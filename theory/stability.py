@@ -294,7 +294,8 @@ def _many_recursions(factor: FloatArray, drag: FloatArray, kick: FloatArray, las
         done = rest | (ends < k)
         given_up = (last[places] >= LONGEST_RECURSION) & ~rest
         value[places[done]] = np.where(given_up, np.inf, error)[done]
-        places, error, f, d, u, ends = (array[~done] for array in (places, error, f, d, u, ends))
+        places = places[~done]
+        error, f, d, u, ends = (array[~done] for array in (error, f, d, u, ends))
     return value
 
 

@@ -14,7 +14,8 @@ def linear_operators() -> Derivation:
     """Sensitivity of linear merges: fixed coefficients, per layer, frozen Fisher and Gram matrices."""
     import sympy
 
-    alpha, p, fisher, rest = symbol("alpha"), symbol("p"), *sympy.symbols("F_i F_r", positive=True)
+    alpha, p = symbol("alpha"), symbol("p")
+    fisher, rest = sympy.symbols("F_i F_r", positive=True)
     x, y, base = sympy.symbols("x_i x_i' x_0", real=True)
     share = p * fisher / (p * fisher + rest)
     entry = sympy.Symbol("x_i", real=True)
