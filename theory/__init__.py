@@ -13,6 +13,7 @@ Nothing here imports torch; sympy is imported when a formula is first needed.
 """
 
 from theory import schedules
+from theory.arguments import _is_calculator, advised
 from theory.assumptions import Assumption
 from theory.clocks import Clock, clock
 from theory.comparison import Comparison
@@ -237,3 +238,6 @@ __all__ = [
     "with_task_vectors",
     "with_true_constants",
 ]
+
+# a wrong kind of argument is answered by the name of the argument and what to give
+globals().update({name: advised(item) for name in __all__ if _is_calculator(item := globals()[name])})

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from theory.arguments import advised_fields
 from theory.convex import Minimum
 from theory.errors import MergeboundError
 
@@ -30,6 +31,7 @@ def _none() -> Array:
     return np.zeros((0, 0))
 
 
+@advised_fields
 @dataclass(frozen=True)
 class Polytope:
     """Coefficients with ``lower <= alpha <= upper``, ``equal alpha = equal_to`` and ``at_most alpha <= limit``.

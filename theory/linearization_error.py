@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from theory.arguments import advised_fields
 from theory.certificate import logit_range
 from theory.checks import fitting
 from theory.errors import MergeboundError
@@ -42,6 +43,7 @@ _LARGEST = 1e300
 _THIRD_MOMENT = 1.0 / (36.0 * np.sqrt(3.0))
 
 
+@advised_fields
 @dataclass(frozen=True)
 class LogitCurvature:
     """Second derivatives of one task's logits between K merging directions.

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from theory.errors import RecipeError
+from theory.errors import RecipeError, nearest
 from theory.ties import ROUNDING, refuse_contradicting_merge, refuse_contradictions
 
 FloatArray = NDArray[np.float64]
@@ -257,7 +257,7 @@ def _validate_expert(expert: Expert) -> None:
         ("head", expert.head, get_args(Head)),
     ):
         if not isinstance(value, str) or value not in allowed:
-            raise RecipeError(f"{owner}: {field} is {value!r}; choose one of {', '.join(allowed)}")
+            raise RecipeError(f"{owner}: {field} is {value!r}; {nearest(value, allowed)}")
     if not isinstance(expert.optimizer, str) or not expert.optimizer:
         raise RecipeError(f"{owner}: optimizer is {expert.optimizer!r}; give its name, for example 'sgd'")
     for field in ("drop_last", "gradient_clipping", "nesterov", "decoupled_decay"):
@@ -416,7 +416,7 @@ def _validate_merge(merge: Merge) -> None:
     if twice:
         raise RecipeError(f"merge: experts holds the name {twice[0]!r} twice; give every expert its own name")
     if not isinstance(merge.method, str) or merge.method not in get_args(Method):
-        raise RecipeError(f"merge: method is {merge.method!r}; choose one of {', '.join(get_args(Method))}")
+        raise RecipeError(f"merge: method is {merge.method!r}; {nearest(merge.method, get_args(Method))}")
     if merge.weights is not None:
         weights = _per_expert("weights", merge.weights, len(names), common=False)
         _require(

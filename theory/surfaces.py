@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from theory.arguments import advised_fields
 from theory.constrained import Polytope, coefficient_box, coefficient_simplex, minimise_over
 from theory.convex import Minimum
 from theory.curvature import CurvatureModel
@@ -25,6 +26,7 @@ Kind = Literal["average", "task_arithmetic", "optimal"]
 _CHUNK = 4_000_000
 
 
+@advised_fields
 @dataclass(frozen=True)
 class Surface:
     """A predicted joint risk ``sum_j p_j R_j(alpha)`` over K = N * layers coefficients, expert by expert.
