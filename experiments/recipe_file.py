@@ -9,6 +9,8 @@ given.  ``docs/examples/recipe.yaml`` is a complete example.
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from theory import Expert, Merge, RecipeError, Schedule
+from theory.errors import nearest
 from theory.recipe import Method
 
 
@@ -218,8 +221,15 @@ def _first_problem(error: ValidationError, content: dict[str, Any]) -> str:
     where = ": ".join(names) or "file"
     kind = problem["type"]
     if kind == "extra_forbidden":
-        return f"{where} is not a known field; check its spelling or remove it"
+        kinds: dict[str, type[BaseModel]] = {"experts": ExpertModel, "merge": MergeModel}
+        model = kinds.get(str(place[0]), RecipeModel) if len(place) > 1 else RecipeModel
+        close = get_close_matches(str(place[-1]), list(model.model_fields), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "check its spelling or remove it"
+        return f"{where} is not a known field; {hint}"
     if kind == "missing":
         return f"{where} is missing; add it"
+    if kind == "literal_error":
+        options = re.findall(r"'([^']*)'", problem["msg"])
+        return f"{where} is {problem.get('input')!r}; {nearest(problem.get('input'), options)}"
     message = problem["msg"].removeprefix("Input should be ")
     return f"{where} is {problem.get('input')!r}; it should be {message}"
