@@ -21,10 +21,10 @@ from benchmarks.merge_speed.agreement import Agreement, compare
 from benchmarks.merge_speed.cache import evict, resident, warm
 from benchmarks.merge_speed.cases import CASES, FLOOR, OURS, Plan
 from benchmarks.merge_speed.data import count, file_bytes, vit_shapes, write_checkpoints
-from benchmarks.merge_speed.main import large_dtype, parse, without_paths
+from benchmarks.merge_speed.main import large_dtype, parse, without_paths, write
 from benchmarks.merge_speed.meter import measure
 from benchmarks.merge_speed.run import Bench, Run, run_case, run_once, turns
-from benchmarks.merge_speed.tables import raw_rows, report, summarise, write_csv
+from benchmarks.merge_speed.tables import report, summarise
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures through /proc")
 
@@ -96,7 +96,16 @@ def test_page_and_files(tmp_path: Path) -> None:
     tables = [block for block in page.split("\n\n") if block.startswith("|")]
     for table in tables:  # every line of a table has as many cells as its heading
         assert len({line.count("|") for line in table.strip().splitlines()}) == 1
-    write_csv(tmp_path / "runs.csv", raw_rows(runs))
+    rate = {"task": "t", "merges": 10, "per_second": 9.0, "per_second_wall": 8.0, "loop_per_second": 3.0, "ratio": 3.0}
+    write(tmp_path, runs, found, {"seed": "0"}, [rate])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "agreement.csv",
+        "in_memory.csv",
+        "runs.csv",
+        "summary.csv",
+        "tables.md",
+    ]
+    assert "|     10 |" in (tmp_path / "tables.md").read_text(encoding="utf-8")
     with open(tmp_path / "runs.csv", encoding="utf-8") as handle:
         read = list(csv.DictReader(handle))
     assert len(read) == len(runs)

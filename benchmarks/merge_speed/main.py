@@ -7,13 +7,13 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.merge_speed.agreement import Agreement
-from benchmarks.merge_speed.cases import CASES, OURS, STATES, TOOLS, State
+from benchmarks.merge_speed.cases import CASES, FLOOR, OURS, STATES, TOOLS, State
 from benchmarks.merge_speed.data import count, file_bytes, vit_shapes, write_checkpoints
 from benchmarks.merge_speed.machine import available_memory, describe
 from benchmarks.merge_speed.run import ROOT, Bench, Run, run_case
@@ -27,27 +27,35 @@ _LARGE = ("linear", "ties_tensor", "ties_global")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; tables go to the folder ``--out`` and to the terminal."""
     options = parse(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    machine = describe(shlex.join(["python", "benchmarks/merging.py", *without_paths(given)]), options.seed)
+    runs: list[Run] = []
+    found: list[Agreement] = []
+    many: list[Row] = []
+
+    def save() -> None:
+        """Write what there is so far, so that an interrupted benchmark leaves its tables."""
+        if options.out is not None:
+            write(options.out, runs, found, machine, many)
+
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-speed-")))
         folder.mkdir(parents=True, exist_ok=True)
-        runs: list[Run] = []
-        found: list[Agreement] = []
         for dtype in options.dtypes:
-            _measure(options, folder, options.parameters, dtype, options.cases, options.tools, runs, found)
+            _measure(options, folder, options.parameters, dtype, options.cases, options.tools, runs, found, save)
         if options.large:
-            dtype = large_dtype(free_bytes(folder), options.experts)
-            if dtype is None:
-                tell(f"500M parameters: skipped, {free_bytes(folder) / 1e9:.0f} GB free where bfloat16 needs 11 GB")
+            kind = large_dtype(free_bytes(folder), options.experts)
+            if kind is None:
+                tell(f"500M parameters: skipped, {free_bytes(folder) / 1e9:.0f} GB free, too little even in bfloat16")
             else:
-                _measure(options, folder, 500_000_000, dtype, _LARGE, (OURS, "floor"), runs, found)
-    many = in_memory() if options.many else []
+                _measure(options, folder, 500_000_000, kind, _LARGE, (OURS, FLOOR), runs, found, save)
+    if options.many:
+        many += in_memory()
     if not runs and not many:
         tell("nothing ran")
         return 1
-    shown = shlex.join(
-        ["python", "benchmarks/merging.py", *without_paths(sys.argv[1:] if arguments is None else arguments)]
-    )
-    write(options.out, runs, found, describe(shown, options.seed), many)
+    save()
+    print(page(runs, found, machine, many))
     wrong = [item for item in found if not item.agrees]
     for item in wrong:
         tell(f"{item.dtype} {item.case}: {item.tool} and ours do not agree, {item}")
@@ -96,6 +104,7 @@ def _measure(
     tools: Sequence[str],
     runs: list[Run],
     found: list[Agreement],
+    save: Callable[[], None],
 ) -> None:
     shapes = vit_shapes(parameters)
     needed = file_bytes(shapes, dtype) * (1 + options.experts + len(TOOLS))
@@ -130,6 +139,7 @@ def _measure(
             ran, compared = run_case(bench, name, tools, states, tell)
             runs += ran
             found += compared
+            save()
     shutil.rmtree(scratch)
     if options.folder is None:
         shutil.rmtree(place)
@@ -169,27 +179,29 @@ def in_memory() -> list[Row]:
     return [asdict(rate) | {"ratio": rate.ratio} for rate in measure_many(watch=tell)]
 
 
-def write(
-    out: Path | None,
-    runs: Sequence[Run],
-    found: Sequence[Agreement],
-    machine: dict[str, str],
-    many: Sequence[Row] = (),
-) -> None:
-    """Print the page and, with a folder, write it as ``tables.md``, and one CSV file per table."""
-    rows = summarise(runs)
-    versions = {run.tool: run.version for run in runs if run.version}
-    page = report(
-        rows, found, machine | {"tools": "; ".join(f"{tool}: {text}" for tool, text in versions.items())}, many
+def page(runs: Sequence[Run], found: Sequence[Agreement], machine: dict[str, str], many: Sequence[Row] = ()) -> str:
+    """The page of all tables."""
+    tools = "; ".join(
+        f"{tool}: {text}" for tool, text in {run.tool: run.version for run in runs if run.version}.items()
     )
-    print(page)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        tables = {"runs": raw_rows(runs), "summary": rows, "agreement": agreement_rows(found), "in_memory": many}
-        for name, content in tables.items():
-            if content:
-                write_csv(out / f"{name}.csv", content)
-        (out / "tables.md").write_text(page, encoding="utf-8")
+    return report(summarise(runs), found, machine | ({"tools": tools} if tools else {}), many)
+
+
+def write(
+    out: Path, runs: Sequence[Run], found: Sequence[Agreement], machine: dict[str, str], many: Sequence[Row] = ()
+) -> None:
+    """Write the page as ``tables.md``, and one CSV file per table."""
+    out.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "runs": raw_rows(runs),
+        "summary": summarise(runs),
+        "agreement": agreement_rows(found),
+        "in_memory": many,
+    }
+    for name, content in tables.items():
+        if content:
+            write_csv(out / f"{name}.csv", content)
+    (out / "tables.md").write_text(page(runs, found, machine, many), encoding="utf-8")
 
 
 def tell(line: str) -> None:
