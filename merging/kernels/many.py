@@ -68,6 +68,48 @@ def _combine(rows: Any, origin: int, members: Any, weights: Any, out: Any) -> No
 
 
 @compiled
+def _elect_few(rows: Any, origin: int, members: Any, zeros: Any, mean: bool, out: Any) -> None:
+    """:func:`_elect` of one to eight rows without weights, in registers; rows of zeros change nothing."""
+    n = out.size
+    count = members.size
+    a = rows[members[0], origin : origin + n]
+    b = rows[members[1], origin : origin + n] if count > 1 else zeros[:n]
+    c = rows[members[2], origin : origin + n] if count > 2 else zeros[:n]
+    d = rows[members[3], origin : origin + n] if count > 3 else zeros[:n]
+    zero = out.dtype.type(0)
+    one = out.dtype.type(1)
+    if count <= 4:
+        for j in range(n):
+            vote = a[j] + b[j] + c[j] + d[j]
+            s = one if vote > zero else (-one if vote < zero else zero)
+            p, q, r, t = a[j] * s, b[j] * s, c[j] * s, d[j] * s
+            total = (p if p > zero else zero) + (q if q > zero else zero)
+            total = total + (r if r > zero else zero) + (t if t > zero else zero)
+            mass = (one if p > zero else zero) + (one if q > zero else zero)
+            mass = mass + (one if r > zero else zero) + (one if t > zero else zero)
+            out[j] = total / (mass if mean and mass != zero else one) * s
+        return
+    e = rows[members[4], origin : origin + n]
+    f = rows[members[5], origin : origin + n] if count > 5 else zeros[:n]
+    g = rows[members[6], origin : origin + n] if count > 6 else zeros[:n]
+    h = rows[members[7], origin : origin + n] if count > 7 else zeros[:n]
+    for j in range(n):
+        vote = a[j] + b[j] + c[j] + d[j] + e[j] + f[j] + g[j] + h[j]
+        s = one if vote > zero else (-one if vote < zero else zero)
+        p, q, r, t = a[j] * s, b[j] * s, c[j] * s, d[j] * s
+        total = (p if p > zero else zero) + (q if q > zero else zero)
+        total = total + (r if r > zero else zero) + (t if t > zero else zero)
+        mass = (one if p > zero else zero) + (one if q > zero else zero)
+        mass = mass + (one if r > zero else zero) + (one if t > zero else zero)
+        p, q, r, t = e[j] * s, f[j] * s, g[j] * s, h[j] * s
+        total = total + (p if p > zero else zero) + (q if q > zero else zero)
+        total = total + (r if r > zero else zero) + (t if t > zero else zero)
+        mass = mass + (one if p > zero else zero) + (one if q > zero else zero)
+        mass = mass + (one if r > zero else zero) + (one if t > zero else zero)
+        out[j] = total / (mass if mean and mass != zero else one) * s
+
+
+@compiled
 def _elect(
     rows: Any,
     origin: int,
@@ -76,12 +118,20 @@ def _elect(
     votes: Any,
     after: Any,
     mean: bool,
+    zeros: Any,
     sign: Any,
     mass: Any,
     out: Any,
 ) -> None:
     """Disjoint sum or mean of ``before_i row_i`` with weights ``after_i`` over the sign of ``sum_i votes_i row_i``."""
     n = out.size
+    count = members.size
+    plain = True
+    for i in range(count):
+        plain = plain and before[i] == 1.0 and after[i] == 1.0 and votes[i] == 1.0
+    if plain and count <= 8:
+        _elect_few(rows, origin, members, zeros, mean, out)
+        return
     _combine(rows, origin, members, votes, sign)
     zero = out.dtype.type(0)
     one = out.dtype.type(1)
@@ -90,35 +140,7 @@ def _elect(
         sign[j] = one if value > zero else (-one if value < zero else zero)
         out[j] = zero
         mass[j] = zero
-    count = members.size
-    plain = True
-    for i in range(count):
-        plain = plain and before[i] == one and after[i] == one
     done = 0
-    if plain:
-        while done + 4 <= count:
-            a = rows[members[done], origin : origin + n]
-            b = rows[members[done + 1], origin : origin + n]
-            c = rows[members[done + 2], origin : origin + n]
-            d = rows[members[done + 3], origin : origin + n]
-            for j in range(n):
-                s = sign[j]
-                p, q, r, t = a[j] * s, b[j] * s, c[j] * s, d[j] * s
-                out[j] = (
-                    out[j]
-                    + (p if p > zero else zero)
-                    + (q if q > zero else zero)
-                    + (r if r > zero else zero)
-                    + (t if t > zero else zero)
-                )
-                mass[j] = (
-                    mass[j]
-                    + (one if p > zero else zero)
-                    + (one if q > zero else zero)
-                    + (one if r > zero else zero)
-                    + (one if t > zero else zero)
-                )
-            done += 4
     while done < count:
         a = rows[members[done], origin : origin + n]
         u, v = before[done], after[done]
@@ -273,6 +295,7 @@ def merge_block(
     trimmed = np.empty((experts, chunk), rows.dtype)
     holds = np.empty(experts, np.int64)
     body_buffer = np.empty(chunk, rows.dtype)
+    zeros = np.zeros(chunk, rows.dtype)
     sign_buffer = np.empty(chunk, rows.dtype)
     mass_buffer = np.empty(chunk, rows.dtype)
     votes_buffer = np.empty(chunk, np.int32)
@@ -308,6 +331,7 @@ def merge_block(
                     votes[first:last],
                     after[first:last],
                     kind == ELECT_MEAN,
+                    zeros,
                     sign,
                     mass,
                     body,
