@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,10 @@ from torch import Tensor
 from merging.compatible import check_finite
 from merging.errors import MethodError
 from merging.flat import FlatSpace
-from merging.many_plan import Plan, Planner, Row, plan_of, planner_of
+from merging.many_plan import planner_of
 from merging.many_request import Asked, ManyCoefficients, Subsets, asked, merge_one
 from merging.many_run import Experts, Runner
+from merging.many_table import Plan, linear_coefficients, plan_merges
 from merging.method import Method, Rows
 from merging.partition import Partition, is_variance
 from merging.registry import get
@@ -138,7 +138,7 @@ class ManyMerges:
     def _by_product(self, joined: Tensor, start: int, block: Tensor) -> None:
         assert self.plan is not None
         place = np.argsort(sorted(range(len(self.names)), key=self.names.__getitem__))
-        alphas = _alphas(self.plan, slice(start, start + len(block)))[:, place]
+        alphas = linear_coefficients(self.plan, slice(start, start + len(block)))[:, place]
         matrix = torch.from_numpy(np.column_stack([alphas, np.ones(len(block))])).to(joined)
         for low in range(0, len(block), _TOGETHER):
             torch.mm(matrix[low : low + _TOGETHER], joined, out=block[low : low + _TOGETHER])
@@ -251,7 +251,7 @@ def merge_many(
     planner = planner_of(chosen)
     plan: Plan | None = None
     if planner is not None and rows.device.type == "cpu" and rows.dtype == base.dtype == space.dtype:
-        found = _plan(chosen, planner, labels, wanted, space.dtype)
+        found = plan_merges(chosen, planner, labels, wanted, space.dtype)
         if isinstance(found, Plan):
             plan = found
         else:  # the definition refuses this merge now, or all are made by it
@@ -259,66 +259,3 @@ def merge_many(
     if not exact and (plan is None or not chosen.linear):
         raise MethodError(f"these merges by '{chosen.name}' are no matrix product: leave out exact=False")
     return ManyMerges(chosen, base, rows, labels, space, partition, wanted, plan, exact, threads)
-
-
-def _plan(method: Method, planner: Planner, labels: tuple[str, ...], wanted: Asked, dtype: torch.dtype) -> Plan | int:
-    """The fast path; where a merge has none (settings along the depth, or wrong ones), that merge's number."""
-    experts, weighted = len(labels), wanted.coefficients is not None
-    if (weighted and method.coefficients == "none") or (not weighted and method.coefficients == "required"):
-        return 0
-    known: dict[Any, Row | None] = {}
-    rows = []
-    for index in range(wanted.count):
-        size = experts if wanted.members is None else len(wanted.members[index])
-        seed = wanted.seed(index)
-        key = (size, seed, *(values[index] for values in wanted.each.values()))
-        try:
-            row = known[key]
-        except KeyError:
-            try:
-                row = known[key] = planner(method.settings(wanted.values(index)), size, seed, weighted)
-            except MethodError:  # also gradients and lists per layer; the definition decides
-                row = None
-        except TypeError:
-            row = None
-        if row is None or size < max(1, method.experts[0]):
-            return index
-        rows.append(row)
-    order = sorted(range(experts), key=labels.__getitem__)
-    members = np.ones((wanted.count, experts), dtype=np.bool_)
-    if wanted.members is not None:
-        members[:] = False
-        owner = np.repeat(np.arange(wanted.count), [len(who) for who in wanted.members])
-        members[owner, [index for who in wanted.members for index in who]] = True
-    weights = np.ones((wanted.count, experts))
-    if wanted.coefficients is not None:
-        weights[:] = wanted.coefficients
-    members, weights = members[:, order], weights[:, order]
-    for index, row in enumerate(rows):
-        if row.normalise:
-            total = fsum(weights[index, members[index]].tolist())
-            weights[index] = weights[index] / total if total != 0.0 else np.nan
-    plan = plan_of(rows, members, weights)
-    wrong = np.flatnonzero(~_sound(plan, dtype))
-    return plan if len(wrong) == 0 else int(wrong[0])
-
-
-def _sound(plan: Plan, dtype: torch.dtype) -> NDArray[np.bool_]:
-    """Which merges' numbers the definition takes: finite in the type of the rows, positive for a weighted mean."""
-    limit = torch.finfo(dtype).max
-    used = np.abs(np.where(plan.members, plan.weights, 0.0))
-    good = (used <= limit).all(axis=1) & (np.abs(plan.scales) <= limit)
-    means = np.array([form.kind == "elect_mean" and form.weighted for form in plan.forms], dtype=np.bool_)[plan.form]
-    positive = (np.where(plan.members, plan.weights, 1.0) > 0.0).all(axis=1)
-    found: NDArray[np.bool_] = good & (positive | ~means)
-    return found
-
-
-def _alphas(plan: Plan, part: slice) -> NDArray[np.float64]:
-    """The coefficients of linear merges, ``(block, N)``."""
-    divide = np.array([form.divide for form in plan.forms])[plan.form[part]]
-    weighted = np.array([form.weighted for form in plan.forms])[plan.form[part]]
-    weights = np.where(plan.members[part], np.where(weighted[:, None], plan.weights[part], 1.0), 0.0)
-    scales = plan.scales[part][:, None]
-    result: NDArray[np.float64] = np.where(divide[:, None], weights / scales, weights * scales)
-    return result

@@ -1,4 +1,4 @@
-"""How many merges of the same experts become the arrays of :mod:`merging.kernels.many`.
+"""Which compiled loop makes a merge; see :mod:`merging.many`.
 
 For each method with a fast path a small function turns checked settings into a :class:`Form` (which loop, which random
 masks) and one last factor per merge, with the definition's own arithmetic in double precision; torch rounds a factor to
@@ -7,12 +7,10 @@ the type of the rows where it is applied, and so do we.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from merging.method import Method
@@ -33,9 +31,6 @@ from merging.methods.weighted import weighted_flat
 from merging.methods.wise_ft import wise_ft_flat
 
 Kind = Literal["combine", "elect_sum", "elect_mean", "largest", "unify"]
-Numbers = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -196,37 +191,3 @@ _PLANNERS: tuple[tuple[Callable[..., Tensor], Planner], ...] = (
 def planner_of(method: Method) -> Planner | None:
     """How to plan merges of a method; told by its definition, so that one's own method of the same name has none."""
     return next((planner for flat, planner in _PLANNERS if method.flat is flat), None)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All merges, one entry each along the first axis.
-
-    Attributes:
-        forms: the different forms.
-        form: ``(C,)`` which of them.
-        members: ``(C, N)`` which experts, in the order of their sums.
-        weights: ``(C, N)`` coefficients in double precision, as the definition applies them; 1 without.
-        scales: ``(C,)`` last factors.
-        densities: ``(C,)``.
-    """
-
-    forms: tuple[Form, ...]
-    form: Integers
-    members: Flags
-    weights: Numbers
-    scales: Numbers
-    densities: Numbers
-
-
-def plan_of(rows: Sequence[Row], members: Flags, weights: Numbers) -> Plan:
-    """Put the rows of all merges together."""
-    forms = {form: index for index, form in enumerate(dict.fromkeys(row.form for row in rows))}
-    return Plan(
-        tuple(forms),
-        np.array([forms[row.form] for row in rows], dtype=np.int64),
-        members,
-        weights,
-        np.array([row.scale for row in rows], dtype=np.float64),
-        np.array([row.density for row in rows], dtype=np.float64),
-    )

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merging.flat import FlatSpace
-from merging.many_plan import Form, Masks, Plan
+from merging.many_plan import Form, Masks
+from merging.many_table import Plan
 from merging.methods.ties import kept
 from merging.random_masks import match_l1, stream_key
 
