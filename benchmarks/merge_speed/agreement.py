@@ -38,12 +38,16 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Differences of rounding only (one entry in 10,000 may fall on the other side of a threshold).
+        """float32: differences of rounding, save for one entry in 10,000 on the other side of a threshold.
 
-        For random masks: spread and zeros within 1 %.
+        bfloat16: all but 2 % of the entries, and the spread within 1 %, since differences of bfloat16 weights take few
+        values, so that many entries are equal at the threshold of TIES and tools keep others of them, and FusionBench
+        sums in bfloat16.  Random masks: spread and zeros within 1 %.
         """
         if self.random:
             return abs(self.spread - 1.0) < 0.01 and abs(self.zeros) < 0.01
+        if self.dtype == "bfloat16":
+            return self.beyond <= 0.02 and abs(self.spread - 1.0) < 0.01
         return self.beyond <= 1e-4
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ _LARGE = ("linear", "ties_tensor", "ties_global")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; tables go to the folder ``--out`` and to the terminal."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that a worker is ended as well
     options = parse(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     machine = describe(shlex.join(["python", "benchmarks/merging.py", *without_paths(given)]), options.seed)
