@@ -6,6 +6,7 @@ are only ever read.
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from inspect import getsourcefile, unwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,13 +35,17 @@ from merging.merge import localize_state_dict, merge_state_dicts
 from merging.method import Method
 from merging.partition import DEFAULT_PRIVATE, Partition, partition
 from merging.registry import builtin_methods, get
-from merging.save import save_checkpoint
+from merging.save import Fill, save_checkpoint
 from merging.settings import Resolved, Rule, resolve
 from merging.statistics import ARGUMENTS, load_statistics
 from merging.stream import Stream, can_stream, merge_stream
 from merging.tied import dealias
 from merging.types import StateDict
+from merging.writer import Outline
 from theory.errors import MergeboundError
+
+if TYPE_CHECKING:
+    from merging.streaming.plan import Plan, Sources
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
@@ -49,6 +54,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
 }
 """Types that a merge can be stored in."""
+
+STREAMED_FROM = 1 << 28
+"""Bytes of all inputs together from which merging in chunks by compiled loops pays."""
 
 Stage = Callable[[str], None]
 
@@ -80,6 +88,12 @@ class Job:
     aliases: Mapping[str, str]
     paths: Mapping[str, Path]
     hashes: Mapping[Path, str]
+
+    @property
+    def inputs(self) -> tuple[StateDict, ...]:
+        """What is read: the base, if there is one, and the experts."""
+        base = () if self.spec.base is None else (self.states.base,)
+        return (*base, *self.states.experts.values())
 
     @property
     def parts(self) -> Partition:
@@ -253,6 +267,12 @@ def write(job: Job, merged: StateDict, record: Mapping[str, Any]) -> Path:
     Raises:
         CheckpointError: the disk refuses, or the target appeared meanwhile.
     """
+    return _save(job, merged, record)
+
+
+def _save(
+    job: Job, merged: StateDict, record: Mapping[str, Any], *, fill: Fill | None = None, resume: str | None = None
+) -> Path:
     spec = job.spec
     if spec.out is None:
         raise CheckpointError("there is nowhere to write to: add --out")
@@ -264,7 +284,155 @@ def write(job: Job, merged: StateDict, record: Mapping[str, Any]) -> Path:
         max_shard_size=spec.max_shard_size,
         overwrite=spec.overwrite,
         source=source if source.is_dir() else None,
+        fill=fill,
+        resume=resume,
     )
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a merge may use.
+
+    Attributes:
+        threads: how many compute at the same time.
+        max_memory: bytes of buffers at most; ``None``: what the plan needs.
+        resume: go on from what an interrupted merge of the same files and settings left.
+        mapped: use input files where they are, if the system can.
+        streamed: by chunks, whatever the size; ``None``: where the checkpoints are large enough for that to pay.
+    """
+
+    threads: int = 1
+    max_memory: int | None = None
+    resume: bool = True
+    mapped: bool = True
+    streamed: bool | None = None
+
+
+def execute(
+    job: Job,
+    record: Mapping[str, Any],
+    resources: Resources | None = None,
+    tell: Stage = lambda stage: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Merge and write: in chunks and bounded memory where the method allows it, in memory otherwise.
+
+    Args:
+        job: the merge, with a target.
+        record: kept in the files.
+        resources: what may be used.
+        tell: called with the name of each stage.
+        progress: called with the bytes of the result that are done, and how many there will be.
+
+    Returns:
+        What to open.
+
+    Raises:
+        CheckpointError: an input cannot be read or holds NaN, or the disk refuses.
+        MethodError: the result overflows, or the merge does not fit into ``max_memory``.
+    """
+    given = Resources() if resources is None else resources
+    large = sum(specs(state)[n].nbytes for state in job.inputs for n in job.states.parts.coordinates) >= STREAMED_FROM
+    wanted = given.streamed or (given.streamed is None and (large or given.max_memory is not None))
+    if not wanted or job.spec.for_expert is not None:
+        return write(job, merge(job, tell), record)
+    streamed = streamed_merge(job, given)
+    if streamed is None:
+        if given.max_memory is not None:
+            raise MethodError(
+                f"--max-memory: method '{job.method.name}' needs all tensors at once with these settings: leave "
+                "it out, or choose a method or scope that merges tensor by tensor"
+            )
+        return write(job, merge(job, tell), record)
+    tell(f"merging with {job.method.name}")
+    with _naming(job.paths):
+        return streamed.write(job, record, given, progress)
+
+
+@dataclass(frozen=True)
+class StreamedMerge:
+    """A merge in chunks: what is merged, how, and where the rest comes from."""
+
+    stream: Stream
+    plan: Plan
+    copied: Sources
+    also: Mapping[str, tuple[str, ...]]
+
+    def write(
+        self,
+        job: Job,
+        record: Mapping[str, Any],
+        resources: Resources,
+        progress: Callable[[int, int], None] | None,
+    ) -> Path:
+        """Write the merge (see :func:`execute`)."""
+        from merging.streaming.output import OutputFile
+        from merging.streaming.run import key_of, run
+
+        stored = job.specs
+        key = key_of(self.stream, stored, self.plan.chunk, json.dumps(dict(record), sort_keys=True, default=str))
+
+        def fill(files: Sequence[tuple[Path, Outline]], journal: Path | None) -> None:
+            targets = [OutputFile(path, outline) for path, outline in files]
+            run(
+                self.stream,
+                self.plan,
+                stored,
+                self.copied,
+                targets,
+                also=self.also,
+                journal=journal,
+                key=key,
+                mapped=resources.mapped,
+                progress=progress,
+            )
+
+        return _save(job, LazyState(stored, _never), record, fill=fill, resume=key if resources.resume else None)
+
+
+def streamed_merge(job: Job, resources: Resources, *, timed: bool = False) -> StreamedMerge | None:
+    """The merge in chunks, or ``None`` where it needs all tensors in memory at once.
+
+    Raises:
+        MethodError: it does not fit into ``max_memory``.
+    """
+    from merging.streaming.plan import plan
+
+    states, stored = job.states, job.specs
+    base = None if job.spec.base is None else states.base
+    coordinates = set(states.parts.coordinates)
+    stream = Stream(
+        job.method,
+        base,
+        states.base,
+        states.experts,
+        states.parts,
+        job.groups,
+        job.spec.seed,
+        {name: stored[name].dtype for name in states.parts.coordinates},
+    )
+    donor = states.base if job.spec.private_from is None else states.experts[job.spec.private_from]
+    copied: dict[str, tuple[StateDict, str]] = {}
+    also: dict[str, tuple[str, ...]] = {}
+    for name in stored:
+        canonical = job.aliases.get(name, name)
+        if canonical in coordinates:
+            if name != canonical:
+                if stored[name].dtype != stored[canonical].dtype:
+                    return None
+                also[canonical] = (*also.get(canonical, ()), name)
+        elif name in states.carried:
+            copied[name] = (states.carried, name)
+        elif states.parts.is_private(name):
+            copied[name] = (donor, name)
+        else:
+            copied[name] = (states.base, name)
+    made = plan(stream, stored, copied, threads=resources.threads, max_memory=resources.max_memory, timed=timed)
+    return None if made is None else StreamedMerge(stream, made, copied, also)
+
+
+def _never(name: str) -> Tensor:
+    raise AssertionError(f"'{name}' is written in chunks")
 
 
 def record_of(job: Job, tell: Stage = lambda stage: None) -> dict[str, Any]:
@@ -584,8 +752,10 @@ def _version(distribution: str) -> str:
 __all__ = [
     "DTYPES",
     "Job",
+    "Resources",
     "check_output",
     "describe",
+    "execute",
     "group_settings",
     "merge",
     "prepare",

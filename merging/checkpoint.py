@@ -21,7 +21,7 @@ from torch import Tensor
 from merging.compatible import check_compatible
 from merging.errors import CheckpointError
 from merging.folder import INDEX_SUFFIXES, SAFETENSORS_INDEX, find_weights, weight_map
-from merging.lazy import LazyState, Spec, sample_bytes, specs
+from merging.lazy import LazyState, Region, Spec, sample_bytes, specs
 from merging.legacy import LEGACY_SUFFIXES, read_legacy
 from merging.safetensors_file import (
     Identity,
@@ -78,6 +78,7 @@ class Checkpoint(LazyState):
             lambda name: sources[name].read(),
             tied=tied,
             sample=lambda name: sources[name].sample(),
+            region=lambda name: sources[name].region,
         )
         self.path = path
         self.files = files
@@ -188,6 +189,7 @@ class _Source:
     spec: Spec
     read: Callable[[], Tensor]
     sample: Callable[[], Tensor]
+    region: Region | None = None
 
 
 def _open(path: Path, mode: _Mode) -> Checkpoint:
@@ -243,7 +245,12 @@ def _open_file(path: Path, mode: _Mode) -> tuple[dict[str, _Source], object, tup
         file = open_safetensors(path)
         fetch = partial(map_tensor, file, map_file(file)) if mode == "mapped" else partial(read_tensor, file)
         sources = {
-            name: _Source(spec, partial(fetch, name), partial(read_sample, file, name))
+            name: _Source(
+                spec,
+                partial(fetch, name),
+                partial(read_sample, file, name),
+                Region(file.path, file.identity, *file.offsets[name]),
+            )
             for name, spec in file.specs.items()
         }
         return sources, file.metadata.get("mergebound"), ()

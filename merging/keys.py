@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merging.compatible import check_compatible
 from merging.errors import CheckpointError, MethodError
-from merging.lazy import LazyState, Spec, sample_bytes, specs
+from merging.lazy import LazyState, Region, Spec, sample_bytes, specs
 from merging.partition import Partition, partition
 from merging.tied import is_copy, tied_groups
 from merging.types import StateDict
@@ -266,8 +266,12 @@ def _lookup(sources: Mapping[str, tuple[StateDict, ...]], keys: Mapping[str, str
             return state.sample(keys[name])
         return sample_bytes(read(name))
 
+    def region(name: str) -> Region | None:
+        state = sources[name][0]
+        return state.region(keys[name]) if len(sources[name]) == 1 and isinstance(state, LazyState) else None
+
     described = {name: _widest([specs(state)[keys[name]] for state in states]) for name, states in sources.items()}
-    return LazyState(described, read, tied=_ties(sources, keys), sample=sample)
+    return LazyState(described, read, tied=_ties(sources, keys), sample=sample, region=region)
 
 
 def _ties(sources: Mapping[str, tuple[StateDict, ...]], keys: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,6 +38,23 @@ class Spec:
         return self.dtype.is_floating_point
 
 
+@dataclass(frozen=True)
+class Region:
+    """Where the bytes of a tensor lie in a file: in one piece, little-endian, row by row.
+
+    Attributes:
+        path: the file.
+        identity: device, inode, size and time of change when its header was read.
+        begin: first byte.
+        end: behind the last byte.
+    """
+
+    path: Path
+    identity: tuple[int, int, int, int]
+    begin: int
+    end: int
+
+
 class LazyState(Mapping[str, Tensor]):
     """A state dict whose tensors are fetched on access, each time anew.
 
@@ -48,6 +66,7 @@ class LazyState(Mapping[str, Tensor]):
         read: fetches a tensor by name; must agree with ``specs``.
         tied: groups of names that the source stores once (see :mod:`merging.tied`).
         sample: a few bytes of a tensor (flat uint8), equal for equal tensors; default: read it whole.
+        region: where a tensor's bytes lie in a file, or ``None`` where they do not; default: nowhere.
     """
 
     def __init__(
@@ -57,10 +76,12 @@ class LazyState(Mapping[str, Tensor]):
         *,
         tied: tuple[tuple[str, ...], ...] = (),
         sample: Callable[[str], Tensor] | None = None,
+        region: Callable[[str], Region | None] | None = None,
     ) -> None:
         self._specs = dict(specs)
         self._read = read
         self._sample = sample
+        self._region = region
         self.tied = tied
 
     def __getitem__(self, name: str) -> Tensor:
@@ -117,6 +138,10 @@ class LazyState(Mapping[str, Tensor]):
     def tensor(self, name: str) -> Tensor:
         """Fetch one tensor."""
         return self[name]
+
+    def region(self, name: str) -> Region | None:
+        """Where a tensor's bytes lie in a file; ``None``: nowhere, or not in one piece."""
+        return None if self._region is None else self._region(name)
 
     def sample(self, name: str) -> Tensor:
         """Some bytes of a tensor, as flat uint8: different bytes mean different tensors."""

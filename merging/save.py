@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,20 @@ from merging.folder import INDEX_SUFFIXES, SAFETENSORS_INDEX, companions, foreig
 from merging.lazy import Spec, specs
 from merging.types import StateDict
 from merging.writer import (
+    Outline,
     atomic_file,
     check_writable,
     cleaning_up_on_sigterm,
     confirm,
     flushed_file,
     hidden,
+    outline_of,
     sync_folder,
     write_safetensors,
 )
+
+Fill = Callable[[Sequence[tuple[Path, Outline]], Path | None], None]
+"""Fills files (temporary names, with their outlines); the second argument is where a journal may be kept."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -70,6 +76,8 @@ def save_checkpoint(
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     source: str | os.PathLike[str] | None = None,
+    fill: Fill | None = None,
+    resume: str | None = None,
 ) -> Path:
     """Write a checkpoint as a file, as shards, or as a folder.
 
@@ -87,6 +95,10 @@ def save_checkpoint(
         overwrite: replace a checkpoint that is there; its other shards are removed once the new one is in place.
         source: a folder whose files beside the weights are carried along, when the target is a folder
             (see :func:`merging.folder.companions`).
+        fill: writes the files of weights under their temporary names, complete and flushed; default: tensor by tensor.
+        resume: a key of what is written (:func:`merging.streaming.run.key_of`).  The temporary files are then named by
+            it, and stay when the writer is killed or interrupted, so that the next call with this key can go on from
+            there; they are removed when the disk refuses, and when a checkpoint is in its place.
 
     Returns:
         What to open: the file, the index, or the folder.
@@ -108,12 +120,13 @@ def save_checkpoint(
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     shards = split_shards(described, limit)
     header = _header(place, metadata)
-    with _disk_errors(place), cleaning_up_on_sigterm():
+    writer = _Writer(fill, resume)
+    with _disk_errors(place), cleaning_up_on_sigterm(), writer.alone(place):
         if place.suffix == _SUFFIX:
             if place.is_dir():
                 raise CheckpointError(f"{place}: this is a folder: name a file in it")
-            return _write_files(place, tensors, described, shards, header, overwrite=overwrite)
-        return _write_folder(place, tensors, described, shards, header, overwrite=overwrite, source=source)
+            return _write_files(place, tensors, described, shards, header, writer, overwrite=overwrite)
+        return _write_folder(place, tensors, described, shards, header, writer, overwrite=overwrite, source=source)
 
 
 def parse_size(size: int | str) -> int:
@@ -152,6 +165,7 @@ def _write_files(
     described: Mapping[str, Spec],
     shards: Sequence[Sequence[str]],
     header: Mapping[str, str],
+    writer: _Writer,
     *,
     overwrite: bool,
 ) -> Path:
@@ -160,19 +174,15 @@ def _write_files(
     if not overwrite:
         _refuse_existing((single, index))
     finals, main = _layout(target, shards)
-    temporary = [(hidden(path), path) for path in (*finals, main)]
-    try:
-        for (path, _), members in zip(temporary, shards, strict=False):
-            with flushed_file(path) as handle:
-                write_safetensors(handle, tensors, header, members)
+    temporary = [(writer.temporary(path), path) for path in (*finals, main)]
+    with writer.cleaning([path for path, _ in temporary]):
+        writer.fill([path for path, _ in temporary[: len(shards)]], tensors, described, shards, header, target)
         if main == index:
+            with suppress(FileNotFoundError):
+                temporary[-1][0].unlink()  # of a writer that was killed
             with flushed_file(temporary[-1][0]) as handle:
                 handle.write(_index(described, finals, shards, header))
         _publish(temporary[:-1], temporary[-1], (single, index), overwrite=overwrite)
-    finally:
-        for path, _ in temporary:
-            with suppress(OSError):
-                path.unlink()
     return main
 
 
@@ -182,6 +192,7 @@ def _write_folder(
     described: Mapping[str, Spec],
     shards: Sequence[Sequence[str]],
     header: Mapping[str, str],
+    writer: _Writer,
     *,
     overwrite: bool,
     source: str | os.PathLike[str] | None,
@@ -189,13 +200,14 @@ def _write_folder(
     """Write a hidden folder beside the target, then rename it."""
     _check_replaceable(target, overwrite=overwrite)
     carried = () if source is None or not Path(source).is_dir() else tuple(companions(Path(source)))
-    folder = hidden(target)
-    folder.mkdir()
-    try:
+    folder = writer.temporary(target)
+    folder.mkdir(exist_ok=writer.resume is not None)
+    with writer.cleaning([folder]):
         finals, main = _layout(folder / f"model{_SUFFIX}", shards)
-        for path, members in zip(finals or [main], shards, strict=True):
-            with flushed_file(path) as handle:
-                write_safetensors(handle, tensors, header, members)
+        writer.fill(finals or [main], tensors, described, shards, header, target)
+        for path in folder.iterdir():  # of a writer that was killed
+            if path not in (finals or [main]):
+                path.unlink()
         if finals:
             with flushed_file(main) as handle:
                 handle.write(_index(described, finals, shards, header))
@@ -220,9 +232,91 @@ def _write_folder(
             confirm(target)
             if aside is not None:
                 _remove(target, [aside])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """How files of weights are filled, and what becomes of temporary files."""
+
+    given: Fill | None
+    resume: str | None
+
+    def temporary(self, path: Path) -> Path:
+        if self.resume is None:
+            return hidden(path)
+        return path.with_name(f".{path.name}.{self.resume[:12]}.partial")
+
+    def journal(self, target: Path) -> Path | None:
+        if self.resume is None:
+            return None
+        return target.with_name(f".{target.name}.{self.resume[:12]}.journal")
+
+    def fill(
+        self,
+        paths: Sequence[Path],
+        tensors: StateDict,
+        described: Mapping[str, Spec],
+        shards: Sequence[Sequence[str]],
+        header: Mapping[str, str],
+        target: Path,
+    ) -> None:
+        if self.given is None:
+            for path, members in zip(paths, shards, strict=True):
+                with flushed_file(path) as handle:
+                    write_safetensors(handle, tensors, header, members)
+            return
+        outlines = [outline_of({name: described[name] for name in members}, header) for members in shards]
+        self.given(list(zip(paths, outlines, strict=True)), self.journal(target))
+
+    @contextmanager
+    def cleaning(self, paths: Sequence[Path]) -> Iterator[None]:
+        """Remove temporary files at the end, unless a merge that can go on was interrupted."""
+        try:
+            yield
+        except BaseException as error:
+            if self.resume is None or isinstance(error, OSError):
+                _discard(paths)
+            raise
+        _discard(paths)
+
+    @contextmanager
+    def alone(self, target: Path) -> Iterator[None]:
+        """Refuse a second writer of the same thing, and remove the journal with the temporary files it speaks of."""
+        journal = self.journal(target)
+        if journal is None:
+            yield
+            return
+        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
+        keep = False
+        try:
+            lock = _try_flock()
+            if lock is not None and not lock(descriptor):
+                keep = True
+                raise CheckpointError(f"{target}: another process is writing just this: wait until it is done")
+            yield
+        except BaseException as error:
+            keep = keep or not isinstance(error, OSError)
+            raise
+        finally:
+            if not keep:
+                _discard([journal])
+            os.close(descriptor)
+
+
+def leftovers(target: Path) -> list[Path]:
+    """Temporary files of interrupted writers of a target: what :func:`save_checkpoint` would go on from, and others."""
+    name = re.escape(target.name.removesuffix(_SUFFIX))
+    pattern = re.compile(
+        rf"\.{name}(-\d{{5}}-of-\d{{5}})?({re.escape(_SUFFIX)}(\.index\.json)?)?\.[0-9a-f]{{12}}\.(partial|journal)"
+    )
+    return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def _discard(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _layout(target: Path, shards: Sequence[Sequence[str]]) -> tuple[list[Path], Path]:
@@ -400,6 +494,24 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)  # which also unlocks
+
+
+def _try_flock() -> Callable[[int], bool] | None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+
+    def attempt(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # some network file systems cannot lock
+            return True
+        return True
+
+    return attempt
 
 
 def _flock() -> Callable[[int], None] | None:

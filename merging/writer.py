@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
@@ -63,6 +64,47 @@ def check_writable(described: Mapping[str, Spec]) -> None:
             raise CheckpointError("the tensor name '__metadata__' is reserved by safetensors: rename the tensor")
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A safetensors file before its tensors are known.
+
+    Attributes:
+        header: its first bytes.
+        places: first and last byte (exclusive) of every tensor from the start of the file, in the file's order.
+        size: bytes of the whole file.
+    """
+
+    header: bytes
+    places: Mapping[str, tuple[int, int]]
+    size: int
+
+
+def outline_of(described: Mapping[str, Spec], metadata: Mapping[str, str]) -> Outline:
+    """Lay tensors out: widest types first (so that all are aligned), then by name.
+
+    Raises:
+        CheckpointError: a name or a type that the format does not know, or too many of them.
+    """
+    check_writable(described)
+    order = sorted(described, key=lambda name: (-described[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offsets: dict[str, tuple[int, int]] = {}
+    position = 0
+    for name in order:
+        spec = described[name]
+        end = position + spec.nbytes
+        header[name] = {"dtype": _TYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
+        offsets[name] = (position, end)
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"the header takes {len(text)} bytes, more than safetensors allows: write shards")
+    start = 8 + len(text)
+    places = {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
+    return Outline(len(text).to_bytes(8, "little") + text, places, start + position)
+
+
 def write_safetensors(
     handle: BinaryIO, tensors: StateDict, metadata: Mapping[str, str], names: Iterable[str] | None = None
 ) -> None:
@@ -83,22 +125,9 @@ def write_safetensors(
     described = specs(tensors)
     if names is not None:
         described = {name: described[name] for name in names}
-    check_writable(described)
-    order = sorted(described, key=lambda name: (-described[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for name in order:
-        spec = described[name]
-        end = position + spec.nbytes
-        header[name] = {"dtype": _TYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
-        raise CheckpointError(f"the header takes {len(text)} bytes, more than safetensors allows: write shards")
-    handle.write(len(text).to_bytes(8, "little"))
-    handle.write(text)
-    for name in order:
+    outline = outline_of(described, metadata)
+    handle.write(outline.header)
+    for name in outline.places:
         tensor = tensors[name].detach()
         if Spec(tuple(tensor.shape), tensor.dtype) != described[name]:
             raise CheckpointError(

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from merging.kernels.pointers import float32_pointer
 
+_LARGEST = np.float32(np.finfo(np.float32).max)
 _BLOCK = 2048  # entries: N trimmed blocks stay in the second-level cache
 
 
@@ -25,7 +26,7 @@ def elect(
     mean: bool,
     factor: np.float32,
     trimmed: NDArray[np.float32],
-) -> None:
+) -> int:
     """Write ``M = x_0 + factor * (disjoint mean or sum of the trimmed entries that have the elected sign)``.
 
     Args:
@@ -41,6 +42,9 @@ def elect(
         mean: divide by the (weighted) number of experts that agree.
         factor: scale of the update (always applied, also if it is one).
         trimmed: scratch of shape ``(N, 2048)`` or more.
+
+    Returns:
+        How many differences ``x_i - x_0`` are NaN or infinite (which elections may hide).
     """
     n = out.shape[0]
     count = experts.shape[0]
@@ -49,6 +53,7 @@ def elect(
     mass = np.empty(_BLOCK, np.float32)
     sign = np.empty(_BLOCK, np.float32)
     zero, one = np.float32(0.0), np.float32(1.0)
+    bad = 0
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         size = stop - start
@@ -57,14 +62,15 @@ def elect(
             x = carray(float32_pointer(experts[i]), n)[start:stop]
             kept = trimmed[i]
             low = lowest[i]
-            if words.shape[1] > 0:
-                # a product, as in the definition, so that the sign of a dropped entry's zero is the same
+            found = np.int32(0)
+            for j in range(size):
+                kept[j] = x[j] - b[j]
+                found = np.int32(found + np.int32(not (abs(kept[j]) <= _LARGEST)))
+            bad += found
+            if words.shape[1] > 0:  # a product, as in the definition, so that the signs of zeros are the same
                 word = words[i, start:stop]
                 for j in range(size):
-                    kept[j] = (x[j] - b[j]) * (one if word[j] >= least else zero)
-            else:
-                for j in range(size):
-                    kept[j] = x[j] - b[j]
+                    kept[j] = kept[j] * (one if word[j] >= least else zero)
             if low > zero:
                 for j in range(size):
                     kept[j] = kept[j] if abs(kept[j]) >= low else zero
@@ -110,6 +116,7 @@ def elect(
         else:
             for j in range(size):
                 o[j] = total[j] * sign[j] * factor + b[j]
+    return bad
 
 
 @njit(nogil=True, cache=True)
@@ -122,7 +129,7 @@ def drop(
     weights: NDArray[np.float32],
     factor: np.float32,
 ) -> None:
-    """Write ``M = x_0 + factor * sum_i w_i m_i Delta_i`` with masks ``m_i = [words_i >= least]`` (see :func:`elect`)."""
+    """Write ``M = x_0 + factor * sum_i w_i m_i Delta_i`` with masks ``m_i = [words_i >= least]``; see :func:`elect`."""
     n = out.shape[0]
     origin = carray(float32_pointer(base), n)
     zero, one = np.float32(0.0), np.float32(1.0)
@@ -154,11 +161,16 @@ def drop(
 
 
 @njit(nogil=True, cache=True)
-def largest_of(out: NDArray[np.float32], base: int, experts: NDArray[np.int64], factor: np.float32) -> None:
-    """Write ``M = x_0 + factor * (the entry of largest magnitude)``; of two opposite ones the positive (MagMax)."""
+def largest_of(out: NDArray[np.float32], base: int, experts: NDArray[np.int64], factor: np.float32) -> int:
+    """Write ``M = x_0 + factor * (the entry of largest magnitude)``; of two opposite ones the positive (MagMax).
+
+    Returns:
+        How many differences ``x_i - x_0`` are NaN or infinite.
+    """
     n = out.shape[0]
     origin = carray(float32_pointer(base), n)
     low = np.empty(_BLOCK, np.float32)
+    bad = 0
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         size = stop - start
@@ -166,6 +178,10 @@ def largest_of(out: NDArray[np.float32], base: int, experts: NDArray[np.int64], 
         b = origin[start:stop]
         for i in range(experts.shape[0]):
             x = carray(float32_pointer(experts[i]), n)[start:stop]
+            found = np.int32(0)
+            for j in range(size):
+                found = np.int32(found + np.int32(not (abs(x[j] - b[j]) <= _LARGEST)))
+            bad += found
             if i == 0:
                 for j in range(size):
                     o[j] = x[j] - b[j]
@@ -177,3 +193,4 @@ def largest_of(out: NDArray[np.float32], base: int, experts: NDArray[np.int64], 
                     low[j] = v if v < low[j] else low[j]
         for j in range(size):
             o[j] = (o[j] if o[j] >= -low[j] else low[j]) * factor + b[j]
+    return bad

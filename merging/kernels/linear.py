@@ -125,11 +125,11 @@ def finish(
 @njit(nogil=True, cache=True)
 def beyond(values: NDArray[np.float32], limit: np.float32) -> int:
     """How many entries are NaN, infinite or of larger magnitude than ``limit``."""
-    count = 0
+    count: int = 0
     for start in range(0, values.shape[0], _BLOCK):
         part = values[start : start + _BLOCK]
         found = np.int32(0)
         for j in range(part.shape[0]):
             found = np.int32(found + np.int32(not (abs(part[j]) <= limit)))
-        count += found
+        count += int(found)
     return count

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from numba import types
-from numba.core.extending import intrinsic
+from numba.core import extending
+
+_intrinsic: Any = extending.intrinsic  # the compiler adds the first argument
 
 
-@intrinsic
+@_intrinsic
 def float32_pointer(context: Any, address: Any) -> Any:
     """An integer address as a pointer to float32, for ``numba.carray``."""
     signature = types.CPointer(types.float32)(address)
@@ -22,7 +24,7 @@ def float32_pointer(context: Any, address: Any) -> Any:
     return signature, generate
 
 
-@intrinsic
+@_intrinsic
 def float64_pointer(context: Any, address: Any) -> Any:
     """An integer address as a pointer to float64, for ``numba.carray``."""
     signature = types.CPointer(types.float64)(address)

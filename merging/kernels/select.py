@@ -69,6 +69,48 @@ def around(
 
 
 @njit(nogil=True, cache=True)
+def collect(
+    base: int, expert: int, n: int, low: np.float32, high: np.float32, out: NDArray[np.float32]
+) -> tuple[int, int]:
+    """Count ``|x - x_0|`` above ``high``, and write those in ``[low, high]`` to ``out`` in index order.
+
+    Returns:
+        How many are above, and how many are inside (those that do not fit into ``out`` are counted, not written).
+    """
+    b = carray(float32_pointer(base), n)
+    x = carray(float32_pointer(expert), n)
+    magnitudes = np.empty(_BLOCK, np.float32)
+    inside = np.empty(_BLOCK, np.uint8)
+    inside_by_8 = inside.view(np.uint64)
+    collected = np.empty(_BLOCK + 8, np.float32)
+    above = 0
+    total = 0
+    for start in range(0, n, _BLOCK):
+        stop = min(n, start + _BLOCK)
+        size = stop - start
+        found = np.int32(0)
+        for j in range(size):
+            m = abs(x[start + j] - b[start + j])
+            magnitudes[j] = m
+            found = np.int32(found + np.int32(m > high))
+            inside[j] = np.uint8((m >= low) & (m <= high))
+        for j in range(size, (size + 7) // 8 * 8):
+            inside[j] = np.uint8(0)
+        above += found
+        count = 0
+        for k in range((size + 7) // 8):
+            if inside_by_8[k] != np.uint64(0):
+                for j in range(8 * k, 8 * k + 8):
+                    collected[count] = magnitudes[j]
+                    count += np.int64(inside[j])
+        if total + count <= out.shape[0]:
+            for k in range(count):
+                out[total + k] = collected[k]
+        total += count
+    return above, total
+
+
+@njit(nogil=True, cache=True)
 def count_equal(base: int, expert: int, n: int, value: np.float32) -> int:
     """How many of n entries have ``|x - x_0| = value``."""
     b = carray(float32_pointer(base), n)

@@ -81,11 +81,11 @@ def model_stock_flat(
 
         merged = merge_in_span(rows, space, solve, scope=scope)
         lowest = dict(zip(space.names if scope == "tensor" else ("the whole model",), ratios, strict=True))
-    _warn(lowest)
+    warn_beyond(lowest)
     return merged
 
 
-def _warn(lowest: Mapping[str, float]) -> None:
+def warn_beyond(lowest: Mapping[str, float]) -> None:
     """Say which tensors were moved away from the experts by more than their average is away."""
     beyond = sorted((ratio, name) for name, ratio in lowest.items() if ratio < -1.0)
     if beyond:

@@ -1,0 +1,385 @@
+"""Which compiled loop merges which tensors: one small program per family of methods.
+
+Every program writes ``M`` (base included) of a chunk in float32, with the bits of the method's definition.  Methods
+without a program of their own are merged chunk by chunk (elementwise ones) or tensor by tensor by their definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from math import fsum
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from merging.errors import MethodError
+from merging.flat import FlatSpace
+from merging.kernels.elect import drop, elect, largest_of
+from merging.kernels.gram import add_gram
+from merging.kernels.linear import linear, linear_without_base
+from merging.kernels.philox import words
+from merging.linear_form import LinearForm
+from merging.method import Method
+from merging.methods.ties import kept
+from merging.random_masks import stream_key
+from merging.span import Array
+from merging.streaming.selection import Domain, Threshold, select
+from merging.streaming.source import Buffers, Inputs
+
+Floats = NDArray[np.float32]
+_NONE: Floats = np.empty(0, dtype=np.float32)
+
+
+class Program(Protocol):
+    """How the tensors of one group of settings are merged.
+
+    Attributes:
+        passes: how often the checkpoints are read.
+        whole: tensors are merged as a whole (their chunks cannot be told apart).
+    """
+
+    @property
+    def passes(self) -> int: ...
+
+    @property
+    def whole(self) -> bool: ...
+
+    def prepare(self, inputs: Inputs, chunk: int, pool: Executor | None, workers: int) -> None:
+        """What has to be known of the whole model first."""
+
+    def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
+        """What has to be known of a whole tensor before its chunks are merged."""
+
+    def merge(
+        self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
+    ) -> int:
+        """Write entries ``start`` to ``stop`` of ``M`` into ``out``; returns the number of suspicious entries."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Fixed numbers times the task vectors."""
+
+    forms: Mapping[str, LinearForm]
+    passes: int = 1
+    whole: bool = False
+
+    def prepare(self, inputs: Inputs, chunk: int, pool: Executor | None, workers: int) -> None:
+        """Nothing."""
+
+    def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
+        """Nothing."""
+        return None
+
+    def merge(
+        self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
+    ) -> int:
+        """See :class:`Program`; NaN and infinite weights reach the result."""
+        _combine(inputs, name, start, stop, self.forms[name], 0.0, buffers, out)
+        return 0
+
+
+@dataclass
+class Elected:
+    """TIES: trim, elect, aggregate; with ``drop``, DARE-TIES.
+
+    Attributes:
+        domains: what is ranked together: one domain for the whole model, or ``None``: every tensor on its own.
+        density: share kept.
+        rounding: how the number kept is rounded.
+        votes: weights of the votes (``None``: plain).
+        turns: factors of the entries before anything else.
+        weights: of the aggregate.
+        mean: disjoint mean, or sum.
+        factor: scale of the update.
+        mask: which entries are dropped at random.
+    """
+
+    domain: Domain | None
+    density: float
+    rounding: Any
+    votes: Floats
+    turns: Floats
+    weights: Floats
+    mean: bool
+    factor: float
+    mask: Mask | None = None
+    thresholds: list[Threshold] | None = None
+    offsets: Mapping[str, int] | None = None
+    whole: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Two, if anything is trimmed."""
+        return 2 if self.density < 1.0 else 1
+
+    def prepare(self, inputs: Inputs, chunk: int, pool: Executor | None, workers: int) -> None:
+        """Thresholds over the whole model."""
+        if self.domain is None:
+            return
+        offsets: dict[str, int] = {}
+        place = 0
+        for name, size in self.domain:
+            offsets[name] = place
+            place += size
+        self.offsets = offsets
+        if self.density < 1.0:
+            keep = kept(place, self.density, self.rounding)
+            self.thresholds = select(inputs, self.domain, keep, chunk=chunk, pool=pool, workers=workers)
+
+    def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
+        """Thresholds within the tensor."""
+        if self.domain is not None or self.density == 1.0 or size == 0:
+            return None
+        return select(inputs, [(name, size)], kept(size, self.density, self.rounding), chunk=chunk)
+
+    def merge(
+        self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
+    ) -> int:
+        """See :class:`Program`: the suspicious entries are NaN and infinite differences, which elections may hide."""
+        chunk = inputs.chunk(name, start, stop, buffers)
+        experts = len(chunk.experts)
+        thresholds = self.thresholds if known is None else known
+        trimmed = buffers.floats("trimmed", 2048 * experts).reshape(experts, 2048)
+        drawn = _no_words(experts) if self.mask is None else self.mask.draw(name, start, stop, buffers)
+        least = np.uint32(0 if self.mask is None else self.mask.least)
+        first = start + (0 if self.offsets is None else self.offsets[name])
+        bad = 0
+        for begin, end, lowest in _pieces(thresholds, first, stop - start, experts):  # type: ignore[arg-type]
+            bad += elect(
+                out[begin:end],
+                chunk.base + 4 * begin,
+                chunk.experts + 4 * begin,
+                lowest,
+                drawn[:, begin:end] if drawn.shape[1] else drawn,
+                least,
+                self.votes,
+                self.turns,
+                self.weights,
+                self.mean,
+                np.float32(self.factor),
+                trimmed,
+            )
+        return bad
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Independent Bernoulli masks, keyed by the names of experts and tensors (DARE)."""
+
+    seed: int
+    names: Sequence[str]
+    least: int
+
+    def draw(self, name: str, start: int, stop: int, buffers: Buffers) -> NDArray[np.uint32]:
+        """Random words of every expert for a chunk of a tensor, shape ``(N, n)``."""
+        size = stop - start
+        aligned = start // 4 * 4
+        count = stop - aligned
+        drawn = buffers.words("words", count * len(self.names)).reshape(len(self.names), count)
+        for row, expert in zip(drawn, self.names, strict=True):
+            words(stream_key(self.seed, expert, name), aligned, row)
+        return drawn[:, count - size :]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """DARE: drop entries at random, add up."""
+
+    mask: Mask | None
+    weights: Floats
+    factor: float
+    passes: int = 1
+    whole: bool = False
+
+    def prepare(self, inputs: Inputs, chunk: int, pool: Executor | None, workers: int) -> None:
+        """Nothing."""
+
+    def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
+        """Nothing."""
+        return None
+
+    def merge(
+        self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
+    ) -> int:
+        """See :class:`Program`; NaN and infinite weights reach the result."""
+        chunk = inputs.chunk(name, start, stop, buffers)
+        drawn = _no_words(len(chunk.experts)) if self.mask is None else self.mask.draw(name, start, stop, buffers)
+        least = np.uint32(0 if self.mask is None else self.mask.least)
+        drop(out, chunk.base, chunk.experts, drawn, least, self.weights, np.float32(self.factor))
+        return 0
+
+
+@dataclass(frozen=True)
+class Largest:
+    """MagMax: the entry of largest magnitude."""
+
+    factor: float
+    passes: int = 1
+    whole: bool = False
+
+    def prepare(self, inputs: Inputs, chunk: int, pool: Executor | None, workers: int) -> None:
+        """Nothing."""
+
+    def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
+        """Nothing."""
+        return None
+
+    def merge(
+        self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
+    ) -> int:
+        """See :class:`Program`: the suspicious entries are NaN and infinite differences."""
+        chunk = inputs.chunk(name, start, stop, buffers)
+        return int(largest_of(out, chunk.base, chunk.experts, np.float32(self.factor)))
+
+
+@dataclass
+class Span:
+    """Coefficients from the experts' inner products: SLERP, Karcher mean, Model Stock.
+
+    Attributes:
+        solve: Gram matrix to coefficients.
+        on_weights: of ``x_i`` instead of ``x_i - x_0``.
+        domain: one problem over these tensors, or ``None``: one for each tensor.
+    """
+
+    solve: Callable[[str, Array], Array]
+    on_weights: bool
+    domain: Domain | None
+    shared: Array | None = None
+    passes: int = 2
+    whole: bool = False
+
+    def prepare(self, inputs: Inputs, chunk: int, pool: Executor | None, workers: int) -> None:
+        """The Gram matrix of the whole model, summed tensor by tensor in their order."""
+        if self.domain is None:
+            return
+
+        def one(entry: tuple[str, int]) -> Array:
+            found = gram_of(inputs, *entry, chunk, self.on_weights)
+            inputs.release(entry[0], range(len(inputs.experts)))
+            return found
+
+        grams = [one(entry) for entry in self.domain] if pool is None else list(pool.map(one, self.domain))
+        self.shared = self.solve("the whole model", np.sum(grams, axis=0))
+
+    def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
+        """The coefficients of one tensor."""
+        if self.shared is not None:
+            return self.shared
+        return self.solve(name, gram_of(inputs, name, size, chunk, self.on_weights))
+
+    def merge(
+        self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
+    ) -> int:
+        """See :class:`Program`; NaN and infinite weights reach the result."""
+        assert isinstance(known, np.ndarray)
+        coefficients = [float(value) for value in known]
+        shift = fsum([*coefficients, -1.0]) if self.on_weights else 0.0
+        _combine(inputs, name, start, stop, LinearForm(coefficients), shift, buffers, out)
+        return 0
+
+
+@dataclass(frozen=True)
+class ByDefinition:
+    """An elementwise method as it is written, on the chunk's task vectors."""
+
+    method: Method
+    settings: Mapping[str, Any]
+    passes: int = 1
+    whole: bool = False
+
+    def prepare(self, inputs: Inputs, chunk: int, pool: Executor | None, workers: int) -> None:
+        """Nothing."""
+
+    def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
+        """Nothing."""
+        return None
+
+    def merge(
+        self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
+    ) -> int:
+        """See :class:`Program`."""
+        size = stop - start
+        chunk = inputs.chunk(name, start, stop, buffers)
+        rows = buffers.floats("rows", size * len(chunk.experts)).reshape(len(chunk.experts), size)
+        origin = buffers.floats("origin", size)
+        linear_without_base(origin, np.array([chunk.base]), _NONE, np.float32(1.0), np.float32(1.0))
+        for row, address in zip(rows, chunk.experts, strict=True):
+            linear_without_base(row, np.array([address]), _NONE, np.float32(1.0), np.float32(1.0))
+            row -= origin
+        space = FlatSpace((name,), ((size,),), (0, size))
+        update = self.method.on_rows(list(torch.from_numpy(rows).unbind(0)), space, **self.settings)
+        np.add(update.numpy(), origin, out=out)
+        return int(np.count_nonzero(~np.isfinite(rows)))
+
+
+def gram_of(inputs: Inputs, name: str, size: int, chunk: int, on_weights: bool) -> Array:
+    """Inner products of all experts over one tensor, shape ``(N, N)``, in float64.
+
+    Sums are over pieces of 65,536 entries, whatever the size of the chunks.
+    """
+    buffers = Buffers()
+    experts = len(inputs.experts)
+    total: Array = np.zeros((experts, experts))
+    step = 1 << 16
+    for start in range(0, size, max(step, chunk // step * step)):
+        stop = min(size, start + max(step, chunk // step * step))
+        found = inputs.chunk(name, start, stop, buffers)
+        for begin in range(0, stop - start, step):
+            part: Array = np.zeros((experts, experts))
+            count = min(step, stop - start - begin)
+            add_gram(found.base + 4 * begin, found.experts + 4 * begin, count, on_weights, part)
+            total += part
+    return total
+
+
+def numbers(values: Sequence[float] | None) -> Floats:
+    """Coefficients for a compiled loop; ``None``: none."""
+    return _NONE if values is None else np.array(values, dtype=np.float32)
+
+
+def refuse_weighted_mean(weights: Sequence[float] | None, mean: bool) -> None:
+    """What :func:`merging.methods.ties.merge_elected` refuses.
+
+    Raises:
+        MethodError: a weighted mean over coefficients that are not positive.
+    """
+    if weights is not None and mean and min(weights) <= 0.0:
+        raise MethodError("the weighted disjoint mean needs positive coefficients: use aggregation=sum for others")
+
+
+def _combine(
+    inputs: Inputs, name: str, start: int, stop: int, form: LinearForm, shift: float, buffers: Buffers, out: Floats
+) -> None:
+    chunk = inputs.chunk(name, start, stop, buffers)
+    weights = numbers(form.weights)
+    factor, divisor = np.float32(form.factor), np.float32(form.divisor)
+    if inputs.base is None:
+        linear_without_base(out, chunk.experts, weights, factor, divisor)
+    else:
+        linear(out, chunk.base, chunk.experts, weights, factor, divisor, np.float32(shift))
+
+
+def _no_words(experts: int) -> NDArray[np.uint32]:
+    return np.empty((experts, 0), dtype=np.uint32)
+
+
+def _pieces(
+    thresholds: Sequence[Threshold] | None, first: int, size: int, experts: int
+) -> list[tuple[int, int, Floats]]:
+    """A chunk, divided where an expert's last entry of its threshold's magnitude is kept."""
+    if thresholds is None:
+        return [(0, size, np.zeros(experts, dtype=np.float32))]
+    inner = {cut for cut in (threshold.cut - first for threshold in thresholds) if 0 < cut < size}
+    ends = sorted({*inner, size})
+    begins = [0, *ends[:-1]]
+    found = []
+    for begin, end in zip(begins, ends, strict=True):
+        lowest = [t.value if first + begin < t.cut else np.nextafter(t.value, np.float32(np.inf)) for t in thresholds]
+        found.append((begin, end, np.array(lowest, dtype=np.float32)))
+    return found
