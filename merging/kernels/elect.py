@@ -66,7 +66,7 @@ def elect(
             for j in range(size):
                 kept[j] = x[j] - b[j]
                 found = np.int32(found + np.int32(not (abs(kept[j]) <= _LARGEST)))
-            bad += found
+            bad += int(found)
             if words.shape[1] > 0:  # a product, as in the definition, so that the signs of zeros are the same
                 word = words[i, start:stop]
                 for j in range(size):
@@ -181,7 +181,7 @@ def largest_of(out: NDArray[np.float32], base: int, experts: NDArray[np.int64], 
             found = np.int32(0)
             for j in range(size):
                 found = np.int32(found + np.int32(not (abs(x[j] - b[j]) <= _LARGEST)))
-            bad += found
+            bad += int(found)
             if i == 0:
                 for j in range(size):
                     o[j] = x[j] - b[j]

@@ -56,13 +56,13 @@ def around(
             inside[j] = np.uint8((m >= low) & (m <= high))
         for j in range(size, (size + 7) // 8 * 8):
             inside[j] = np.uint8(0)
-        above += found
+        above += int(found)
         count = 0
         for k in range((size + 7) // 8):
             if inside_by_8[k] != np.uint64(0):
                 for j in range(8 * k, 8 * k + 8):
                     collected[count] = bits[j]
-                    count += np.int64(inside[j])
+                    count += int(inside[j])
         for k in range(count):
             histogram[(np.int64(collected[k]) - first) >> shift] += np.int32(1)
     return above
@@ -96,13 +96,13 @@ def collect(
             inside[j] = np.uint8((m >= low) & (m <= high))
         for j in range(size, (size + 7) // 8 * 8):
             inside[j] = np.uint8(0)
-        above += found
+        above += int(found)
         count = 0
         for k in range((size + 7) // 8):
             if inside_by_8[k] != np.uint64(0):
                 for j in range(8 * k, 8 * k + 8):
                     collected[count] = magnitudes[j]
-                    count += np.int64(inside[j])
+                    count += int(inside[j])
         if total + count <= out.shape[0]:
             for k in range(count):
                 out[total + k] = collected[k]
@@ -121,7 +121,7 @@ def count_equal(base: int, expert: int, n: int, value: np.float32) -> int:
         found = np.int32(0)
         for j in range(start, stop):
             found = np.int32(found + np.int32(abs(x[j] - b[j]) == value))
-        count += found
+        count += int(found)
     return count
 
 
@@ -150,7 +150,7 @@ def not_finite(base: int, expert: int, n: int) -> int:
         found = np.int32(0)
         for j in range(start, stop):
             found = np.int32(found + np.int32(not (abs(x[j] - b[j]) <= np.float32(3.4028234663852886e38))))
-        count += found
+        count += int(found)
     return count
 
 
