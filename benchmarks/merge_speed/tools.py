@@ -43,7 +43,7 @@ def output_files(out: Path) -> list[Path]:
 def _ours(threads: int) -> Run:
     import torch
 
-    from experiments.merge_job import describe, merge, prepare, write
+    from experiments.merge_job import Resources, describe, execute, prepare
     from merging.config import ExpertEntry, MergeFile, build
 
     torch.set_num_threads(threads)
@@ -58,7 +58,7 @@ def _ours(threads: int) -> Run:
             out=job.out / "merged.safetensors",
         )
         checked = prepare(build(content, source=""))
-        write(checked, merge(checked), describe(checked))
+        execute(checked, describe(checked), Resources(threads=threads, streamed=True))
 
     return run
 

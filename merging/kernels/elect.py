@@ -20,6 +20,7 @@ def elect(
     lowest: NDArray[np.float32],
     words: NDArray[np.uint32],
     least: np.uint32,
+    ratios: NDArray[np.float32],
     votes: NDArray[np.float32],
     turns: NDArray[np.float32],
     weights: NDArray[np.float32],
@@ -36,8 +37,9 @@ def elect(
         lowest: per expert, the smallest magnitude that is kept (0: everything).
         words: random words ``(N, n)`` of which at least ``least`` keeps an entry; shape ``(N, 0)``: none is dropped.
         least: see ``words``.
+        ratios: factors of the entries that are left, one per expert; empty: none.
         votes: weights of the votes, one per expert; empty: plain sums.
-        turns: factors that entries are multiplied by before anything else, one per expert; empty: none.
+        turns: further factors of the entries, applied before the votes, one per expert; empty: none.
         weights: of the aggregate, one per expert; empty: plain.
         mean: divide by the (weighted) number of experts that agree.
         factor: scale of the update (always applied, also if it is one).
@@ -74,6 +76,9 @@ def elect(
             if low > zero:
                 for j in range(size):
                     kept[j] = kept[j] if abs(kept[j]) >= low else zero
+            if ratios.shape[0] > 0:
+                for j in range(size):
+                    kept[j] = kept[j] * ratios[i]
             if turns.shape[0] > 0:
                 for j in range(size):
                     kept[j] = kept[j] * turns[i]
@@ -126,6 +131,7 @@ def drop(
     experts: NDArray[np.int64],
     words: NDArray[np.uint32],
     least: np.uint32,
+    ratios: NDArray[np.float32],
     weights: NDArray[np.float32],
     factor: np.float32,
 ) -> None:
@@ -140,21 +146,16 @@ def drop(
         b = origin[start:stop]
         for i in range(experts.shape[0]):
             x = carray(float32_pointer(experts[i]), n)[start:stop]
+            ratio = ratios[i] if ratios.shape[0] > 0 else one
+            w = weights[i] if weights.shape[0] > 0 else one
             if words.shape[1] > 0:
                 word = words[i, start:stop]
-                if weights.shape[0] > 0:
-                    w = weights[i]
-                    for j in range(size):
-                        term = (x[j] - b[j]) * (one if word[j] >= least else zero) * w
-                        o[j] = term if i == 0 else o[j] + term
-                else:
-                    for j in range(size):
-                        term = (x[j] - b[j]) * (one if word[j] >= least else zero)
-                        o[j] = term if i == 0 else o[j] + term
-            else:
-                w = weights[i] if weights.shape[0] > 0 else one
                 for j in range(size):
-                    term = (x[j] - b[j]) * w
+                    term = (x[j] - b[j]) * (one if word[j] >= least else zero) * ratio * w
+                    o[j] = term if i == 0 else o[j] + term
+            else:
+                for j in range(size):
+                    term = (x[j] - b[j]) * ratio * w
                     o[j] = term if i == 0 else o[j] + term
         for j in range(size):
             o[j] = o[j] * factor + b[j]

@@ -129,13 +129,15 @@ def _ties(stream: Stream, given: dict[str, Any], labels: Sequence[str], domain: 
 
 
 def _dare_ties(stream: Stream, given: dict[str, Any], labels: Sequence[str], domain: Domain) -> Program | None:
-    mask, factor = _mask(stream, given, labels)
-    if factor is None or given["density"] < 1.0:
+    if given["density"] < 1.0 or round(given["drop"] * 2**32) >= 2**32:
         return None
-    return _elected(given | {"rounding": "up"}, None, 1.0, mask, given["coefficient"] / factor)
+    mask, factor, match = _mask(stream, given, labels)
+    return _elected(given | {"rounding": "up"}, None, 1.0, mask, given["coefficient"] / factor, match)
 
 
-def _elected(given: dict[str, Any], domain: Domain | None, density: float, mask: Mask | None, factor: float) -> Elected:
+def _elected(
+    given: dict[str, Any], domain: Domain | None, density: float, mask: Mask | None, factor: float, match: bool = False
+) -> Elected:
     weights: Sequence[float] | None = given.get("coefficients")
     election: Election = given["election"]
     mean = given["aggregation"] == "mean"
@@ -156,24 +158,25 @@ def _elected(given: dict[str, Any], domain: Domain | None, density: float, mask:
         mean,
         factor,
         mask,
+        match,
     )
 
 
 def _dare(stream: Stream, given: dict[str, Any], labels: Sequence[str], domain: Domain) -> Program | None:
-    mask, factor = _mask(stream, given, labels)
-    if factor is None:
+    if round(given["drop"] * 2**32) >= 2**32:
         return None
-    return Dropped(mask, numbers(given.get("coefficients")), given["coefficient"] / factor)
+    mask, factor, match = _mask(stream, given, labels)
+    return Dropped(mask, numbers(given.get("coefficients")), given["coefficient"] / factor, match)
 
 
-def _mask(stream: Stream, given: dict[str, Any], labels: Sequence[str]) -> tuple[Mask | None, float | None]:
-    """The masks, and what survivors are divided by; ``None`` where that depends on the whole tensor."""
+def _mask(stream: Stream, given: dict[str, Any], labels: Sequence[str]) -> tuple[Mask | None, float, bool]:
+    """The masks, what survivors are divided by, and whether L1 norms are matched instead."""
     check_names("DARE", labels, len(labels))
-    least = round(given["drop"] * 2**32)
-    if (given["rescale"] and given["rescaling"] != "probability") or least >= 2**32:
-        return None, None
-    mask = None if given["drop"] == 0.0 else Mask(stream.seed, tuple(labels), least)
-    return mask, 1.0 - given["drop"] if given["rescale"] else 1.0
+    mask = None
+    if given["drop"] > 0.0:
+        mask = Mask(stream.seed, tuple(labels), round(given["drop"] * 2**32))
+    match = given["rescale"] and given["rescaling"] != "probability" and mask is not None
+    return mask, 1.0 - given["drop"] if given["rescale"] and not match else 1.0, match
 
 
 def _magmax(stream: Stream, given: dict[str, Any], labels: Sequence[str], domain: Domain) -> Program:

@@ -21,6 +21,7 @@ from merging.flat import FlatSpace
 from merging.kernels.elect import drop, elect, largest_of
 from merging.kernels.gram import add_gram
 from merging.kernels.linear import linear, linear_without_base
+from merging.kernels.norms import masked_norms
 from merging.kernels.philox import words
 from merging.linear_form import LinearForm
 from merging.method import Method
@@ -97,6 +98,7 @@ class Elected:
         mean: disjoint mean, or sum.
         factor: scale of the update.
         mask: which entries are dropped at random.
+        match: what is left of every tensor is rescaled to the L1 norm that it had.
     """
 
     domain: Domain | None
@@ -108,14 +110,15 @@ class Elected:
     mean: bool
     factor: float
     mask: Mask | None = None
+    match: bool = False
     thresholds: list[Threshold] | None = None
     offsets: Mapping[str, int] | None = None
     whole: bool = False
 
     @property
     def passes(self) -> int:
-        """Two, if anything is trimmed."""
-        return 2 if self.density < 1.0 else 1
+        """Two, if anything is trimmed or matched."""
+        return 2 if self.density < 1.0 or self.match else 1
 
     def prepare(self, inputs: Inputs, chunk: int, pool: Executor | None, workers: int) -> None:
         """Thresholds over the whole model."""
@@ -132,7 +135,9 @@ class Elected:
             self.thresholds = select(inputs, self.domain, keep, chunk=chunk, pool=pool, workers=workers)
 
     def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
-        """Thresholds within the tensor."""
+        """Thresholds or L1 norms within the tensor."""
+        if self.match and self.mask is not None:
+            return self.mask.ratios(inputs, name, size, chunk)
         if self.domain is not None or self.density == 1.0 or size == 0:
             return None
         return select(inputs, [(name, size)], kept(size, self.density, self.rounding), chunk=chunk)
@@ -143,13 +148,14 @@ class Elected:
         """See :class:`Program`: the suspicious entries are NaN and infinite differences, which elections may hide."""
         chunk = inputs.chunk(name, start, stop, buffers)
         experts = len(chunk.experts)
-        thresholds = self.thresholds if known is None else known
+        ratios = known if isinstance(known, np.ndarray) else _NONE
+        thresholds = known if isinstance(known, list) else self.thresholds
         trimmed = buffers.floats("trimmed", 2048 * experts).reshape(experts, 2048)
         drawn = _no_words(experts) if self.mask is None else self.mask.draw(name, start, stop, buffers)
         least = np.uint32(0 if self.mask is None else self.mask.least)
         first = start + (0 if self.offsets is None else self.offsets[name])
         bad = 0
-        for begin, end, lowest in _pieces(thresholds, first, stop - start, experts):  # type: ignore[arg-type]
+        for begin, end, lowest in _pieces(thresholds, first, stop - start, experts):
             bad += elect(
                 out[begin:end],
                 chunk.base + 4 * begin,
@@ -157,6 +163,7 @@ class Elected:
                 lowest,
                 drawn[:, begin:end] if drawn.shape[1] else drawn,
                 least,
+                ratios,
                 self.votes,
                 self.turns,
                 self.weights,
@@ -185,6 +192,19 @@ class Mask:
             words(stream_key(self.seed, expert, name), aligned, row)
         return drawn[:, count - size :]
 
+    def ratios(self, inputs: Inputs, name: str, size: int, chunk: int) -> Floats:
+        """By how much the L1 norm of every expert's task vector in a tensor shrinks; one where nothing is left."""
+        buffers = Buffers()
+        sums = np.zeros((len(self.names), 2))
+        step = max(1 << 16, chunk // (1 << 16) * (1 << 16))
+        for start in range(0, size, step):
+            stop = min(size, start + step)
+            found = inputs.chunk(name, start, stop, buffers)
+            drawn = self.draw(name, start, stop, buffers)
+            for row, address, total in zip(drawn, found.experts, sums, strict=True):
+                masked_norms(found.base, address, row, np.uint32(self.least), total)
+        return np.array([total / rest if rest > 0.0 else 1.0 for total, rest in sums.tolist()], dtype=np.float32)
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -193,24 +213,30 @@ class Dropped:
     mask: Mask | None
     weights: Floats
     factor: float
-    passes: int = 1
+    match: bool = False
     whole: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Two, if norms are matched."""
+        return 2 if self.match else 1
 
     def prepare(self, inputs: Inputs, chunk: int, pool: Executor | None, workers: int) -> None:
         """Nothing."""
 
     def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
-        """Nothing."""
-        return None
+        """L1 norms of the tensor."""
+        return self.mask.ratios(inputs, name, size, chunk) if self.match and self.mask is not None else None
 
     def merge(
         self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
     ) -> int:
         """See :class:`Program`; NaN and infinite weights reach the result."""
         chunk = inputs.chunk(name, start, stop, buffers)
+        ratios = known if isinstance(known, np.ndarray) else _NONE
         drawn = _no_words(len(chunk.experts)) if self.mask is None else self.mask.draw(name, start, stop, buffers)
         least = np.uint32(0 if self.mask is None else self.mask.least)
-        drop(out, chunk.base, chunk.experts, drawn, least, self.weights, np.float32(self.factor))
+        drop(out, chunk.base, chunk.experts, drawn, least, ratios, self.weights, np.float32(self.factor))
         return 0
 
 

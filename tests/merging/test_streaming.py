@@ -53,6 +53,9 @@ SPAN: list[tuple[str, dict[str, Any], bool]] = [
     ("karcher", {}, False),
     ("karcher", {"scope": "global", "on": "task_vectors"}, True),
     ("model_stock", {}, False),
+    ("dare", {"drop": 0.4, "rescaling": "l1"}, True),
+    ("dare_ties", {"drop": 0.4, "rescaling": "l1", "aggregation": "sum"}, False),
+    ("dare_ties", {"drop": 0.4, "rescaling": "l1", "aggregation": "sum", "election": "weighted"}, True),
     ("model_stock", {"scope": "global", "average": "angle"}, False),
 ]
 
