@@ -37,10 +37,10 @@ def test_minimum_against_a_grid(seed: int, tasks: int, anchors: int) -> None:
     parts = models(seed, tasks, 2, anchors)
     found = minimise_curvature(parts, bounds=(-0.5, 1.5))
     assert found.risk == pytest.approx(literal(parts, found.alpha))
-    assert found.gap <= 2e-2 * max(found.risk, 0.1)
+    assert found.gap <= 2e-3 * max(found.risk, 0.1)
     grid = min(literal(parts, np.array(a)) for a in product(np.linspace(-0.5, 1.5, 41), repeat=2))
-    assert found.risk <= grid + 1e-6
-    assert found.risk - found.gap <= grid
+    assert found.risk <= grid + min(found.gap, 1e-6 * max(found.risk, 1.0)) + 1e-12
+    assert found.risk - found.gap <= grid + 1e-12
 
 
 @settings(max_examples=15, deadline=None)
@@ -51,8 +51,8 @@ def test_simplex_against_a_grid(seed: int) -> None:
     assert found.alpha.sum() == pytest.approx(1.0)
     assert found.alpha.min() >= 0.0
     grid = min(literal(parts, np.array([t, 1 - t])) for t in np.linspace(0.0, 1.0, 401))
-    assert found.risk <= grid + 1e-5
-    assert found.risk - found.gap <= grid
+    assert found.risk <= grid + min(found.gap, 1e-5) + 1e-12
+    assert found.risk - found.gap <= grid + 1e-12
 
 
 def test_a_task_alone_is_left_alone() -> None:
