@@ -8,15 +8,18 @@ files with what was there).
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from merging.errors import CheckpointError
 from merging.folder import INDEX_SUFFIXES, SAFETENSORS_INDEX, companions, foreign, with_storage_type
@@ -35,12 +38,17 @@ from merging.writer import (
     write_safetensors,
 )
 
+logger = logging.getLogger(__name__)
+
 Fill = Callable[[Sequence[tuple[Path, Outline]], Path | None], None]
 """Fills files (temporary names, with their outlines); the second argument is where a journal may be kept."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SUFFIX = ".safetensors"
+_LOCKED = 600.0  # seconds after which another writer's renaming is taken to be stuck
+_BUSY = 2.0  # seconds in which another process may look at a journal without writing what it is about
+_PAUSE = 0.02
 _OTHER_FORMATS = (".pt", ".pth", ".bin", ".ckpt", ".h5", ".npz", ".onnx", ".gguf", ".msgpack", ".json", ".pkl")
 
 
@@ -98,7 +106,9 @@ def save_checkpoint(
         fill: writes the files of weights under their temporary names, complete and flushed; default: tensor by tensor.
         resume: a key of what is written (:func:`merging.streaming.run.key_of`).  The temporary files are then named by
             it, and stay when the writer is killed or interrupted, so that the next call with this key can go on from
-            there; they are removed when the disk refuses, and when a checkpoint is in its place.
+            there; they are removed when an error ends it, and, together with what interrupted writers of this target
+            left under other keys, when a checkpoint is in its place.  (On a file system that cannot lock files,
+            nothing is kept: two writers could not be told apart.)
 
     Returns:
         What to open: the file, the index, or the folder.
@@ -120,8 +130,7 @@ def save_checkpoint(
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     shards = split_shards(described, limit)
     header = _header(place, metadata)
-    writer = _Writer(fill, resume)
-    with _disk_errors(place), cleaning_up_on_sigterm(), writer.alone(place):
+    with _disk_errors(place), cleaning_up_on_sigterm(), _Writer(fill, resume).alone(place) as writer:
         if place.suffix == _SUFFIX:
             if place.is_dir():
                 raise CheckpointError(f"{place}: this is a folder: name a file in it")
@@ -129,8 +138,12 @@ def save_checkpoint(
         return _write_folder(place, tensors, described, shards, header, writer, overwrite=overwrite, source=source)
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, what: str = "the shard size") -> int:
     """Bytes in a size such as ``5000``, ``"500MB"`` (10^6) or ``"5GiB"`` (2^30).
+
+    Args:
+        size: the size.
+        what: whose size that is, for the error.
 
     Raises:
         CheckpointError: not a positive size.
@@ -141,7 +154,7 @@ def parse_size(size: int | str) -> int:
     if match is not None and match[2].upper() in _UNITS and not isinstance(size, bool):
         count = int(float(match[1]) * _UNITS[match[2].upper()])
     if count < 1:
-        raise CheckpointError(f"the shard size '{text}' is not a positive size: write bytes, or as in 500MB or 5GB")
+        raise CheckpointError(f"{what} '{text}' is not a positive size: write bytes, or as in 500MB or 5GB")
     return count
 
 
@@ -250,7 +263,7 @@ class _Writer:
     def journal(self, target: Path) -> Path | None:
         if self.resume is None:
             return None
-        return target.with_name(f".{target.name}.{self.resume[:12]}.journal")
+        return _journal(target, self.resume[:12])
 
     def fill(
         self,
@@ -275,42 +288,110 @@ class _Writer:
         try:
             yield
         except BaseException as error:
-            if self.resume is None or isinstance(error, OSError):
+            if self.resume is None or isinstance(error, Exception):
                 _discard(paths)
             raise
         _discard(paths)
 
     @contextmanager
-    def alone(self, target: Path) -> Iterator[None]:
-        """Refuse a second writer of the same thing, and remove the journal with the temporary files it speaks of."""
+    def alone(self, target: Path) -> Iterator[_Writer]:
+        """Refuse a second writer of the same thing; at the end, remove journals and what they speak of.
+
+        Gives the writer to use: one that keeps nothing, if the file system cannot lock.
+        """
         journal = self.journal(target)
         if journal is None:
-            yield
+            yield self
             return
-        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT, 0o666)
-        keep = False
+        held = _hold(journal, _BUSY)
+        if held is None:
+            _discard([journal])
+            yield replace(self, resume=None)
+            return
+        if held is False:
+            raise CheckpointError(f"{target}: another process is writing just this: wait until it is done")
         try:
-            lock = _try_flock()
-            if lock is not None and not lock(descriptor):
-                keep = True
-                raise CheckpointError(f"{target}: another process is writing just this: wait until it is done")
-            yield
+            yield self
         except BaseException as error:
-            keep = keep or not isinstance(error, OSError)
-            raise
-        finally:
-            if not keep:
+            if isinstance(error, Exception):
                 _discard([journal])
-            os.close(descriptor)
+            else:
+                logger.warning("%s: interrupted; the same command goes on from the hidden files beside it", target)
+            raise
+        else:
+            _discard([path for path in leftovers(target) if path.name.split(".")[-2] == journal.name.split(".")[-2]])
+            _discard([journal])
+            _tidy(target)
+        finally:
+            os.close(held)
 
 
 def leftovers(target: Path) -> list[Path]:
     """Temporary files of interrupted writers of a target: what :func:`save_checkpoint` would go on from, and others."""
     name = re.escape(target.name.removesuffix(_SUFFIX))
-    pattern = re.compile(
-        rf"\.{name}(-\d{{5}}-of-\d{{5}})?({re.escape(_SUFFIX)}(\.index\.json)?)?\.[0-9a-f]{{12}}\.(partial|journal)"
-    )
+    ending = rf"(-\d{{5}}-of-\d{{5}})?{re.escape(_SUFFIX)}(\.index\.json)?" if target.suffix == _SUFFIX else ""
+    pattern = re.compile(rf"\.{name}{ending}\.[0-9a-f]{{12}}\.(partial|journal)")
     return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def _tidy(target: Path) -> None:
+    """Remove what interrupted writers of a target left, unless they are at work."""
+    found: dict[str, list[Path]] = {}
+    for path in leftovers(target):
+        found.setdefault(path.name.split(".")[-2], []).append(path)
+    for key, paths in found.items():
+        journal = _journal(target, key)
+        with suppress(OSError):
+            held = _hold(journal, 0.0)
+            if held is None or held is False:
+                continue
+            try:
+                _discard([*paths, journal])
+            finally:
+                os.close(held)
+
+
+def _journal(target: Path, key: str) -> Path:
+    return target.with_name(f".{target.name}.{key}.journal")
+
+
+def _hold(path: Path, patience: float) -> int | Literal[False] | None:
+    """Lock a file, which is created if need be: a descriptor, or false if it is locked, ``None`` if nothing can be.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    until = time.monotonic() + patience
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                return descriptor
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(descriptor)
+                return False
+            time.sleep(_PAUSE)
+        except OSError:  # some network file systems cannot lock
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # locked by another process, or removed by one before it was locked here
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _discard(paths: Sequence[Path]) -> None:
@@ -386,11 +467,12 @@ def _remove(target: Path, stale: Sequence[Path]) -> None:
 
 
 def _place(temporary: Path, final: Path) -> None:
-    """Give a file its final name, unless something is there already (its temporary name may remain)."""
+    """Give a file its final name, unless something else is there already (its temporary name may remain)."""
     try:
         os.link(temporary, final)
     except FileExistsError:
-        raise _exists(final) from None
+        if not os.path.samefile(temporary, final):  # else: a writer was killed just after this
+            raise _exists(final) from None
     except OSError:  # a file system without hard links
         if os.path.lexists(final):
             raise _exists(final) from None
@@ -484,19 +566,26 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other writers from publishing in the same folder at the same time, where the system can."""
+    """Keep other writers from publishing in the same folder at the same time, where the system can.
+
+    Raises:
+        OSError: another one has not come to an end for minutes.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        lock = _flock()
-        if lock is not None:
-            with suppress(OSError):  # some network file systems
-                lock(descriptor)
+        attempt = _attempt()
+        until = time.monotonic() + _LOCKED
+        while attempt is not None and not attempt(descriptor):
+            if time.monotonic() >= until:
+                raise OSError(errno.EBUSY, "another process holds the folder")
+            time.sleep(_PAUSE)
         yield
     finally:
         os.close(descriptor)  # which also unlocks
 
 
-def _try_flock() -> Callable[[int], bool] | None:
+def _attempt() -> Callable[[int], bool] | None:
+    """Tries to lock; whether that is done (or cannot be)."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -507,16 +596,8 @@ def _try_flock() -> Callable[[int], bool] | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # some network file systems cannot lock
+        except OSError:  # some network file systems
             return True
         return True
 
     return attempt
-
-
-def _flock() -> Callable[[int], None] | None:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    return lambda descriptor: fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,7 +1,8 @@
 """Files that are filled at their offsets by a thread of their own, with a journal to go on from.
 
-The journal says how many tasks are on the disk.  It is only written after the data are flushed, so that what it says
-holds even after a power failure.
+The journal says how many tasks are on the disk.  It is only written after the data are flushed, and emptied before the
+files are begun anew, so that what it says holds even after a power failure.  Files begun anew are new files: an old one
+of that name may be linked to a checkpoint that is in its place already.
 """
 
 from __future__ import annotations
@@ -63,30 +64,36 @@ class Output:
         self._record: int | None = None
         self._done = 0
         self._thread: threading.Thread | None = None
-        self.resumed = self._open(key)
+        try:
+            self.resumed = self._open(key)
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> Output:
         self._thread = threading.Thread(target=self._work, name="mergebound-writer", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._put(None)
                 self._join()
                 self._flush(final=True)
             else:
+                goes_on = self._failure is None and self._record is not None and not issubclass(kind, Exception)
                 self._failure = self._failure or CheckpointError("the merge was given up")
                 with suppress(queue.Full):
                     self._queue.put_nowait(None)
                 if self._thread is not None:
                     self._thread.join(_WAIT)
+                    if goes_on and not self._thread.is_alive():
+                        with suppress(OSError):
+                            self._flush()
         finally:
-            for descriptor in self._descriptors:
-                os.close(descriptor)
-            if self._record is not None:
-                os.close(self._record)
+            if self._thread is None or not self._thread.is_alive():
+                self._close()
 
     def write(self, name: str, offset: int, data: memoryview, task: int) -> None:
         """Hand over bytes of a tensor, ``offset`` bytes from its start; ``task`` is done when they are written.
@@ -99,22 +106,33 @@ class Output:
     def _open(self, key: str) -> int:
         """Open all files; the number of tasks that an earlier run has finished."""
         done = self._believed(key)
+        if self._journal is not None:
+            self._record = os.open(self._journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            if not done:
+                os.ftruncate(self._record, 0)
+                _append(self._record, {"key": key})
+                os.fsync(self._record)
         for index, file in enumerate(self._files):
-            flags = os.O_RDWR | os.O_CREAT | (0 if done else os.O_TRUNC)
-            descriptor = os.open(file.path, flags, 0o666)
+            if not done:
+                with suppress(FileNotFoundError):
+                    file.path.unlink()
+            descriptor = os.open(file.path, os.O_RDWR | (0 if done else os.O_CREAT | os.O_EXCL), 0o666)
             self._descriptors.append(descriptor)
             if not done:
                 _reserve(descriptor, file.outline.size)
                 _write_at(descriptor, memoryview(file.outline.header), 0)
             for name, (begin, _) in file.outline.places.items():
                 self._places[name] = (index, begin)
-        if self._journal is not None:
-            self._record = os.open(self._journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            if not done:
-                os.ftruncate(self._record, 0)
-                _append(self._record, {"key": key})
         self._done = done
         return done
+
+    def _close(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+        if self._record is not None:
+            os.close(self._record)
+            self._record = None
 
     def _believed(self, key: str) -> int:
         if self._journal is None:
@@ -148,12 +166,13 @@ class Output:
             except queue.Full:
                 waited += _POLL
                 if waited > _WAIT:
-                    raise OSError(None, f"nothing was written for {_WAIT:.0f} seconds") from None
+                    raise _stuck() from None
 
     def _join(self) -> None:
         assert self._thread is not None
-        while self._thread.is_alive():  # at most the queue's depth of pieces are left
-            self._thread.join(_POLL)
+        self._thread.join(_WAIT)  # at most the queue's depth of pieces are left
+        if self._thread.is_alive():
+            self._failure = self._failure or _stuck()
         if self._failure is not None:
             raise self._failure
 
@@ -202,6 +221,10 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 def _append(descriptor: int, entry: Mapping[str, object]) -> None:
     os.write(descriptor, (json.dumps(entry) + "\n").encode())
+
+
+def _stuck() -> OSError:
+    return OSError(None, f"nothing was written for {_WAIT:.0f} seconds")
 
 
 def _sync_data(descriptor: int) -> None:
