@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray, njit
 from numpy.typing import NDArray
 
-from merging.kernels.pointers import float32_pointer
+from merging.kernels.pointers import float32_pointer, uint8_pointer
 
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _BLOCK = 2048  # entries: N trimmed blocks stay in the second-level cache
@@ -18,8 +18,7 @@ def elect(
     base: int,
     experts: NDArray[np.int64],
     lowest: NDArray[np.float32],
-    words: NDArray[np.uint32],
-    least: np.uint32,
+    keep: NDArray[np.int64],
     ratios: NDArray[np.float32],
     votes: NDArray[np.float32],
     turns: NDArray[np.float32],
@@ -35,8 +34,7 @@ def elect(
         base: address of the base's n float32 entries.
         experts: addresses of the experts' n entries.
         lowest: per expert, the smallest magnitude that is kept (0: everything).
-        words: random words ``(N, n)`` of which at least ``least`` keeps an entry; shape ``(N, 0)``: none is dropped.
-        least: see ``words``.
+        keep: addresses of n bytes of every expert, zero where an entry is dropped and one elsewhere; empty: none is.
         ratios: factors of the entries that are left, one per expert; empty: none.
         votes: weights of the votes, one per expert; empty: plain sums.
         turns: further factors of the entries, applied before the votes, one per expert; empty: none.
@@ -69,10 +67,10 @@ def elect(
                 kept[j] = x[j] - b[j]
                 found = np.int32(found + np.int32(not (abs(kept[j]) <= _LARGEST)))
             bad += int(found)
-            if words.shape[1] > 0:  # a product, as in the definition, so that the signs of zeros are the same
-                word = words[i, start:stop]
+            if keep.shape[0] > 0:  # a product, as in the definition, so that the signs of zeros are the same
+                mask = carray(uint8_pointer(keep[i]), n)[start:stop]
                 for j in range(size):
-                    kept[j] = kept[j] * (one if word[j] >= least else zero)
+                    kept[j] = kept[j] * np.float32(mask[j])
             if low > zero:
                 for j in range(size):
                     kept[j] = kept[j] if abs(kept[j]) >= low else zero
@@ -129,16 +127,15 @@ def drop(
     out: NDArray[np.float32],
     base: int,
     experts: NDArray[np.int64],
-    words: NDArray[np.uint32],
-    least: np.uint32,
+    keep: NDArray[np.int64],
     ratios: NDArray[np.float32],
     weights: NDArray[np.float32],
     factor: np.float32,
 ) -> None:
-    """Write ``M = x_0 + factor * sum_i w_i m_i Delta_i`` with masks ``m_i = [words_i >= least]``; see :func:`elect`."""
+    """Write ``M = x_0 + factor * sum_i w_i m_i Delta_i`` with masks ``m_i`` (see :func:`elect`)."""
     n = out.shape[0]
     origin = carray(float32_pointer(base), n)
-    zero, one = np.float32(0.0), np.float32(1.0)
+    one = np.float32(1.0)
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         size = stop - start
@@ -148,10 +145,10 @@ def drop(
             x = carray(float32_pointer(experts[i]), n)[start:stop]
             ratio = ratios[i] if ratios.shape[0] > 0 else one
             w = weights[i] if weights.shape[0] > 0 else one
-            if words.shape[1] > 0:
-                word = words[i, start:stop]
+            if keep.shape[0] > 0:
+                mask = carray(uint8_pointer(keep[i]), n)[start:stop]
                 for j in range(size):
-                    term = (x[j] - b[j]) * (one if word[j] >= least else zero) * ratio * w
+                    term = (x[j] - b[j]) * np.float32(mask[j]) * ratio * w
                     o[j] = term if i == 0 else o[j] + term
             else:
                 for j in range(size):

@@ -13,27 +13,23 @@ BLOCK = 4096
 
 
 @njit(nogil=True, cache=True)
-def masked_norms(
-    base: int, expert: int, words: NDArray[np.uint32], least: np.uint32, sums: NDArray[np.float64]
-) -> None:
-    """Add ``sum |x - x_0|`` and ``sum |x - x_0| [word >= least]`` of a chunk to ``sums``, in float64."""
-    n = words.shape[0]
+def masked_norms(base: int, expert: int, keep: NDArray[np.uint8], sums: NDArray[np.float64]) -> None:
+    """Add ``sum |x - x_0|`` and ``sum |x - x_0| keep`` of a chunk to ``sums``, in float64."""
+    n = keep.shape[0]
     b = carray(float32_pointer(base), n)
     x = carray(float32_pointer(expert), n)
     for start in range(0, n, BLOCK):
         stop = min(n, start + BLOCK)
-        total, kept = _block(x[start:stop], b[start:stop], words[start:stop], least)
+        total, kept = _block(x[start:stop], b[start:stop], keep[start:stop])
         sums[0] += total
         sums[1] += kept
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})
-def _block(
-    x: NDArray[np.float32], b: NDArray[np.float32], words: NDArray[np.uint32], least: np.uint32
-) -> tuple[float, float]:
+def _block(x: NDArray[np.float32], b: NDArray[np.float32], keep: NDArray[np.uint8]) -> tuple[float, float]:
     total, kept = 0.0, 0.0
     for j in range(x.shape[0]):
         m = np.float64(abs(np.float32(x[j] - b[j])))
         total += m
-        kept += m if words[j] >= least else 0.0
+        kept += m * np.float64(keep[j])
     return total, kept

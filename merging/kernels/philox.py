@@ -9,6 +9,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+_BLOCK = 4096
+
 
 @njit(nogil=True, cache=True)
 def words(key: NDArray[np.uint32], start: int, out: NDArray[np.uint32]) -> None:
@@ -58,3 +60,15 @@ def _fill(key: NDArray[np.uint32], lower: np.uint32, upper: np.uint32, out: NDAr
         out[4 * block + 1] = x1
         out[4 * block + 2] = x2
         out[4 * block + 3] = x3
+
+
+@njit(nogil=True, cache=True)
+def keep(key: NDArray[np.uint32], start: int, least: np.uint32, out: NDArray[np.uint8]) -> None:
+    """One where a word (see :func:`words`) is at least ``least``, zero elsewhere; shape ``(n,)``."""
+    drawn = np.empty(_BLOCK, np.uint32)
+    for begin in range(0, out.shape[0], _BLOCK):
+        end = min(out.shape[0], begin + _BLOCK)
+        part = drawn[: end - begin]
+        words(key, start + begin, part)
+        for j in range(end - begin):
+            out[begin + j] = np.uint8(part[j] >= least)

@@ -33,3 +33,14 @@ def float64_pointer(context: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return signature, generate
+
+
+@_intrinsic
+def uint8_pointer(context: Any, address: Any) -> Any:
+    """An integer address as a pointer to bytes, for ``numba.carray``."""
+    signature = types.CPointer(types.uint8)(address)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate

@@ -161,3 +161,15 @@ def magnitudes_of(base: int, expert: int, n: int, out: NDArray[np.float32]) -> N
     x = carray(float32_pointer(expert), n)
     for j in range(n):
         out[j] = abs(x[j] - b[j])
+
+
+@njit(nogil=True, cache=True)
+def runs_of(base: int, expert: int, n: int, out: NDArray[np.float32]) -> None:
+    """Write ``|x - x_0|`` of R evenly spread runs of n entries into ``out`` of shape ``(R, length)``."""
+    b = carray(float32_pointer(base), n)
+    x = carray(float32_pointer(expert), n)
+    runs, length = out.shape
+    for run in range(runs):
+        start = (n - length) * run // max(1, runs - 1)
+        for j in range(length):
+            out[run, j] = abs(x[start + j] - b[start + j])

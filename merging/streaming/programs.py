@@ -22,7 +22,7 @@ from merging.kernels.elect import drop, elect, largest_of
 from merging.kernels.gram import add_gram
 from merging.kernels.linear import linear, linear_without_base
 from merging.kernels.norms import masked_norms
-from merging.kernels.philox import words
+from merging.kernels.philox import keep
 from merging.linear_form import LinearForm
 from merging.method import Method
 from merging.methods.ties import kept
@@ -32,6 +32,9 @@ from merging.streaming.selection import Domain, Threshold, select
 from merging.streaming.source import Buffers, Inputs
 
 Floats = NDArray[np.float32]
+_KEPT_MASKS = 1 << 25
+"""Bytes of masks of one tensor up to which they are kept between two passes."""
+
 _NONE: Floats = np.empty(0, dtype=np.float32)
 
 
@@ -137,7 +140,7 @@ class Elected:
     def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
         """Thresholds or L1 norms within the tensor."""
         if self.match and self.mask is not None:
-            return self.mask.ratios(inputs, name, size, chunk)
+            return self.mask.match(inputs, name, size, chunk)
         if self.domain is not None or self.density == 1.0 or size == 0:
             return None
         return select(inputs, [(name, size)], kept(size, self.density, self.rounding), chunk=chunk)
@@ -148,11 +151,10 @@ class Elected:
         """See :class:`Program`: the suspicious entries are NaN and infinite differences, which elections may hide."""
         chunk = inputs.chunk(name, start, stop, buffers)
         experts = len(chunk.experts)
-        ratios = known if isinstance(known, np.ndarray) else _NONE
+        ratios = known.ratios if isinstance(known, Matched) else _NONE
         thresholds = known if isinstance(known, list) else self.thresholds
         trimmed = buffers.floats("trimmed", 2048 * experts).reshape(experts, 2048)
-        drawn = _no_words(experts) if self.mask is None else self.mask.draw(name, start, stop, buffers)
-        least = np.uint32(0 if self.mask is None else self.mask.least)
+        drawn = _masks(self.mask, known, experts, name, start, stop, buffers)
         first = start + (0 if self.offsets is None else self.offsets[name])
         bad = 0
         for begin, end, lowest in _pieces(thresholds, first, stop - start, experts):
@@ -161,8 +163,7 @@ class Elected:
                 chunk.base + 4 * begin,
                 chunk.experts + 4 * begin,
                 lowest,
-                drawn[:, begin:end] if drawn.shape[1] else drawn,
-                least,
+                drawn + begin,
                 ratios,
                 self.votes,
                 self.turns,
@@ -175,6 +176,19 @@ class Elected:
 
 
 @dataclass(frozen=True)
+class Matched:
+    """What is known of a tensor whose L1 norms are matched.
+
+    Attributes:
+        ratios: by how much the L1 norm of every expert's task vector shrinks; one where nothing is left.
+        keep: the masks, shape ``(N, n)``, if they are small enough to be kept; they are drawn again otherwise.
+    """
+
+    ratios: Floats
+    keep: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
 class Mask:
     """Independent Bernoulli masks, keyed by the names of experts and tensors (DARE)."""
 
@@ -182,28 +196,32 @@ class Mask:
     names: Sequence[str]
     least: int
 
-    def draw(self, name: str, start: int, stop: int, buffers: Buffers) -> NDArray[np.uint32]:
-        """Random words of every expert for a chunk of a tensor, shape ``(N, n)``."""
-        size = stop - start
+    def draw(self, name: str, start: int, stop: int, buffers: Buffers) -> NDArray[np.uint8]:
+        """One where an entry of an expert is kept, zero elsewhere, for a chunk of a tensor, shape ``(N, n)``."""
         aligned = start // 4 * 4
         count = stop - aligned
-        drawn = buffers.words("words", count * len(self.names)).reshape(len(self.names), count)
+        drawn = buffers.bytes("masks", count * len(self.names)).reshape(len(self.names), count)
         for row, expert in zip(drawn, self.names, strict=True):
-            words(stream_key(self.seed, expert, name), aligned, row)
-        return drawn[:, count - size :]
+            keep(stream_key(self.seed, expert, name), aligned, np.uint32(self.least), row)
+        return drawn[:, start - aligned :]
 
-    def ratios(self, inputs: Inputs, name: str, size: int, chunk: int) -> Floats:
-        """By how much the L1 norm of every expert's task vector in a tensor shrinks; one where nothing is left."""
+    def match(self, inputs: Inputs, name: str, size: int, chunk: int) -> Matched:
+        """L1 norms of a tensor before and after dropping entries."""
         buffers = Buffers()
-        sums = np.zeros((len(self.names), 2))
+        experts = len(self.names)
+        kept = np.empty((experts, size), dtype=np.uint8) if experts * size <= _KEPT_MASKS else None
+        sums = np.zeros((experts, 2))
         step = max(1 << 16, chunk // (1 << 16) * (1 << 16))
         for start in range(0, size, step):
             stop = min(size, start + step)
             found = inputs.chunk(name, start, stop, buffers)
             drawn = self.draw(name, start, stop, buffers)
+            if kept is not None:
+                kept[:, start:stop] = drawn
             for row, address, total in zip(drawn, found.experts, sums, strict=True):
-                masked_norms(found.base, address, row, np.uint32(self.least), total)
-        return np.array([total / rest if rest > 0.0 else 1.0 for total, rest in sums.tolist()], dtype=np.float32)
+                masked_norms(found.base, address, row, total)
+        ratios = [total / rest if rest > 0.0 else 1.0 for total, rest in sums.tolist()]
+        return Matched(np.array(ratios, dtype=np.float32), kept)
 
 
 @dataclass(frozen=True)
@@ -226,17 +244,16 @@ class Dropped:
 
     def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
         """L1 norms of the tensor."""
-        return self.mask.ratios(inputs, name, size, chunk) if self.match and self.mask is not None else None
+        return self.mask.match(inputs, name, size, chunk) if self.match and self.mask is not None else None
 
     def merge(
         self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
     ) -> int:
         """See :class:`Program`; NaN and infinite weights reach the result."""
         chunk = inputs.chunk(name, start, stop, buffers)
-        ratios = known if isinstance(known, np.ndarray) else _NONE
-        drawn = _no_words(len(chunk.experts)) if self.mask is None else self.mask.draw(name, start, stop, buffers)
-        least = np.uint32(0 if self.mask is None else self.mask.least)
-        drop(out, chunk.base, chunk.experts, drawn, least, ratios, self.weights, np.float32(self.factor))
+        ratios = known.ratios if isinstance(known, Matched) else _NONE
+        drawn = _masks(self.mask, known, len(chunk.experts), name, start, stop, buffers)
+        drop(out, chunk.base, chunk.experts, drawn, ratios, self.weights, np.float32(self.factor))
         return 0
 
 
@@ -391,8 +408,19 @@ def _combine(
         linear(out, chunk.base, chunk.experts, weights, factor, divisor, np.float32(shift))
 
 
-def _no_words(experts: int) -> NDArray[np.uint32]:
-    return np.empty((experts, 0), dtype=np.uint32)
+def _masks(
+    mask: Mask | None, known: object, experts: int, name: str, start: int, stop: int, buffers: Buffers
+) -> NDArray[np.int64]:
+    """Addresses of every expert's mask of a chunk; none where nothing is dropped."""
+    if mask is None:
+        return np.empty(0, dtype=np.int64)
+    if isinstance(known, Matched) and known.keep is not None:
+        return _rows(known.keep) + start
+    return _rows(mask.draw(name, start, stop, buffers))
+
+
+def _rows(matrix: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return int(matrix.ctypes.data) + matrix.strides[0] * np.arange(len(matrix), dtype=np.int64)
 
 
 def _pieces(

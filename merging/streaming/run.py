@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merging.compatible import check_finite, check_result
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with the bytes of the result that are merged, and how many there will be."""
 
-_AHEAD = 3  # tasks for every thread that are submitted before the first of them is written
+_AHEAD = 3  # tasks for every thread that are submitted before the first of them is handed over
+_WAITING = 4  # pieces for every thread that may wait to be written
 
 
 def key_of(stream: Stream, stored: Mapping[str, Spec], chunk: int, salt: str = "") -> str:
@@ -82,7 +84,7 @@ def run(
         key: see :func:`key_of`.
         every: bytes between two entries of the journal.
         mapped: use input files where they are.
-        progress: told how far the merge is.
+        progress: told how far the merge is: at the start (where an interrupted one had come), and after every task.
 
     Raises:
         CheckpointError: an input cannot be read, changed, or holds NaN or infinite weights.
@@ -96,19 +98,23 @@ def run(
     with (
         Inputs(stream.base, list(experts.values()), mapped=mapped) as inputs,
         ThreadPoolExecutor(plan.threads, thread_name_prefix="mergebound") as pool,
-        Output(files, journal, key, every=every, depth=4 * plan.threads) as output,
+        Output(files, journal, key, every=every, depth=_WAITING * plan.threads) as output,
     ):
         todo = [(number, task) for number, task in enumerate(plan.tasks) if number >= output.resumed]
         if output.resumed:
             logger.info("going on with task %d of %d", output.resumed + 1, len(plan.tasks))
-        job = _Job(stream, plan, stored, copied, inputs, merge_stream(stream), local)
+        # pieces that are submitted, waiting to be written, being written: a buffer comes back after all of these
+        ring = _Ring((_AHEAD + _WAITING) * plan.threads + 3)
+        job = _Job(stream, plan, stored, copied, inputs, merge_stream(stream), local, ring)
         done = total - sum((task.stop - task.start) * stored[task.name].dtype.itemsize for _, task in todo)
-        for index, batch in enumerate(plan.batches):
-            if batch.program is not None and any(task.batch == index for _, task in todo):
-                batch.program.prepare(inputs, plan.chunk, pool, plan.threads)
+        if progress is not None:
+            progress(done, total)
+        waiting: deque[tuple[int, Task, Future[Tensor]]] = deque()
+        prepared: dict[str, Future[object]] = {}
         try:
-            waiting: deque[tuple[int, Task, Future[Tensor]]] = deque()
-            prepared: dict[str, Future[object]] = {}
+            for index, batch in enumerate(plan.batches):
+                if batch.program is not None and any(task.batch == index for _, task in todo):
+                    batch.program.prepare(inputs, plan.chunk, pool, plan.threads)
             upcoming = iter(todo)
             exhausted = False
             while waiting or not exhausted:
@@ -121,7 +127,7 @@ def run(
                     if task.batch is not None and task.name not in prepared:
                         prepared[task.name] = pool.submit(job.prepare, task)
                     known = prepared.get(task.name)
-                    waiting.append((number, task, pool.submit(job.merge, task, known)))
+                    waiting.append((number, task, pool.submit(job.merge, number, task, known)))
                 if not waiting:
                     break
                 number, task, future = waiting.popleft()
@@ -138,11 +144,25 @@ def run(
                 if progress is not None:
                     progress(done, total)
         except BaseException:
+            inputs.stop()
             for _, _, future in waiting:
                 future.cancel()
             for ready in prepared.values():
                 ready.cancel()
             raise
+
+
+class _Ring:
+    """Buffers that tasks use in turn."""
+
+    def __init__(self, count: int) -> None:
+        self._buffers = [np.empty(0, dtype=np.float32)] * count
+
+    def floats(self, number: int, size: int) -> NDArray[np.float32]:
+        place = number % len(self._buffers)
+        if self._buffers[place].size < size:
+            self._buffers[place] = np.empty(size, dtype=np.float32)
+        return self._buffers[place][:size]
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,7 @@ class _Job:
     inputs: Inputs
     whole: LazyState
     local: Any
+    ring: _Ring
 
     def prepare(self, task: Task) -> object:
         assert task.batch is not None
@@ -162,7 +183,7 @@ class _Job:
             return None
         return program.prepare_tensor(self.inputs, task.name, self.stored[task.name].numel, self.plan.chunk)
 
-    def merge(self, task: Task, known: Future[object] | None) -> Tensor:
+    def merge(self, number: int, task: Task, known: Future[object] | None) -> Tensor:
         """The entries of a task, in the type that they are stored in; flat."""
         spec = self.stored[task.name]
         if task.batch is None:
@@ -172,13 +193,16 @@ class _Job:
         if program is None:
             tensor = self.whole[task.name]
             return (tensor if tensor.dtype == spec.dtype else tensor.to(spec.dtype)).reshape(-1)
-        out = np.empty(task.stop - task.start, dtype=np.float32)
-        bad = program.merge(self.inputs, task.name, task.start, task.stop, ready, self._buffers(), out)
+        size = task.stop - task.start
+        buffers = self._buffers()
+        plain = spec.dtype == torch.float32
+        out = self.ring.floats(number, size) if plain else buffers.floats("out", size)
+        bad = program.merge(self.inputs, task.name, task.start, task.stop, ready, buffers, out)
         merged = torch.from_numpy(out)
         if is_variance(task.name) and task.name in self.stream.parts.buffers:
             merged.clamp_(min=0.0)
         limit = np.float32(min(torch.finfo(spec.dtype).max, torch.finfo(torch.float32).max))
-        stored = merged if spec.dtype == torch.float32 else merged.to(spec.dtype)
+        stored = merged if plain else merged.to(spec.dtype)
         if bad or beyond(out, limit):
             self._explain(task, merged, stored)
         return stored

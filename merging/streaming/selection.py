@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from merging.kernels.select import around, collect, count_equal, magnitudes_of, not_finite, place_of_equal
+from merging.kernels.select import around, collect, count_equal, magnitudes_of, not_finite, place_of_equal, runs_of
 from merging.streaming.source import Buffers, Inputs
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,12 @@ _COLLECTED = 1 << 24
 """Entries up to which magnitudes inside the bracket are collected instead of counted by value."""
 
 _RUN = 64  # entries of one run of the sample
-_RUNS = 2048, 384  # for large domains, and for those where values are collected
+_FEW_RUNS = 512  # where values are collected
+_RUNS = 768  # of two times 64 entries, in larger domains
 _BINS = 1 << 22  # of all experts together that a thread looks at
 _LARGEST = np.float32(np.finfo(np.float32).max)
+
+Floats = NDArray[np.float32]
 
 Domain = Sequence[tuple[str, int]]
 """Names and sizes of the tensors over which magnitudes are ranked, in index order."""
@@ -89,7 +92,7 @@ def _select(inputs: Inputs, domain: Domain, size: int, keep: int, group: Sequenc
     buffers = Buffers()
     if size <= SMALL:
         return [_sorted_out(inputs, domain, size, keep, expert, chunk, buffers) for expert in group]
-    brackets = {expert: _bracket(inputs, domain, size, keep, expert, buffers) for expert in group}
+    brackets = {expert: _bracket(inputs, domain, size, keep, expert, chunk, buffers) for expert in group}
     if size <= _COLLECTED:
         collected = [_collected(inputs, domain, size, keep, e, brackets[e], chunk, buffers) for e in group]
         return [
@@ -192,26 +195,14 @@ def _pass(
 
 
 def _bracket(
-    inputs: Inputs, domain: Domain, size: int, keep: int, expert: int, buffers: Buffers
+    inputs: Inputs, domain: Domain, size: int, keep: int, expert: int, chunk: int, buffers: Buffers
 ) -> tuple[np.float32, np.float32]:
     """Magnitudes between which the wanted one lies, almost surely: five standard errors of the sample to each side.
 
     The runs are spread evenly, so the spread of a share over them is estimated by differences between neighbours.
     """
-    runs = _RUNS[size <= _COLLECTED]
-    sample = np.empty((runs, _RUN), dtype=np.float32)
-    offsets = np.cumsum([0, *(count for _, count in domain)])
-    rows = 0
-    for place in ((size - _RUN) * np.arange(runs) // (runs - 1)).tolist():
-        index = int(np.searchsorted(offsets, place, side="right")) - 1
-        name, count = domain[index]
-        if count < _RUN:
-            continue  # a tensor shorter than a run: the sample only steers
-        start = min(place - int(offsets[index]), count - _RUN)
-        base, address = inputs.pair(expert, name, start, start + _RUN, buffers)
-        magnitudes_of(base, address, _RUN, sample[rows])
-        rows += 1
-    sample = sample[:rows]
+    sample = (_sample_all if size <= _COLLECTED else _sample_some)(inputs, domain, size, expert, chunk, buffers)
+    rows = len(sample)
     if rows < 16 or not bool(np.isfinite(sample).all()):
         return np.float32(0.0), _LARGEST
     ordered = np.sort(sample, axis=None)
@@ -224,6 +215,40 @@ def _bracket(
     low = np.float32(0.0) if low_rank < 0 else ordered[low_rank]
     high = _LARGEST if high_rank >= len(ordered) else ordered[high_rank]
     return np.float32(low), np.float32(high)
+
+
+def _sample_all(inputs: Inputs, domain: Domain, size: int, expert: int, chunk: int, buffers: Buffers) -> Floats:
+    """Evenly spread runs of a domain that is about to be read, chunk by chunk; shape ``(runs, 64)``."""
+    sample = np.empty((2 * _FEW_RUNS + len(domain), _RUN), dtype=np.float32)
+    rows = 0
+    for name, count in domain:
+        for start in range(0, count, chunk):
+            stop = min(count, start + chunk)
+            runs = min(len(sample) - rows, (stop - start) // _RUN, -(-_FEW_RUNS * (stop - start) // size))
+            if runs > 0:
+                base, address = inputs.pair(expert, name, start, stop, buffers)
+                runs_of(base, address, stop - start, sample[rows : rows + runs])
+                rows += runs
+    return sample[:rows]
+
+
+def _sample_some(inputs: Inputs, domain: Domain, size: int, expert: int, chunk: int, buffers: Buffers) -> Floats:
+    """Evenly spread runs of a large domain, which are all that is read of it; shape ``(runs, 128)``."""
+    run = 2 * _RUN
+    sample = np.empty((_RUNS, run), dtype=np.float32)
+    offsets = np.cumsum([0, *(count for _, count in domain)])
+    wanted: list[tuple[str, int]] = []
+    for place in ((size - run) * np.arange(_RUNS) // (_RUNS - 1)).tolist():
+        index = int(np.searchsorted(offsets, place, side="right")) - 1
+        name, count = domain[index]
+        if count >= run:  # shorter tensors are left out: the sample only steers
+            wanted.append((name, min(place - int(offsets[index]), count - run)))
+    for name, start in wanted:
+        inputs.announce(expert, name, start, start + run)
+    for row, (name, start) in zip(sample, wanted, strict=False):
+        base, address = inputs.pair(expert, name, start, start + run, buffers, ahead=False)
+        magnitudes_of(base, address, run, row)
+    return sample[: len(wanted)]
 
 
 def _sorted_out(

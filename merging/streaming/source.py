@@ -221,6 +221,7 @@ class Inputs:
         self._whole: dict[tuple[int, str], Tensor] = {}
         self._lock = threading.Lock()
         self._announced: dict[tuple[int, str], int] = {}
+        self._stopped = False
 
     def __enter__(self) -> Inputs:
         return self
@@ -234,6 +235,10 @@ class Inputs:
             file.close()
         self._files.clear()
         self._whole.clear()
+
+    def stop(self) -> None:
+        """Refuse every further chunk, so that threads at work end soon."""
+        self._stopped = True
 
     def chunk(self, name: str, start: int, stop: int, buffers: Buffers) -> Chunk:
         """Entries ``start`` to ``stop`` of a tensor; valid until the thread's next chunk.
@@ -251,7 +256,9 @@ class Inputs:
         addresses = [self.address(1 + i, name, start, stop, buffers) for i in range(len(self.experts))]
         return Chunk(origin, np.array(addresses, dtype=np.int64), stop - start)
 
-    def pair(self, expert: int, name: str, start: int, stop: int, buffers: Buffers) -> tuple[int, int]:
+    def pair(
+        self, expert: int, name: str, start: int, stop: int, buffers: Buffers, *, ahead: bool = True
+    ) -> tuple[int, int]:
         """Addresses of the base's and of one expert's entries, as :meth:`chunk`."""
         if self.base is None:
             zeros = buffers.held.get("zeros")
@@ -259,11 +266,22 @@ class Inputs:
                 buffers.held["zeros"] = zeros = np.zeros(4 * (stop - start), dtype=np.uint8)
             origin = int(zeros.ctypes.data)
         else:
-            origin = self.address(0, name, start, stop, buffers)
-        return origin, self.address(1 + expert, name, start, stop, buffers)
+            origin = self.address(0, name, start, stop, buffers, ahead=ahead)
+        return origin, self.address(1 + expert, name, start, stop, buffers, ahead=ahead)
 
-    def address(self, which: int, name: str, start: int, stop: int, buffers: Buffers) -> int:
+    def announce(self, expert: int, name: str, start: int, stop: int) -> None:
+        """Tell the system that entries of the base and of one expert will be needed."""
+        for which in (0, 1 + expert) if self.base is not None else (1 + expert,):
+            state = self._state(which)
+            region = state.region(name) if isinstance(state, LazyState) else None
+            if region is not None:
+                width = specs(state)[name].dtype.itemsize
+                self.file(region).announce(region.begin + width * start, region.begin + width * stop)
+
+    def address(self, which: int, name: str, start: int, stop: int, buffers: Buffers, *, ahead: bool = True) -> int:
         """Address of entries of one checkpoint (0: the base, i + 1: expert i), as :meth:`chunk`."""
+        if self._stopped:
+            raise CheckpointError("the merge was given up")
         state = self._state(which)
         region = state.region(name) if isinstance(state, LazyState) else None
         spec = specs(state)[name]
@@ -277,7 +295,8 @@ class Inputs:
         file = self.file(region)
         width = spec.dtype.itemsize
         begin, end = region.begin + width * start, region.begin + width * stop
-        self._announce(which, name, region, begin, end)
+        if ahead:
+            self._announce(which, name, region, begin, end)
         if file.mapped and begin % width == 0:
             address = file.populate(begin, end) if end > begin else file.address + begin
             if spec.dtype == torch.float32:
