@@ -103,13 +103,13 @@ def elect(
                 w = weights[i]
                 for j in range(size):
                     agreeing = kept[j] * sign[j]
-                    agreeing = agreeing if agreeing > zero else zero
+                    agreeing = zero if agreeing < zero else agreeing  # NaN stays
                     mass[j] = mass[j] + np.float32(agreeing > zero) * w
                     total[j] = total[j] + agreeing * w
             else:
                 for j in range(size):
                     agreeing = kept[j] * sign[j]
-                    agreeing = agreeing if agreeing > zero else zero
+                    agreeing = zero if agreeing < zero else agreeing  # NaN stays
                     mass[j] = mass[j] + np.float32(agreeing > zero)
                     total[j] = total[j] + agreeing
         o = out[start:stop]

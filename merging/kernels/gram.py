@@ -27,13 +27,13 @@ def add_gram(base: int, experts: NDArray[np.int64], n: int, weights: bool, out: 
         size = stop - start
         for i in range(count):
             x = carray(float32_pointer(experts[i]), n)[start:stop]
-            row = block[i]
+            row, origin = block[i], b[start:stop]
             if weights:
                 for j in range(size):
-                    row[j] = np.float64(np.float32(x[j] - b[start + j])) + np.float64(b[start + j])
+                    row[j] = np.float64(np.float32(x[j] - origin[j])) + np.float64(origin[j])
             else:
                 for j in range(size):
-                    row[j] = np.float64(np.float32(x[j] - b[start + j]))
+                    row[j] = np.float64(np.float32(x[j] - origin[j]))
         for i in range(count):
             for k in range(0, i + 1, 2):
                 if k < i:

@@ -101,6 +101,14 @@ def linear_without_base(
 
 
 @njit(nogil=True, cache=True)
+def copy(address: int, out: NDArray[np.float32]) -> None:
+    """Write the float32 entries at an address into ``out``, bit for bit."""
+    values = carray(float32_pointer(address), out.shape[0])
+    for j in range(out.shape[0]):
+        out[j] = values[j]
+
+
+@njit(nogil=True, cache=True)
 def finish(
     out: NDArray[np.float32],
     base: NDArray[np.float32],

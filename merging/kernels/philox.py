@@ -68,7 +68,7 @@ def keep(key: NDArray[np.uint32], start: int, least: np.uint32, out: NDArray[np.
     drawn = np.empty(_BLOCK, np.uint32)
     for begin in range(0, out.shape[0], _BLOCK):
         end = min(out.shape[0], begin + _BLOCK)
-        part = drawn[: end - begin]
+        part, kept = drawn[: end - begin], out[begin:end]
         words(key, start + begin, part)
         for j in range(end - begin):
-            out[begin + j] = np.uint8(part[j] >= least)
+            kept[j] = np.uint8(part[j] >= least)

@@ -48,9 +48,10 @@ def around(
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         size = stop - start
+        one, zero = x[start:stop], b[start:stop]
         found = np.int32(0)
         for j in range(size):
-            m = abs(x[start + j] - b[start + j])
+            m = abs(one[j] - zero[j])
             magnitudes[j] = m
             found = np.int32(found + np.int32(m > high))
             inside[j] = np.uint8((m >= low) & (m <= high))
@@ -88,9 +89,10 @@ def collect(
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         size = stop - start
+        one, zero = x[start:stop], b[start:stop]
         found = np.int32(0)
         for j in range(size):
-            m = abs(x[start + j] - b[start + j])
+            m = abs(one[j] - zero[j])
             magnitudes[j] = m
             found = np.int32(found + np.int32(m > high))
             inside[j] = np.uint8((m >= low) & (m <= high))
@@ -119,8 +121,9 @@ def count_equal(base: int, expert: int, n: int, value: np.float32) -> int:
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         found = np.int32(0)
-        for j in range(start, stop):
-            found = np.int32(found + np.int32(abs(x[j] - b[j]) == value))
+        one, zero = x[start:stop], b[start:stop]
+        for j in range(stop - start):
+            found = np.int32(found + np.int32(abs(one[j] - zero[j]) == value))
         count += int(found)
     return count
 
@@ -148,8 +151,9 @@ def not_finite(base: int, expert: int, n: int) -> int:
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         found = np.int32(0)
-        for j in range(start, stop):
-            found = np.int32(found + np.int32(not (abs(x[j] - b[j]) <= np.float32(3.4028234663852886e38))))
+        one, zero = x[start:stop], b[start:stop]
+        for j in range(stop - start):
+            found = np.int32(found + np.int32(not (abs(one[j] - zero[j]) <= np.float32(3.4028234663852886e38))))
         count += int(found)
     return count
 
