@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from inspect import getsourcefile, unwrap
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from merging.checkpoint import Checkpoint, file_hash, open_checkpoint
 from merging.config import MergeSpec
 from merging.config_values import written
 from merging.errors import CheckpointError, MethodError
+from merging.fingerprint import HASHES
 from merging.folder import SAFETENSORS_INDEX
 from merging.keys import Harmonised, harmonise
 from merging.lazy import LazyState, Spec, specs
@@ -35,7 +37,7 @@ from merging.merge import localize_state_dict, merge_state_dicts
 from merging.method import Method
 from merging.partition import DEFAULT_PRIVATE, Partition, partition
 from merging.registry import builtin_methods, get
-from merging.save import Fill, save_checkpoint
+from merging.save import Fill, leftovers, save_checkpoint
 from merging.settings import Resolved, Rule, resolve
 from merging.statistics import ARGUMENTS, load_statistics
 from merging.stream import Stream, can_stream, merge_stream
@@ -45,6 +47,7 @@ from merging.writer import Outline
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
+    from merging.streaming.build import Batch
     from merging.streaming.plan import Plan, Sources
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -57,6 +60,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 STREAMED_FROM = 1 << 28
 """Bytes of all inputs together from which merging in chunks by compiled loops pays."""
+
+HASHED_UP_TO = 1 << 30
+"""Bytes of all inputs together up to which they are hashed in full unless something else is asked for."""
 
 Stage = Callable[[str], None]
 
@@ -205,9 +211,8 @@ def merge(job: Job, tell: Stage = lambda stage: None) -> StateDict:
     """
     spec, states = job.spec, job.states
     base = None if spec.base is None else states.base
-    everything = (states.base, *states.experts.values())
     donor = spec.for_expert or spec.private_from
-    if spec.for_expert is None and can_stream(job.method, job.groups, everything, states.parts):
+    if _tensorwise(job):
         tell(f"merging with {job.method.name}")
         stored = job.specs
         dtypes = {name: stored[name].dtype for name in states.parts.coordinates}
@@ -218,6 +223,11 @@ def merge(job: Job, tell: Stage = lambda stage: None) -> StateDict:
         tell(f"merging with {job.method.name}, which needs all tensors at once")
         merged = _in_memory(job, base)
     return _assembled(job, merged, states.base if donor is None else states.experts[donor])
+
+
+def _tensorwise(job: Job) -> bool:
+    everything = (job.states.base, *job.states.experts.values())
+    return job.spec.for_expert is None and can_stream(job.method, job.groups, everything, job.parts)
 
 
 def _in_memory(job: Job, base: StateDict | None) -> dict[str, Tensor]:
@@ -299,6 +309,7 @@ class Resources:
         resume: go on from what an interrupted merge of the same files and settings left.
         mapped: use input files where they are, if the system can.
         streamed: by chunks, whatever the size; ``None``: where the checkpoints are large enough for that to pay.
+        journal_every: bytes written between two notes of how far the merge is.
     """
 
     threads: int = 1
@@ -306,6 +317,112 @@ class Resources:
     resume: bool = True
     mapped: bool = True
     streamed: bool | None = None
+    journal_every: int = 1 << 28
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a merge will be made.
+
+    Attributes:
+        streamed: in chunks; ``None``: by the method's definition, see ``how``.
+        how: in words.
+    """
+
+    streamed: StreamedMerge | None
+    how: str
+
+
+def route(job: Job, resources: Resources | None = None, *, timed: bool = False) -> Route:
+    """Choose between chunks and the method's definition.
+
+    Args:
+        job: the merge.
+        resources: what may be used.
+        timed: measure the programs, for the plan's estimate of time.
+
+    Raises:
+        MethodError: the merge does not fit into ``max_memory``.
+    """
+    given = Resources() if resources is None else resources
+    large = sum(specs(state)[n].nbytes for state in job.inputs for n in job.states.parts.coordinates) >= STREAMED_FROM
+    wanted = given.streamed or (given.streamed is None and (large or given.max_memory is not None))
+    if wanted:
+        streamed = None if job.spec.for_expert is not None else streamed_merge(job, given, timed=timed)
+        if streamed is not None:
+            return Route(streamed, "in chunks")
+        if given.max_memory is not None:
+            raise MethodError(
+                f"--max-memory: method '{job.method.name}' needs all tensors at once with these settings: leave "
+                "--max-memory out, or choose a method or scope that merges tensor by tensor"
+            )
+    return Route(None, "tensor by tensor" if _tensorwise(job) else "all tensors at once")
+
+
+def outline(job: Job, chosen: Route) -> dict[str, Any]:
+    """What a merge will do, as plain data: programs, passes, bytes, memory and time.
+
+    ``memory`` is in bytes, buffers only: of a merge in chunks an upper bound; else the inputs and the result of what is
+    merged at the same time as float32, to which methods add copies of their own.  ``seconds`` is ``None`` where
+    nothing was measured.
+    """
+    if chosen.streamed is None:
+        described = [specs(state) for state in job.inputs]
+        sizes = [job.specs[name].numel for name in job.parts.coordinates]
+        entries = max(sizes, default=0) if chosen.how == "tensor by tensor" else sum(sizes)
+        return {
+            "how": chosen.how,
+            "programs": [{"program": "definition", "tensors": len(sizes), "entries": sum(sizes), "passes": 1}],
+            "passes": 1,
+            "read": sum(found[n].nbytes for found in described for n in job.parts.coordinates if n in found),
+            "written": sum(spec.nbytes for spec in job.specs.values()),
+            "memory": 4 * entries * (len(job.inputs) + 1),
+            "seconds": None,
+        }
+    plan = chosen.streamed.plan
+    programs = [
+        {
+            "program": "definition, tensor by tensor" if b.program is None else _PROGRAMS.get(_kind(b), _kind(b)),
+            "tensors": len(b.names),
+            "entries": sum(job.specs[name].numel for name in b.names),
+            "passes": 1 if b.program is None else b.program.passes,
+        }
+        for b in plan.batches
+        if b.names
+    ]
+    if chosen.streamed.copied:
+        entries = sum(job.specs[name].numel for name in chosen.streamed.copied)
+        programs.append({"program": "copy", "tensors": len(chosen.streamed.copied), "entries": entries, "passes": 1})
+    return {
+        "how": chosen.how,
+        "programs": programs,
+        "passes": plan.passes,
+        "read": plan.read,
+        "written": plan.written,
+        "memory": plan.memory,
+        "seconds": plan.seconds if isfinite(plan.seconds) else None,
+        "threads": plan.threads,
+        "chunk": plan.chunk,
+    }
+
+
+_PROGRAMS: Mapping[str, str] = {
+    "Linear": "linear combination",
+    "Elected": "trim, elect, aggregate",
+    "Dropped": "random masks, linear combination",
+    "Largest": "largest magnitude",
+    "Span": "inner products, linear combination",
+    "ByDefinition": "definition, chunk by chunk",
+}
+
+
+def _kind(batch: Batch) -> str:
+    return type(batch.program).__name__
+
+
+def interrupted(job: Job) -> list[Path]:
+    """Hidden files that interrupted merges left beside the target, by name."""
+    return [] if job.spec.out is None else leftovers(job.spec.out)
 
 
 def execute(
@@ -314,6 +431,7 @@ def execute(
     resources: Resources | None = None,
     tell: Stage = lambda stage: None,
     progress: Callable[[int, int], None] | None = None,
+    chosen: Route | None = None,
 ) -> Path:
     """Merge and write: in chunks and bounded memory where the method allows it, in memory otherwise.
 
@@ -322,7 +440,9 @@ def execute(
         record: kept in the files.
         resources: what may be used.
         tell: called with the name of each stage.
-        progress: called with the bytes of the result that are done, and how many there will be.
+        progress: called with the bytes of the result that are done, and how many there will be: at the start (where an
+            interrupted merge had come) and whenever some are done; of merges in chunks only.
+        chosen: what :func:`route` said; default: it is asked.
 
     Returns:
         What to open.
@@ -332,17 +452,8 @@ def execute(
         MethodError: the result overflows, or the merge does not fit into ``max_memory``.
     """
     given = Resources() if resources is None else resources
-    large = sum(specs(state)[n].nbytes for state in job.inputs for n in job.states.parts.coordinates) >= STREAMED_FROM
-    wanted = given.streamed or (given.streamed is None and (large or given.max_memory is not None))
-    if not wanted or job.spec.for_expert is not None:
-        return write(job, merge(job, tell), record)
-    streamed = streamed_merge(job, given)
+    streamed = (route(job, given) if chosen is None else chosen).streamed
     if streamed is None:
-        if given.max_memory is not None:
-            raise MethodError(
-                f"--max-memory: method '{job.method.name}' needs all tensors at once with these settings: leave "
-                "it out, or choose a method or scope that merges tensor by tensor"
-            )
         return write(job, merge(job, tell), record)
     tell(f"merging with {job.method.name}")
     with _naming(job.paths):
@@ -383,6 +494,7 @@ class StreamedMerge:
                 also=self.also,
                 journal=journal,
                 key=key,
+                every=resources.journal_every,
                 mapped=resources.mapped,
                 progress=progress,
             )
@@ -435,20 +547,34 @@ def _never(name: str) -> Tensor:
     raise AssertionError(f"'{name}' is written in chunks")
 
 
-def record_of(job: Job, tell: Stage = lambda stage: None) -> dict[str, Any]:
+def record_of(job: Job, tell: Stage = lambda stage: None, hashing: str | None = None) -> dict[str, Any]:
     """Everything that it takes to make the merge again: method, settings, policy, sources and their hashes.
+
+    Args:
+        job: the merge.
+        tell: called with the name of each stage.
+        hashing: ``full``: SHA-256 of every input, recorded as ``sha256``; ``quick``: of headers and samples
+            (:func:`merging.fingerprint.quick_hash`), recorded as ``quick_sha256``, unless the full one is known
+            already; default: full up to :data:`HASHED_UP_TO` bytes of inputs.
 
     Raises:
         CheckpointError: a source cannot be read.
+        MethodError: another word for ``hashing``.
     """
     spec, method = job.spec, job.method
-    hashed = dict(job.hashes)
+    if hashing not in (None, "full", "quick"):
+        raise MethodError(f"--hash {hashing}: choose between full and quick")
+    small = sum(entry.nbytes for state in job.inputs for entry in specs(state).values()) <= HASHED_UP_TO
+    key = "sha256" if hashing == "full" or (hashing is None and small) else "quick_sha256"
+    hashed = dict.fromkeys(job.hashes, "sha256")
+    digests = dict(job.hashes)
 
     def source(path: Path) -> dict[str, Any]:
-        if path not in hashed:
+        if path not in digests:
             tell(f"hashing {path.name}")
-            hashed[path] = file_hash(path)
-        described = {"file": path.name, "sha256": hashed[path]}
+            digests[path] = HASHES[key](path)
+            hashed[path] = key
+        described = {"file": path.name, hashed[path]: digests[path]}
         if (path / ADAPTER_CONFIG).is_file():
             described["adapter_config_sha256"] = _sha256(path / ADAPTER_CONFIG)
         return described
@@ -753,12 +879,16 @@ __all__ = [
     "DTYPES",
     "Job",
     "Resources",
+    "Route",
     "check_output",
     "describe",
     "execute",
     "group_settings",
+    "interrupted",
     "merge",
+    "outline",
     "prepare",
     "record_of",
+    "route",
     "write",
 ]

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merging.checkpoint import Checkpoint, file_hash, open_checkpoint
+from merging.checkpoint import Checkpoint, open_checkpoint
 from merging.errors import CheckpointError
+from merging.fingerprint import HASHES
 from merging.layers import layers_of
 from merging.partition import DEFAULT_PRIVATE, partition
 
@@ -150,8 +151,8 @@ def verify_sources(checkpoint: Checkpoint, candidates: list[Path]) -> list[dict[
         candidates: checkpoints, and folders that hold them under their recorded names.
 
     Returns:
-        Per recorded source: its role and file, ``verdict`` (``same``, ``different`` or ``not found``), and where the
-        file was found.
+        Per recorded source: its role and file, ``verdict`` (``same``; ``alike``, where headers and samples agree and
+        the merge recorded no more; ``different``; ``not found``), and where the file was found.
 
     Raises:
         CheckpointError: nothing was recorded, or a candidate does not exist.
@@ -159,28 +160,35 @@ def verify_sources(checkpoint: Checkpoint, candidates: list[Path]) -> list[dict[
     record = checkpoint.metadata
     sources = [("base", record.get("base")), *(("expert", entry) for entry in record.get("experts") or ())]
     sources += [("statistics", entry) for entry in record.get("statistics") or ()]
-    recorded = [(role, entry) for role, entry in sources if isinstance(entry, Mapping) and "sha256" in entry]
+    recorded = [
+        (role, entry, key)
+        for role, entry in sources
+        if isinstance(entry, Mapping)
+        for key in [next((key for key in HASHES if key in entry), None)]
+        if key is not None
+    ]
     if not recorded:
         raise CheckpointError(f"{checkpoint.path}: no sources are recorded in it: name a file that mergebound wrote")
-    hashes: dict[Path, str] = {}
+    hashes: dict[tuple[Path, str], str] = {}
 
-    def hashed(path: Path) -> str:
-        if path not in hashes:
-            hashes[path] = file_hash(path)
-        return hashes[path]
+    def hashed(path: Path, key: str) -> str:
+        if (path, key) not in hashes:
+            hashes[path, key] = HASHES[key](path)
+        return hashes[path, key]
 
     for candidate in candidates:
         if not candidate.exists():
             raise CheckpointError(f"{candidate}: there is no such file or folder: check the path")
     found = []
-    for role, entry in recorded:
+    for role, entry, key in recorded:
         places = [c for c in candidates if c.name == entry["file"]]
         places += [c / entry["file"] for c in candidates if c.is_dir() and (c / entry["file"]).exists()]
-        same = next((place for place in places if hashed(place) == entry["sha256"]), None)
+        same = next((place for place in places if hashed(place, key) == entry[key]), None)
         if same is None:
             files = [c for c in candidates if c.is_file()]
-            same = next((place for place in files if hashed(place) == entry["sha256"]), None)
-        verdict = "same" if same is not None else "different" if places else "not found"
+            same = next((place for place in files if hashed(place, key) == entry[key]), None)
+        agrees = "same" if key == "sha256" else "alike"
+        verdict = agrees if same is not None else "different" if places else "not found"
         place = same if same is not None else places[0] if places else None
         found.append(
             {
@@ -244,17 +252,22 @@ def _print_record(record: Mapping[str, Any]) -> None:
         typer.echo(f"made by {record.get('tool', '?')}: {record['method']}{f'({given})' if given else ''}")
         base = record.get("base")
         if isinstance(base, Mapping):
-            typer.echo(f"  base {base.get('file')}, sha256 {str(base.get('sha256'))[:16]}...")
+            typer.echo(f"  base {base.get('file')}, {_hash(base)}")
         for entry in record.get("experts") or ():
             weight = (record.get("coefficients") or {}).get(entry.get("name"))
             alpha = "" if weight is None else f", coefficient {weight}"
-            typer.echo(f"  expert {entry.get('file')}, sha256 {str(entry.get('sha256'))[:16]}...{alpha}")
+            typer.echo(f"  expert {entry.get('file')}, {_hash(entry)}{alpha}")
         rest = {k: v for k, v in record.items() if k not in _SHOWN and v not in (None, [], {})}
     else:
         rest = dict(record)
     for key, value in rest.items():
         text = value if isinstance(value, str) else json.dumps(value)
         typer.echo(f"  {key}: {text[:400]}{'...' if len(text) > 400 else ''}")
+
+
+def _hash(entry: Mapping[str, Any]) -> str:
+    key = next((key for key in HASHES if key in entry), "sha256")
+    return f"{key} {str(entry.get(key))[:16]}..."
 
 
 _SHOWN = ("tool", "method", "parameters", "base", "experts", "coefficients")

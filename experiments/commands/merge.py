@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +14,18 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from experiments.merge_job import Job, describe, group_settings, merge, prepare, record_of, write
+from experiments.merge_job import (
+    Job,
+    Resources,
+    describe,
+    execute,
+    group_settings,
+    interrupted,
+    outline,
+    prepare,
+    record_of,
+    route,
+)
 from merging.config import (
     ExpertEntry,
     MergeFile,
@@ -29,6 +43,7 @@ from merging.errors import MethodError
 from merging.method import Method
 from merging.partition import DEFAULT_PRIVATE
 from merging.registry import get
+from merging.save import parse_size
 from merging.settings import Gradient, PerLayer, Rule, Varying
 
 _LISTED = 4
@@ -143,8 +158,41 @@ def merge_command(
     overwrite: Annotated[
         bool | None, typer.Option("--overwrite", help="Replace an existing target.", show_default=False)
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", min=1, max=1024, help="How many compute at the same time; no bit depends on it. Default: all."
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            help="Buffers at most, as `2GB`; a merge that needs more is refused before anything is read.",
+        ),
+    ] = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Keep nothing to go on from when interrupted, and begin anew.")
+    ] = False,
+    no_map: Annotated[
+        bool,
+        typer.Option(
+            "--no-map", help="Read inputs into buffers instead of mapping them, for disks on which mapping is slow."
+        ),
+    ] = False,
+    hashing: Annotated[
+        str | None,
+        typer.Option(
+            "--hash",
+            help="What is recorded of the inputs: `full`, SHA-256 of every byte, or `quick`, of headers and samples, "
+            "which takes no time. Default: full up to 1 GiB of inputs.",
+        ),
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan; read headers only, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the plan, with bytes, memory and time; read headers only, write nothing."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
@@ -175,22 +223,40 @@ def merge_command(
     spec = read_spec(given, config, settings or [], coefficients or [], alpha)
     if spec.out is None and not dry_run:
         raise typer.BadParameter("name the file or folder to write", ctx=context, param_hint="'--out'")
+    if hashing not in (None, "full", "quick"):
+        raise MethodError(f"--hash {hashing}: choose between full and quick")
+    resources = Resources(
+        threads=_cores() if threads is None else threads,
+        max_memory=None if max_memory is None else parse_size(max_memory, "--max-memory"),
+        resume=not no_resume,
+        mapped=not no_map,
+    )
     with _progress() as progress:
-        task = progress.add_task("")
-
-        def tell(stage: str) -> None:
-            progress.update(task, description=stage)
-
-        job = prepare(spec, tell)
+        bar = _Bar(progress)
+        job = prepare(spec, bar.stage)
+        bar.stage("planning")
+        chosen = route(job, resources, timed=dry_run)
+        plan = outline(job, chosen)
+        speed: dict[str, Any] = {}
         if not dry_run:
-            record = record_of(job, tell)
-            write(job, merge(job, tell), record)
+            record = record_of(job, bar.stage, hashing)
+            begin = time.perf_counter()
+            execute(job, record, resources, bar.stage, bar.counter(plan["read"] + plan["written"]), chosen)
+            speed = _speed(plan, time.perf_counter() - begin, bar.begun)
         else:
             record = describe(job)
+    left = interrupted(job) if dry_run else []
     if as_json:
-        typer.echo(json.dumps(_summary(job, record, dry_run=dry_run), indent=2, default=str))
+        summary = _summary(job, record, dry_run=dry_run) | {"plan": plan} | speed
+        summary |= {"interrupted": [str(path) for path in left]} if dry_run else {}
+        typer.echo(json.dumps(summary, indent=2, default=str))
     else:
-        _report(job, record, dry_run=dry_run)
+        _report(job, record)
+        if dry_run:
+            _print_plan(plan, left)
+            typer.echo("dry run: nothing was written")
+        else:
+            typer.echo(f"written: {spec.out} ({_told(speed)})")
 
 
 def read_spec(
@@ -325,16 +391,96 @@ def _policy(text: str | None) -> Any:
     return text
 
 
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _progress() -> Progress:
     console = Console(stderr=True)
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[moved]}"),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+@dataclass
+class _Bar:
+    """A line that says what is done, and, of merges in chunks, how far and how fast.
+
+    Attributes:
+        begun: the share of the merge that an interrupted one had done.
+    """
+
+    progress: Progress
+    begun: float = 0.0
+    task: Any = None
+
+    def stage(self, what: str) -> None:
+        """Say what is done now."""
+        if self.task is None:
+            self.task = self.progress.add_task(what, total=None, moved="")
+        self.progress.update(self.task, description=what)
+
+    def counter(self, total: int) -> Callable[[int, int], None]:
+        """What :func:`~experiments.merge_job.execute` is given; ``total``: bytes read and written."""
+        start: float | None = None
+
+        def count(done: int, of: int) -> None:
+            nonlocal start
+            share = done / of if of else 1.0
+            if start is None:
+                self.begun, start = share, time.perf_counter()
+            if self.task is not None:
+                speed = (share - self.begun) * total / 1e9 / max(time.perf_counter() - start, 1e-3)
+                text = f"{share:.0%} of {_bytes(total)}, {speed:.2f} GB/s"
+                self.progress.update(self.task, moved=text)
+
+        return count
+
+
+def _speed(plan: Mapping[str, Any], seconds: float, begun: float) -> dict[str, Any]:
+    """Time and speed of a merge, of which an interrupted one had done the share ``begun``."""
+    moved = (plan["read"] + plan["written"]) * (1.0 - begun)
+    return {"seconds": seconds, "gigabytes_per_second": moved / 1e9 / max(seconds, 1e-9), "resumed_at": begun or None}
+
+
+def _told(speed: Mapping[str, Any]) -> str:
+    begun = "" if speed["resumed_at"] is None else f", gone on from {speed['resumed_at']:.0%}"
+    return f"{speed['seconds']:.2f} s, {speed['gigabytes_per_second']:.2f} GB/s{begun}"
+
+
+def _print_plan(plan: Mapping[str, Any], left: Sequence[Path]) -> None:
+    where = f" of {plan['chunk']:,} entries, {_count(plan['threads'], 'thread')}" if "chunk" in plan else ""
+    typer.echo(f"merged {plan['how']}{where}:")
+    for entry in plan["programs"]:
+        passes = f", {_count(entry['passes'], 'pass', 'es')}"
+        typer.echo(f"  {entry['program']}: {_count(entry['tensors'], 'tensor')}, {entry['entries']:,} entries{passes}")
+    after = "" if plan["seconds"] is None else f", about {plan['seconds']:.2g} s if reading keeps up"
+    bound = "up to" if "chunk" in plan else "at least"
+    typer.echo(
+        f"  {_bytes(plan['read'])} read, {_bytes(plan['written'])} written, {bound} {_bytes(plan['memory'])} of "
+        f"memory{after}"
+    )
+    if left:
+        names = _few([path.name for path in left])
+        typer.echo(f"left by interrupted merges, to go on from, or removed when a merge is complete: {names}")
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}" + ("" if number == 1 else plural)
+
+
+def _bytes(count: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
 
 
 def _summary(job: Job, record: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:
@@ -349,7 +495,7 @@ def _summary(job: Job, record: dict[str, Any], *, dry_run: bool) -> dict[str, An
     }
 
 
-def _report(job: Job, record: dict[str, Any], *, dry_run: bool) -> None:
+def _report(job: Job, record: dict[str, Any]) -> None:
     spec, parts = job.spec, job.parts
     size = sum(entry.nbytes for entry in job.specs.values())
     given = "" if spec.mergekit is not None else ", ".join(f"{k}={shown(v)}" for k, v in record["parameters"].items())
@@ -370,7 +516,6 @@ def _report(job: Job, record: dict[str, Any], *, dry_run: bool) -> None:
         typer.echo(line)
     for note in spec.notes:
         typer.echo(f"note: {note}")
-    typer.echo("dry run: nothing was written" if dry_run else f"written: {spec.out}")
 
 
 def _print_group(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
