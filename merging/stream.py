@@ -92,7 +92,7 @@ def _reader(stream: Stream, wanted: Mapping[str, Spec]) -> Callable[[str], Tenso
         if "layers" in method.extras and settings.get("layers") is None:
             settings["layers"] = layers
         tensors = {label: {name: state[name]} for label, state in stream.experts.items()}
-        start = tensors[labels[0]] if stream.base is None else {name: stream.base[name]}
+        start = {name: (stream.reference if stream.base is None else stream.base)[name]}
         space = FlatSpace(
             (name,), (spec.shape,), (0, spec.numel), compute_dtype(t[name] for t in (start, *tensors.values()))
         )

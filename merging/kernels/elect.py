@@ -33,7 +33,7 @@ def elect(
         out: shape ``(n,)``.
         base: address of the base's n float32 entries.
         experts: addresses of the experts' n entries.
-        lowest: per expert, the smallest magnitude that is kept (0: everything).
+        lowest: per expert, the smallest magnitude that is kept (0: everything; NaN: nothing).
         keep: addresses of n bytes of every expert, zero where an entry is dropped and one elsewhere; empty: none is.
         ratios: factors of the entries that are left, one per expert; empty: none.
         votes: weights of the votes, one per expert; empty: plain sums.
@@ -71,7 +71,7 @@ def elect(
                 mask = carray(uint8_pointer(keep[i]), n)[start:stop]
                 for j in range(size):
                     kept[j] = kept[j] * np.float32(mask[j])
-            if low > zero:
+            if not low <= zero:
                 for j in range(size):
                     kept[j] = kept[j] if abs(kept[j]) >= low else zero
             if ratios.shape[0] > 0:

@@ -92,7 +92,7 @@ def emr_flat(rows: Rows, space: FlatSpace, *, rescaler: Rescaler = "sum") -> Ten
     largest = torch.zeros_like(sign)
     for row in rows:
         torch.maximum(largest, row * sign, out=largest)
-    return largest.mul_(sign)
+    return largest.mul_(sign).add_(0.0)  # which zero a maximum gives depends on the place in memory
 
 
 def unify(task_vectors: Sequence[TaskVector], *, rescaler: Rescaler = "sum") -> Unified:

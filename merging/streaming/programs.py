@@ -20,7 +20,7 @@ from merging.errors import MethodError
 from merging.flat import FlatSpace
 from merging.kernels.elect import drop, elect, largest_of
 from merging.kernels.gram import add_gram
-from merging.kernels.linear import linear, linear_without_base
+from merging.kernels.linear import copy, linear, linear_without_base
 from merging.kernels.norms import masked_norms
 from merging.kernels.philox import keep
 from merging.linear_form import LinearForm
@@ -28,7 +28,7 @@ from merging.method import Method
 from merging.methods.ties import kept
 from merging.random_masks import stream_key
 from merging.span import Array
-from merging.streaming.selection import Domain, Threshold, select
+from merging.streaming.selection import Domain, Threshold, above, select
 from merging.streaming.source import Buffers, Inputs
 
 Floats = NDArray[np.float32]
@@ -351,9 +351,9 @@ class ByDefinition:
         chunk = inputs.chunk(name, start, stop, buffers)
         rows = buffers.floats("rows", size * len(chunk.experts)).reshape(len(chunk.experts), size)
         origin = buffers.floats("origin", size)
-        linear_without_base(origin, np.array([chunk.base]), _NONE, np.float32(1.0), np.float32(1.0))
+        copy(chunk.base, origin)
         for row, address in zip(rows, chunk.experts, strict=True):
-            linear_without_base(row, np.array([address]), _NONE, np.float32(1.0), np.float32(1.0))
+            copy(address, row)
             row -= origin
         space = FlatSpace((name,), ((size,),), (0, size))
         update = self.method.on_rows(list(torch.from_numpy(rows).unbind(0)), space, **self.settings)
@@ -434,6 +434,6 @@ def _pieces(
     begins = [0, *ends[:-1]]
     found = []
     for begin, end in zip(begins, ends, strict=True):
-        lowest = [t.value if first + begin < t.cut else np.nextafter(t.value, np.float32(np.inf)) for t in thresholds]
+        lowest = [t.value if first + begin < t.cut else above(t.value) for t in thresholds]
         found.append((begin, end, np.array(lowest, dtype=np.float32)))
     return found

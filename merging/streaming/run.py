@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merging.compatible import check_finite, check_result
+from merging.errors import MethodError
 from merging.kernels.linear import beyond
 from merging.lazy import LazyState, Spec, specs
 from merging.partition import Partition, is_variance
@@ -37,6 +38,7 @@ Progress = Callable[[int, int], None]
 
 _AHEAD = 3  # tasks for every thread that are submitted before the first of them is handed over
 _WAITING = 4  # pieces for every thread that may wait to be written
+_LARGEST = np.float32(np.finfo(np.float32).max)
 
 
 def key_of(stream: Stream, stored: Mapping[str, Spec], chunk: int, salt: str = "") -> str:
@@ -87,7 +89,8 @@ def run(
         progress: told how far the merge is: at the start (where an interrupted one had come), and after every task.
 
     Raises:
-        CheckpointError: an input cannot be read, changed, or holds NaN or infinite weights.
+        CheckpointError: an input cannot be read, changed, or holds NaN or infinite weights (the error names the first
+            tensor in the order of the tasks where something is wrong).
         MethodError: the result overflows its storage type.
         OSError: the disk refuses.
     """
@@ -200,6 +203,7 @@ class _Job:
         bad = program.merge(self.inputs, task.name, task.start, task.stop, ready, buffers, out)
         merged = torch.from_numpy(out)
         if is_variance(task.name) and task.name in self.stream.parts.buffers:
+            bad += beyond(out, _LARGEST)  # which clamping may hide
             merged.clamp_(min=0.0)
         limit = np.float32(min(torch.finfo(spec.dtype).max, torch.finfo(torch.float32).max))
         stored = merged if plain else merged.to(spec.dtype)
@@ -224,16 +228,16 @@ class _Job:
             self.inputs.file(region).read_into(raw, region.begin + task.start * own.itemsize)
             flat = torch.from_numpy(raw).view(own) if raw.size else torch.empty(0, dtype=own)
         stored = flat if own == spec.dtype else flat.to(spec.dtype)
-        if own != spec.dtype and spec.floating:
-            check_result({task.name: stored}, flat.to(torch.float64), "copy")
+        if own != spec.dtype and not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(state[name]).all()):
+            raise MethodError(f"tensor '{task.name}' overflows {spec.dtype}: store the merge in another --dtype")
         return stored
 
     def _explain(self, task: Task, merged: Tensor, stored: Tensor) -> None:
         """Name the checkpoint that is to blame, or the tensor that overflowed; nothing if all is well."""
         name = task.name
+        origin = self.stream.reference if self.stream.base is None else self.stream.base
         experts = {label: {name: state[name]} for label, state in self.stream.experts.items()}
-        start = next(iter(experts.values())) if self.stream.base is None else {name: self.stream.base[name]}
-        check_finite(start, experts, Partition(shared=(name,)))
+        check_finite({name: origin[name]}, experts, Partition(shared=(name,)))
         check_result({name: stored}, merged, self.stream.method.name)
 
 
@@ -257,7 +261,8 @@ def _identity(state: StateDict) -> object:
     for name, spec in specs(state).items():
         region = state.region(name) if isinstance(state, LazyState) else None
         if region is not None:
-            found.add((str(region.path.resolve()), region.identity))
+            where = str(region.path.resolve()) if region.remote is None else region.remote.shown
+            found.add((where, region.identity))
         else:
             with suppress(KeyError):
                 flat = state[name].detach().cpu().contiguous().reshape(-1)

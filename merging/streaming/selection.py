@@ -47,7 +47,7 @@ class Threshold:
     """Which entries of one expert are kept: magnitudes above ``value``, and those equal to it at places below ``cut``.
 
     Attributes:
-        value: a magnitude; infinite: nothing is kept.
+        value: a magnitude; NaN: nothing is kept.
         cut: a place in the domain (its size: all equal ones are kept).
     """
 
@@ -74,7 +74,7 @@ def select(
     size = sum(count for _, count in domain)
     experts = list(range(len(inputs.experts)))
     if keep <= 0:
-        return [Threshold(np.float32(np.inf), 0) for _ in experts]
+        return [Threshold(np.float32(np.nan), 0) for _ in experts]
     if keep >= size:
         return [Threshold(np.float32(0.0), size) for _ in experts]
     groups = [experts[first::workers] for first in range(min(workers, len(experts)))]
@@ -317,8 +317,13 @@ def _float(pattern: int) -> np.float32:
     return np.uint32(pattern).view(np.float32)
 
 
+def above(value: np.float32) -> np.float32:
+    """The next larger magnitude (infinity above the largest number, NaN above NaN)."""
+    return np.float32(np.inf) if value >= _LARGEST else np.nextafter(value, np.float32(np.inf))
+
+
 def _next(value: np.float32) -> np.float32:
-    return np.float32(min(_LARGEST, np.nextafter(value, np.float32(np.inf))))
+    return np.float32(min(_LARGEST, above(value)))
 
 
 def _previous(value: np.float32) -> np.float32:

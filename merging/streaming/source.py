@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ from torch import Tensor
 from merging.errors import CheckpointError
 from merging.lazy import LazyState, Region, specs
 from merging.types import StateDict
+
+if TYPE_CHECKING:
+    from merging.remote import RangeReader, RemoteFile
+    from merging.remote_requests import Requests
 
 _POPULATE_READ = 22
 _DONT_NEED = 4
@@ -86,11 +91,11 @@ class MappedFile:
         return self.address + begin
 
     def drop(self, begin: int, end: int) -> None:
-        """Let go of mapped pages (the system keeps them while it has room)."""
-        if self._map is not None:
-            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        """Let go of mapped pages (the system keeps them while it has room), but for those that others may be using."""
+        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._map is not None and last > first:
             with suppress(CheckpointError):
-                _advise(self, self.address + first, end - first, _DONT_NEED)
+                _advise(self, self.address + first, last - first, _DONT_NEED)
 
     def read_into(self, buffer: NDArray[np.uint8], begin: int) -> None:
         """Read ``len(buffer)`` bytes from ``begin`` on.
@@ -164,6 +169,7 @@ class Buffers:
     """Memory of one thread, by purpose, made when first needed and kept."""
 
     held: dict[object, NDArray[np.uint8]] = field(default_factory=dict)
+    used: dict[int, Tensor] = field(default_factory=dict)  # by checkpoint: what its last address points into
 
     def bytes(self, purpose: object, size: int) -> NDArray[np.uint8]:
         """At least ``size`` bytes, aligned for any type."""
@@ -217,7 +223,8 @@ class Inputs:
         self.base = base
         self.experts = tuple(experts)
         self._mapped = mapped
-        self._files: dict[Path, MappedFile] = {}
+        self._files: dict[object, MappedFile | RangeReader] = {}
+        self._requests: Requests | None = None
         self._whole: dict[tuple[int, str], Tensor] = {}
         self._lock = threading.Lock()
         self._announced: dict[tuple[int, str], int] = {}
@@ -235,6 +242,8 @@ class Inputs:
             file.close()
         self._files.clear()
         self._whole.clear()
+        if self._requests is not None:
+            self._requests.close()
 
     def stop(self) -> None:
         """Refuse every further chunk, so that threads at work end soon."""
@@ -253,6 +262,8 @@ class Inputs:
             origin = int(zeros.ctypes.data)
         else:
             origin = self.address(0, name, start, stop, buffers)
+        if self._requests is not None:
+            self._ask(name, start, stop)
         addresses = [self.address(1 + i, name, start, stop, buffers) for i in range(len(self.experts))]
         return Chunk(origin, np.array(addresses, dtype=np.int64), stop - start)
 
@@ -288,6 +299,7 @@ class Inputs:
         if region is None:
             flat = self._fetch(which, name)[start:stop]
             if flat.dtype == torch.float32:
+                buffers.used[which] = flat  # another thread may release it meanwhile
                 return int(flat.data_ptr())
             target = buffers.floats(which, stop - start)
             torch.from_numpy(target).copy_(flat)
@@ -314,13 +326,29 @@ class Inputs:
             torch.from_numpy(target).copy_(torch.from_numpy(raw).view(spec.dtype))
         return int(target.ctypes.data)
 
-    def file(self, region: Region) -> MappedFile:
-        """The open file of a region."""
+    def file(self, region: Region) -> MappedFile | RangeReader:
+        """The open file of a region, or the reader of a remote one."""
         with self._lock:
-            found = self._files.get(region.path)
+            found = self._files.get(region.source)
             if found is None:
-                self._files[region.path] = found = MappedFile(region.path, region.identity, mapped=self._mapped)
+                if region.remote is None:
+                    found = MappedFile(region.path, region.identity, mapped=self._mapped)
+                else:
+                    found = self._reader(region.remote)
+                self._files[region.source] = found
             return found
+
+    def confirm(self) -> None:
+        """Check, after the last chunk, that no remote file changed (others are checked when tensors are released).
+
+        Raises:
+            CheckpointError: one did.
+        """
+        with self._lock:
+            files = list(self._files.values())
+        for file in files:
+            if not isinstance(file, MappedFile):
+                file.confirm()
 
     def release(self, name: str, experts: Sequence[int] | None = None) -> None:
         """Say that a tensor is not needed any more: of some experts, or (default) of all and the base.
@@ -341,6 +369,23 @@ class Inputs:
             with self._lock:
                 self._whole.pop((which, name), None)
                 self._announced.pop((which, name), None)
+
+    def _reader(self, remote: RemoteFile) -> RangeReader:
+        from merging.remote import RangeReader
+        from merging.remote_requests import Requests
+
+        if self._requests is None:
+            self._requests = Requests(remote.limits)
+        return RangeReader(remote, self._requests)
+
+    def _ask(self, name: str, start: int, stop: int) -> None:
+        """Ask for the entries of all experts that are behind URLs before waiting for the first."""
+        for which in range(1, 1 + len(self.experts)):
+            state = self._state(which)
+            region = state.region(name) if isinstance(state, LazyState) else None
+            if region is not None and region.remote is not None:
+                width = specs(state)[name].dtype.itemsize
+                self._announce(which, name, region, region.begin + width * start, region.begin + width * stop)
 
     def _state(self, which: int) -> StateDict:
         if which > 0:
