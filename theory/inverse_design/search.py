@@ -9,6 +9,8 @@ import numpy as np
 from theory.inverse_design.problem import Problem
 from theory.symbolic import FloatArray
 
+_SIZES = 4  # step sizes of the pattern search that are bounded at once
+
 
 def repaired(problem: Problem, x: FloatArray) -> FloatArray:
     """Candidates moved back into the budgets by fewer steps, smaller batches, fewer samples (in this order)."""
@@ -18,7 +20,8 @@ def repaired(problem: Problem, x: FloatArray) -> FloatArray:
         for field in order:
             rows = [row for row, item in enumerate(problem.variables) if item.field == field]
             for _ in range(3):
-                over = np.maximum(problem.spent(x, budget) / budget.limit, 1.0)
+                with np.errstate(over="ignore"):
+                    over = np.maximum(problem.spent(x, budget) / budget.limit, 1.0)
                 for row in rows:
                     moved = np.floor(x[row] / over) if problem.variables[row].whole else x[row] / over
                     x[row] = np.where(over > 1, np.maximum(moved, problem.variables[row].lower), x[row])
@@ -55,27 +58,33 @@ def descend(problem: Problem, start: FloatArray, *, relaxed: bool) -> tuple[Floa
     best = start.copy()
     value = float(problem.objective(best[:, None])[0])
 
-    def improve(trial: FloatArray) -> bool:
+    def improve(*groups: FloatArray) -> int | None:
+        """Move to the best point of the first group that improves, and its number; all groups are bounded at once."""
         nonlocal best, value
+        trial = np.concatenate(groups, axis=1)
         if not relaxed:
             trial = problem.snapped(trial)
         trial = np.clip(trial, problem.lower[:, None], problem.upper[:, None])
         found = problem.objective(trial)
-        winner = int(np.argmin(found))
-        if not found[winner] < value * (1 - 1e-12):
-            return False
-        best, value = trial[:, winner], float(found[winner])
-        return True
+        start = 0
+        for number, group in enumerate(groups):
+            winner = start + int(np.argmin(found[start : start + group.shape[1]]))
+            if found[winner] < value * (1 - 1e-12):
+                best, value = trial[:, winner], float(found[winner])
+                return number
+            start += group.shape[1]
+        return None
 
     size, finest = 0.5, 1e-6 if relaxed else 1e-5
     while size > finest:
-        if not improve(best[:, None] * np.exp(size * ways)):
-            size /= 2
+        sizes = [size / 2**halvings for halvings in range(_SIZES) if size / 2**halvings > finest]
+        better = improve(*(best[:, None] * np.exp(one * ways) for one in sizes))
+        size = sizes[-1] / 2 if better is None else sizes[better]
     if not relaxed:
         for _ in range(200):
             near = best[:, None] + np.where(whole, 1, 0) * np.concatenate([ways, 2 * ways, 5 * ways], axis=1)
             fine = near * np.exp(np.where(whole, 0, 1e-3) * np.tile(ways, 3))
-            if not (improve(np.concatenate([near, fine], axis=1)) or improve(best[:, None] * np.exp(1e-4 * ways))):
+            if improve(np.concatenate([near, fine], axis=1), best[:, None] * np.exp(1e-4 * ways)) is None:
                 break
     return best, value
 
