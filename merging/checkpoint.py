@@ -23,6 +23,7 @@ from merging.errors import CheckpointError
 from merging.folder import INDEX_SUFFIXES, SAFETENSORS_INDEX, find_weights, weight_map
 from merging.lazy import LazyState, Region, Spec, sample_bytes, specs
 from merging.legacy import LEGACY_SUFFIXES, read_legacy
+from merging.remote_path import shown, url_of
 from merging.safetensors_file import (
     Identity,
     check_unchanged,
@@ -61,7 +62,7 @@ class Checkpoint(LazyState):
     whole where it does not.)
 
     Attributes:
-        path: as given.
+        path: as given (of a URL: without user, password and query).
         files: all files that hold its weights: the index first if there is one, then its shards by name.
     """
 
@@ -72,6 +73,7 @@ class Checkpoint(LazyState):
         sources: Mapping[str, _Source],
         record: object,
         tied: tuple[tuple[str, ...], ...],
+        sizes: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(
             {name: source.spec for name, source in sources.items()},
@@ -83,6 +85,12 @@ class Checkpoint(LazyState):
         self.path = path
         self.files = files
         self._record = record
+        self._sizes = sizes
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each of ``files``."""
+        return tuple(file.stat().st_size for file in self.files) if self._sizes is None else self._sizes
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -91,7 +99,7 @@ class Checkpoint(LazyState):
         """Nothing is held open; the ``with`` form is there for those who like to see where a checkpoint is used."""
 
     def __repr__(self) -> str:
-        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {self.nbytes} bytes)"
+        return f"Checkpoint({shown(self.path)!r}, {len(self)} tensors, {self.nbytes} bytes)"
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -107,7 +115,7 @@ class Checkpoint(LazyState):
         except (ValueError, RecursionError):
             metadata = None
         if not isinstance(metadata, dict):
-            raise CheckpointError(f"{self.path}: the recorded metadata is damaged: merge again to renew it")
+            raise CheckpointError(f"{shown(self.path)}: the recorded metadata is damaged: merge again to renew it")
         return metadata
 
 
@@ -119,7 +127,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, mapped: bool = False) -> Ch
     ``_orig_mod.`` are removed when all tensors share them.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint; a URL (``s3://``, ``hf://``, ``https://``, ...; see :mod:`merging.remote`) works too.
         mapped: let tensors be views of the file mapped into memory instead of copies: faster, in particular where
             tensors are fetched more than once, and the system can drop pages that are not in use.  The price: if
             someone cuts the file short while a view is in use, the process dies.  Writing to a view does not change
@@ -129,7 +137,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, mapped: bool = False) -> Ch
         CheckpointError: no such file, an unknown suffix, a truncated or damaged file, a pickle that needs more
             than plain tensors, a shard or a tensor that is missing.
     """
-    return _open(Path(path), "mapped" if mapped else "copied")
+    return _open(path, "mapped" if mapped else "copied")
 
 
 def load_state_dict(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -142,11 +150,13 @@ def load_state_dict(path: str | os.PathLike[str], names: Iterable[str] | None = 
     Raises:
         CheckpointError: see :func:`open_checkpoint`; or one of ``names`` is missing.
     """
-    checkpoint = _open(Path(path), "loaded")
+    checkpoint = _open(path, "loaded")
     chosen = checkpoint.names if names is None else tuple(names)
     for name in chosen:
         if name not in checkpoint:
-            raise CheckpointError(f"{path}: tensor '{name}' is missing: use a checkpoint of the same architecture")
+            raise CheckpointError(
+                f"{shown(path)}: tensor '{name}' is missing: use a checkpoint of the same architecture"
+            )
     return {name: checkpoint[name] for name in chosen}
 
 
@@ -156,6 +166,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: the checkpoint cannot be read, or the record is damaged.
     """
+    if url_of(path) is not None:
+        return open_checkpoint(path).metadata
     source = _existing(Path(path))
     if _weights(source).name.endswith(LEGACY_SUFFIXES):
         return {}
@@ -170,6 +182,11 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     Raises:
         CheckpointError: a file is missing or unreadable.
     """
+    url = url_of(path)
+    if url is not None:
+        from merging.remote import remote_hash
+
+        return remote_hash(url)
     source = _weights(_existing(Path(path)))
     files = [source]
     if source.name.endswith(INDEX_SUFFIXES):
@@ -192,7 +209,11 @@ class _Source:
     region: Region | None = None
 
 
-def _open(path: Path, mode: _Mode) -> Checkpoint:
+def _open(given: str | os.PathLike[str], mode: _Mode) -> Checkpoint:
+    url = url_of(given)
+    if url is not None:
+        return _open_url(url)
+    path = Path(given)
     file = _weights(_existing(path))
     files: tuple[Path, ...] = (file,)
     record: object = None
@@ -227,8 +248,57 @@ def _open(path: Path, mode: _Mode) -> Checkpoint:
             f"{file}: the suffix '{file.suffix}' is not a known checkpoint format: use .safetensors, "
             f"{SAFETENSORS_INDEX}, {', '.join(LEGACY_SUFFIXES)}, or a folder with one of them"
         )
+    return _assembled(path, files, content, record, groups)
+
+
+def _open_url(url: str) -> Checkpoint:
+    """A checkpoint behind a URL; every access asks for the bytes anew."""
+    from merging.remote import open_weights, read_remote_sample, read_remote_tensor
+
+    weights = open_weights(url)
+    found = {
+        file: {
+            name: _Source(
+                spec,
+                partial(read_remote_tensor, file, contents, name),
+                partial(read_remote_sample, file, contents, name),
+                Region(contents.path, contents.identity, *contents.offsets[name], file),
+            )
+            for name, spec in contents.specs.items()
+        }
+        for file, contents in zip(weights.shards, weights.contents, strict=True)
+    }
+    record: object = weights.contents[0].metadata.get("mergebound") if weights.contents else None
+    if weights.index is None:
+        content = found[weights.main]
+    else:
+        table, described = weights.index
+        record = described.get("mergebound", record)
+        shards = dict(zip(sorted(set(table.values())), weights.shards, strict=True))
+        content = {}
+        for name, shard in table.items():
+            if name not in found[shards[shard]]:
+                raise CheckpointError(
+                    f"{shards[shard].shown}: tensor '{name}', which the index places in this shard, is missing: save "
+                    "the checkpoint again"
+                )
+            content[name] = found[shards[shard]][name]
+    files = tuple(Path(file.shown) for file in weights.files)
+    return _assembled(Path(shown(url)), files, content, record, (), tuple(file.size for file in weights.files))
+
+
+def _assembled(
+    path: Path,
+    files: tuple[Path, ...],
+    content: Mapping[str, _Source],
+    record: object,
+    groups: tuple[tuple[str, ...], ...],
+    sizes: tuple[int, ...] | None = None,
+) -> Checkpoint:
     if not content:
-        raise CheckpointError(f"{file}: the checkpoint holds no tensors: save model.state_dict() and try again")
+        raise CheckpointError(
+            f"{shown(files[0])}: the checkpoint holds no tensors: save model.state_dict() and try again"
+        )
     shorter = _strip_prefixes(tuple(content))
     return Checkpoint(
         path,
@@ -236,6 +306,7 @@ def _open(path: Path, mode: _Mode) -> Checkpoint:
         {shorter[name]: source for name, source in content.items()},
         record,
         tuple(tuple(shorter[name] for name in group) for group in groups),
+        sizes,
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -69,17 +69,26 @@ def find_weights(folder: Path) -> Path:
         names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
     except OSError as error:
         raise CheckpointError(f"{folder}: the folder cannot be read ({error.strerror}): check permissions") from error
+    return folder / choose_weights(str(folder), names)
+
+
+def choose_weights(folder: str, names: Sequence[str]) -> str:
+    """The name of the file that :func:`find_weights` finds, from all names in a folder, in order.
+
+    Raises:
+        CheckpointError: there are no weights among them, or several that could be meant.
+    """
     for single, index in ((_MODEL, "model" + SAFETENSORS_INDEX), (_LEGACY, "pytorch_model" + LEGACY_INDEX)):
         present = [name for name in (single, index) if name in names]
         if len(present) == 1:
-            return folder / present[0]
+            return present[0]
         if present:
             raise _ambiguous(folder, present)
     candidates = [name for name in names if not _SHARD.search(name) and not _matches(name, _AUXILIARY)]
     for suffixes in ((SAFETENSORS_INDEX,), (".safetensors",), (LEGACY_INDEX,), LEGACY_SUFFIXES):
         found = [name for name in candidates if name.endswith(suffixes)]
         if len(found) == 1:
-            return folder / found[0]
+            return found[0]
         if found:
             raise _ambiguous(folder, found)
     if any(_SHARD.search(name) for name in names):
@@ -97,8 +106,22 @@ def weight_map(path: Path) -> tuple[dict[str, str], Mapping[str, object]]:
     """
     with opened(path) as (handle, _):
         text = handle.readall()
+    return read_index(str(path), path.name, text or b"")
+
+
+def read_index(path: str, name: str, text: bytes) -> tuple[dict[str, str], Mapping[str, object]]:
+    """:func:`weight_map` of an index that was read already.
+
+    Args:
+        path: how it is named in messages.
+        name: its file name, which says what format the shards have.
+        text: what it holds.
+
+    Raises:
+        CheckpointError: see :func:`weight_map`.
+    """
     try:
-        content = parse_json(text or b"")
+        content = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not a readable JSON index ({str(error)[:100]}): save the checkpoint again"
@@ -106,7 +129,7 @@ def weight_map(path: Path) -> tuple[dict[str, str], Mapping[str, object]]:
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
         raise CheckpointError(f"{path}: the index has no 'weight_map' of tensor to file: save the checkpoint again")
-    suffixes = (".safetensors",) if path.name.endswith(SAFETENSORS_INDEX) else LEGACY_SUFFIXES
+    suffixes = (".safetensors",) if name.endswith(SAFETENSORS_INDEX) else LEGACY_SUFFIXES
     for file in sorted(set(table.values())):
         if Path(file).name != file or file in ("", ".", "..") or "\\" in file or "\0" in file:
             raise CheckpointError(
@@ -188,6 +211,6 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _ambiguous(folder: Path, names: list[str]) -> CheckpointError:
+def _ambiguous(folder: str, names: list[str]) -> CheckpointError:
     listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return CheckpointError(f"{folder}: the folder holds several checkpoints ({listed}): name the one that is meant")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from merging.types import StateDict
+
+if TYPE_CHECKING:
+    from merging.remote import RemoteFile
 
 _SAMPLE = 4096
 
@@ -47,12 +51,19 @@ class Region:
         identity: device, inode, size and time of change when its header was read.
         begin: first byte.
         end: behind the last byte.
+        remote: the object, where the file is behind a URL (``path`` only names it then).
     """
 
     path: Path
     identity: tuple[int, int, int, int]
     begin: int
     end: int
+    remote: RemoteFile | None = None
+
+    @property
+    def source(self) -> Path | RemoteFile:
+        """What tells files apart."""
+        return self.path if self.remote is None else self.remote
 
 
 class LazyState(Mapping[str, Tensor]):
@@ -153,6 +164,14 @@ def specs(state: StateDict) -> Mapping[str, Spec]:
     if isinstance(state, LazyState):
         return state.specs
     return {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+
+
+def remote_memory(states: Iterable[StateDict]) -> int:
+    """Bytes that reading state dicts behind URLs in chunks holds at most (0: none of them is)."""
+    lazy = [state for state in states if isinstance(state, LazyState)]
+    regions = [state.region(name) for state in lazy for name in state.names]
+    files = {region.remote for region in regions if region is not None and region.remote is not None}
+    return sum(file.held for file in files)
 
 
 def sample_window(nbytes: int) -> tuple[int, int]:

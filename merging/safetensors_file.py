@@ -10,7 +10,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -81,38 +81,55 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             duplicate names, overlaps, gaps, unknown types.
     """
     with opened(path) as (handle, identity):
-        size = identity[2]
-        prefix = handle.read(8)
-        if prefix == b"version ":
-            raise CheckpointError(f"{path}: this is a Git LFS pointer, not the weights: run 'git lfs pull' first")
-        if len(prefix) < 8:
-            raise _damaged(path, "the file is empty" if not prefix else "it ends in the header's length")
-        length = int.from_bytes(prefix, "little")
-        if length > min(MAX_HEADER, size - 8):
-            raise _damaged(path, f"a header of {length} bytes does not fit in a file of {size}")
-        text = handle.read(length)
+        return parse_safetensors(path, identity, lambda begin, end: handle.read(end - begin))
+
+
+def parse_safetensors(
+    path: Path, identity: Identity, read: Callable[[int, int], bytes], *, label: str | None = None
+) -> SafetensorsFile:
+    """Read and check the header of a safetensors file, wherever its bytes come from.
+
+    Args:
+        path: where it is.
+        identity: see :class:`SafetensorsFile`; the third number is the size in bytes.
+        read: bytes from one place to another (exclusive), or fewer at the end of the file; called from front to back.
+        label: how it is named in messages, if not by its path.
+
+    Raises:
+        CheckpointError: see :func:`open_safetensors`.
+    """
+    where, size = str(path) if label is None else label, identity[2]
+    prefix = read(0, 8)
+    if prefix == b"version ":
+        raise CheckpointError(f"{where}: this is a Git LFS pointer, not the weights: run 'git lfs pull' first")
+    if len(prefix) < 8:
+        raise _damaged(where, "the file is empty" if not prefix else "it ends in the header's length")
+    length = int.from_bytes(prefix, "little")
+    if length > min(MAX_HEADER, size - 8):
+        raise _damaged(where, f"a header of {length} bytes does not fit in a file of {size}")
+    text = read(8, 8 + length)
     if not text.startswith(b"{"):
-        raise _damaged(path, "the header is not JSON")
+        raise _damaged(where, "the header is not JSON")
     try:
         content = parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"the header is not JSON, {str(error)[:100]}") from None
+        raise _damaged(where, f"the header is not JSON, {str(error)[:100]}") from None
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, "the header's metadata are not text")
+        raise _damaged(where, "the header's metadata are not text")
     found: dict[str, Spec] = {}
     offsets: dict[str, tuple[int, int]] = {}
     start = 8 + length
     for name, entry in content.items():
-        found[name], (begin, end) = _entry(path, name, entry)
+        found[name], (begin, end) = _entry(where, name, entry)
         offsets[name] = (start + begin, start + end)
     position = start
     for begin, end in sorted(offsets.values()):
         if begin != position:
-            raise _damaged(path, "its tensors overlap or leave gaps")
+            raise _damaged(where, "its tensors overlap or leave gaps")
         position = end
     if position != size:
-        raise _damaged(path, f"its tensors take {position} bytes and the file has {size}")
+        raise _damaged(where, f"its tensors take {position} bytes and the file has {size}")
     return SafetensorsFile(path, found, offsets, metadata, identity)
 
 
@@ -122,7 +139,7 @@ def read_tensor(file: SafetensorsFile, name: str) -> Tensor:
     Raises:
         CheckpointError: the file cannot be read any more, or is another one than when it was opened.
     """
-    return _typed(file, name, _read(file, *file.offsets[name]))
+    return typed(file, name, _read(file, *file.offsets[name]))
 
 
 def map_file(file: SafetensorsFile) -> Tensor:
@@ -147,7 +164,7 @@ def map_tensor(file: SafetensorsFile, mapping: Tensor, name: str) -> Tensor:
     check_unchanged(file.path, file.identity)
     begin, end = file.offsets[name]
     flat = mapping[begin:end]
-    return _typed(file, name, flat if begin % file.specs[name].dtype.itemsize == 0 else flat.clone())
+    return typed(file, name, flat if begin % file.specs[name].dtype.itemsize == 0 else flat.clone())
 
 
 def check_unchanged(path: Path, identity: Identity) -> None:
@@ -161,7 +178,8 @@ def check_unchanged(path: Path, identity: Identity) -> None:
             raise CheckpointError(f"{path}: the file changed while it was in use: open it again")
 
 
-def _typed(file: SafetensorsFile, name: str, flat: Tensor) -> Tensor:
+def typed(file: SafetensorsFile, name: str, flat: Tensor) -> Tensor:
+    """A tensor from its bytes (flat uint8), without a copy but for booleans."""
     spec = file.specs[name]
     values = flat.ne(0) if spec.dtype == torch.bool else flat.view(spec.dtype)
     return values.reshape(spec.shape)
@@ -231,7 +249,7 @@ def _read(file: SafetensorsFile, begin: int, end: int) -> Tensor:
     return flat
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[Spec, tuple[int, int]]:
+def _entry(path: str, name: str, entry: Any) -> tuple[Spec, tuple[int, int]]:
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -258,7 +276,7 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
+def _damaged(path: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: not a complete safetensors file ({reason}): it is truncated or damaged, so copy or save it again"
     )

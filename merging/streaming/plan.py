@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from merging.errors import MethodError
-from merging.lazy import LazyState, Spec, specs
+from merging.lazy import LazyState, Spec, remote_memory, specs
 from merging.stream import Stream
 from merging.streaming.build import Batch, build, ordered_experts
 from merging.streaming.programs import Elected, Linear, Program, Span
@@ -182,7 +182,8 @@ def _memory(stream: Stream, stored: Mapping[str, Spec], batches: Sequence[Batch]
         ),
         default=0,
     )
-    return threads * per_thread + fixed + threads * _QUEUE * 4 * step + 2 * len(states) * fetched
+    waiting = threads * _QUEUE * 4 * step + 2 * len(states) * fetched + remote_memory(states)
+    return threads * per_thread + fixed + waiting
 
 
 def _seconds(stream: Stream, batches: Sequence[Batch], threads: int) -> float:

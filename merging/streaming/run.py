@@ -146,6 +146,7 @@ def run(
                         inputs.release(task.name)
                 if progress is not None:
                     progress(done, total)
+            inputs.confirm()
         except BaseException:
             inputs.stop()
             for _, _, future in waiting:

@@ -248,6 +248,8 @@ class Inputs:
     def stop(self) -> None:
         """Refuse every further chunk, so that threads at work end soon."""
         self._stopped = True
+        if self._requests is not None:
+            self._requests.stop.set()
 
     def chunk(self, name: str, start: int, stop: int, buffers: Buffers) -> Chunk:
         """Entries ``start`` to ``stop`` of a tensor; valid until the thread's next chunk.
@@ -368,7 +370,14 @@ class Inputs:
                 file.drop(region.begin, region.end)
             with self._lock:
                 self._whole.pop((which, name), None)
+                self._whole.pop((0, name), None)  # if others still need the base's, they fetch it anew
                 self._announced.pop((which, name), None)
+
+    def forget(self, name: str, expert: int) -> None:
+        """Drop a tensor of the base and of one expert that were fetched whole; they are fetched anew if needed."""
+        with self._lock:
+            self._whole.pop((0, name), None)
+            self._whole.pop((1 + expert, name), None)
 
     def _reader(self, remote: RemoteFile) -> RangeReader:
         from merging.remote import RangeReader
