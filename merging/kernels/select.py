@@ -20,7 +20,7 @@ def around(
     high: np.float32,
     first: int,
     shift: int,
-    histogram: NDArray[np.int32],
+    histogram: NDArray[np.int32] | NDArray[np.int64],
 ) -> int:
     """Count ``|x - x_0|`` above ``high``, and add those in ``[low, high]`` to a histogram over bit patterns.
 

@@ -28,7 +28,7 @@ from merging.method import Method
 from merging.methods.ties import kept
 from merging.random_masks import stream_key
 from merging.span import Array
-from merging.streaming.selection import Domain, Threshold, above, select
+from merging.streaming.selection import Domain, Threshold, next_above, select
 from merging.streaming.source import Buffers, Inputs
 
 Floats = NDArray[np.float32]
@@ -354,10 +354,11 @@ class ByDefinition:
         copy(chunk.base, origin)
         for row, address in zip(rows, chunk.experts, strict=True):
             copy(address, row)
-            row -= origin
+        start_point, moved = torch.from_numpy(origin), torch.from_numpy(rows)
+        moved -= start_point
         space = FlatSpace((name,), ((size,),), (0, size))
-        update = self.method.on_rows(list(torch.from_numpy(rows).unbind(0)), space, **self.settings)
-        np.add(update.numpy(), origin, out=out)
+        update = self.method.on_rows(list(moved.unbind(0)), space, **self.settings)
+        torch.add(update, start_point, out=torch.from_numpy(out))
         return int(np.count_nonzero(~np.isfinite(rows)))
 
 
@@ -434,6 +435,6 @@ def _pieces(
     begins = [0, *ends[:-1]]
     found = []
     for begin, end in zip(begins, ends, strict=True):
-        lowest = [t.value if first + begin < t.cut else above(t.value) for t in thresholds]
+        lowest = [t.value if first + begin < t.cut else next_above(t.value) for t in thresholds]
         found.append((begin, end, np.array(lowest, dtype=np.float32)))
     return found

@@ -37,6 +37,7 @@ _BINS = 1 << 22  # of all experts together that a thread looks at
 _LARGEST = np.float32(np.finfo(np.float32).max)
 
 Floats = NDArray[np.float32]
+Counts = NDArray[np.int32] | NDArray[np.int64]
 
 Domain = Sequence[tuple[str, int]]
 """Names and sizes of the tensors over which magnitudes are ranked, in index order."""
@@ -171,16 +172,17 @@ def _pass(
     brackets: dict[int, tuple[np.float32, np.float32]],
     chunk: int,
     buffers: Buffers,
-) -> list[tuple[int, NDArray[np.int32], int, int]]:
+) -> list[tuple[int, Counts, int, int]]:
     """Count above every expert's bracket and fill its histogram: one pass over these experts."""
     limit = max(1 << 12, _BINS // len(group))
-    found: list[tuple[NDArray[np.int32], int, int]] = []
+    counter = np.int32 if sum(count for _, count in domain) < 2**31 else np.int64
+    found: list[tuple[Counts, int, int]] = []
     for expert in group:
         first, last = (_pattern(end) for end in brackets[expert])
         shift = 0
         while ((last - first) >> shift) + 1 > limit:
             shift += 1
-        found.append((np.zeros(((last - first) >> shift) + 1, dtype=np.int32), first, shift))
+        found.append((np.zeros(((last - first) >> shift) + 1, dtype=counter), first, shift))
     above = [0] * len(group)
     for name, count in domain:
         for start in range(0, count, chunk):
@@ -245,9 +247,11 @@ def _sample_some(inputs: Inputs, domain: Domain, size: int, expert: int, chunk: 
             wanted.append((name, min(place - int(offsets[index]), count - run)))
     for name, start in wanted:
         inputs.announce(expert, name, start, start + run)
-    for row, (name, start) in zip(sample, wanted, strict=False):
+    for index, (row, (name, start)) in enumerate(zip(sample, wanted, strict=False)):
         base, address = inputs.pair(expert, name, start, start + run, buffers, ahead=False)
         magnitudes_of(base, address, run, row)
+        if index + 1 == len(wanted) or wanted[index + 1][0] != name:
+            inputs.forget(name, expert)
     return sample[: len(wanted)]
 
 
@@ -317,13 +321,13 @@ def _float(pattern: int) -> np.float32:
     return np.uint32(pattern).view(np.float32)
 
 
-def above(value: np.float32) -> np.float32:
+def next_above(value: np.float32) -> np.float32:
     """The next larger magnitude (infinity above the largest number, NaN above NaN)."""
     return np.float32(np.inf) if value >= _LARGEST else np.nextafter(value, np.float32(np.inf))
 
 
 def _next(value: np.float32) -> np.float32:
-    return np.float32(min(_LARGEST, above(value)))
+    return np.float32(min(_LARGEST, next_above(value)))
 
 
 def _previous(value: np.float32) -> np.float32:
