@@ -57,6 +57,7 @@ class ExpertModel(BaseModel):
     epsilon: float | None = None
     batch_gradient_norms: list[float] | None = None
     batch_losses: list[float] | None = None
+    held_out_losses: list[float] | None = None
     head: Literal["none", "frozen", "trained"] = "none"
     optimizer: str = "sgd"
     gradient_clipping: bool = False
@@ -193,7 +194,7 @@ def _without_per_sample_loss(merge: Any, name: str, source: str) -> Any:
 
 def _expert(model: ExpertModel) -> Expert:
     fields = model.model_dump()
-    for name in ("learning_rate", "batch_size", "batch_gradient_norms", "batch_losses"):
+    for name in ("learning_rate", "batch_size", "batch_gradient_norms", "batch_losses", "held_out_losses"):
         if isinstance(fields[name], list):
             fields[name] = Schedule(np.asarray(fields[name], dtype=np.float64))
     fields["measured"] = frozenset(fields["measured"])

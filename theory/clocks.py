@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from theory.assumptions import Tier
 from theory.errors import AssumptionError, RecipeError
-from theory.recipe import Expert, Schedule
+from theory.recipe import LOGS, Expert, Schedule
 from theory.symbolic import FloatArray, Formula, vacuous
 from theory.symbols import symbol
 
@@ -181,7 +181,8 @@ def step_count(expert: Expert) -> FloatArray:
     """Number of steps K, shape ``(...)``, from ``steps`` or from the length of a schedule."""
     if expert.steps is not None:
         return np.asarray(expert.steps, dtype=np.float64)
-    for value in (expert.learning_rate, expert.batch_size, expert.batch_gradient_norms, expert.batch_losses):
+    for field in ("learning_rate", "batch_size", *LOGS):
+        value = getattr(expert, field)
         if isinstance(value, Schedule):
             return np.asarray(value.steps, dtype=np.float64)
     raise RecipeError(f"expert {expert.name!r}: steps is missing; give the number of optimisation steps")

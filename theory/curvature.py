@@ -24,6 +24,7 @@ from theory.errors import MergeboundError
 from theory.function_space import Array, Optimum, uniform_weights
 
 _SMOOTHING = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+_ROUNDING = 1e-6  # relative: forms are sums of products in single precision
 _POWERS = (4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 
 
@@ -33,7 +34,7 @@ class CurvatureModel:
 
     Attributes:
         own_risk: F_j(x_j), in nats.
-        forms: Q_js, (anchors, K, K) for K coefficients, positive semidefinite (see :func:`positive_part`).
+        forms: Q_js, (anchors, K, K) for K coefficients, positive semidefinite (see :func:`positive_part`); checked.
         centre: e_j, (K,): the coefficients that give expert j.
     """
 
@@ -47,8 +48,20 @@ class CurvatureModel:
                 f"forms have shape {self.forms.shape}, expected (anchors, {len(self.centre)}, {len(self.centre)}): one "
                 "matrix per anchor over the coefficients of the centre"
             )
-        if not self.own_risk >= 0.0:
-            raise MergeboundError(f"own_risk = {self.own_risk}: a cross-entropy is at least zero; measure it again")
+        if not 0.0 <= self.own_risk < np.inf:
+            raise MergeboundError(
+                f"own_risk = {self.own_risk}: a cross-entropy is finite and at least zero; measure it again"
+            )
+        if not (np.isfinite(self.forms).all() and np.isfinite(self.centre).all()):
+            raise MergeboundError("forms or centre hold values that are not finite: collect the products again")
+        scale = np.abs(self.forms).max(axis=(1, 2), initial=0.0)
+        if (np.abs(self.forms - self.forms.swapaxes(1, 2)).max(axis=(1, 2), initial=0.0) > _ROUNDING * scale).any():
+            raise MergeboundError("forms are not symmetric: average each with its transpose (positive_part does)")
+        if (np.linalg.eigvalsh(self.forms).min(axis=1) < -_ROUNDING * scale * len(self.centre)).any():
+            raise MergeboundError(
+                "forms are not positive semidefinite, so the prediction would not be convex and its minimum not "
+                "proven: clip the eigenvalues of each (positive_part)"
+            )
 
     def curvature(self, alpha: npt.ArrayLike) -> Array:
         """``max_s q_js`` at coefficients (..., K): (...)."""

@@ -41,8 +41,8 @@ _EPSILON_FIELDS: dict[str, tuple[str, ...]] = {
     "Theorem 2 (envelope)": ("clock", "D_envelope"),
     "Theorem 2 (rms)": ("clock", "D_2"),
     "Theorem 2 (rms recursion)": ("clock", "D_2"),
-    "recursion, gap from the loss log": ("clock", "batch_losses", "L"),
-    "Theorem 2, gap from the loss log": ("clock", "batch_losses", "L"),
+    "recursion, gap from the loss log": ("clock", "batch_losses", "held_out_losses", "L"),
+    "Theorem 2, gap from the loss log": ("clock", "batch_losses", "held_out_losses", "L"),
     "cap sqrt(2) d": (),
     "measured": ("epsilon",),
 }

@@ -192,12 +192,22 @@ class QuadraticField:
 Field = LogitField | QuadraticField
 
 
+def _same_images(first: LogitField, second: LogitField) -> None:
+    """Refuse two fields of one task that were not collected for the same experts and on the same images."""
+    if first.slopes.shape != second.slopes.shape or not np.array_equal(first.labels, second.labels):
+        raise MergeboundError(
+            f"the {first.kind} and the {second.kind} differ in shape or labels ({first.slopes.shape} and "
+            f"{second.slopes.shape}): collect both for the same experts, on the same images in the same order"
+        )
+
+
 def second_order_field(at_secant: LogitField, at_tangent: LogitField) -> QuadraticField:
     """Tangent plus each expert's own quadratic term, so that it also passes through the expert: the curvature along
     Delta_i is read off from the secant's excess over the tangent.  Both fields must be anchored at the base.
 
     Exact for quadratic logits whose mixed second derivatives between task vectors vanish.
     """
+    _same_images(at_secant, at_tangent)
     excess = at_secant.slopes - at_tangent.slopes
     return QuadraticField(at_tangent.constant, at_tangent.slopes, excess, at_tangent.labels, "second_order")
 
@@ -208,7 +218,8 @@ def second_order(at_secant: LogitField, at_tangent: LogitField, alpha: npt.Array
 
 
 def combine(first: LogitField, second: LogitField, weight: float = 0.5) -> LogitField:
-    """The field ``(1 - weight) first + weight second``, averaged in the logits."""
+    """The field ``(1 - weight) first + weight second``, averaged in the logits: same experts, same images."""
+    _same_images(first, second)
     return LogitField(
         (1 - weight) * first.constant + weight * second.constant,
         (1 - weight) * first.slopes + weight * second.slopes,

@@ -250,7 +250,9 @@ def sure_response(log_w: FloatArray, steps: Steps, sampling: str) -> FloatArray:
 
 
 @np.errstate(all="ignore")
-def high_probability(merge: Merge, empirical_risk: ArrayLike, delta: ArrayLike) -> ConfidentRisk:
+def high_probability(
+    merge: Merge, empirical_risk: ArrayLike, delta: ArrayLike, *, surely: ArrayLike | None = None
+) -> ConfidentRisk:
     """Theorem 1 with high probability: ``F(M) <= F_S(M) + shift + deviation`` with probability at least ``1 - delta``.
 
     ``shift = sum p_i G_i c_i D_i tau_i/n_i``; ``deviation = sqrt(log(1/delta)/2 sum_i (2 G c_i S_i + p_i
@@ -262,9 +264,10 @@ def high_probability(merge: Merge, empirical_risk: ArrayLike, delta: ArrayLike) 
 
     Assumes, on all reachable x and for every sample set: losses in [0, B_i], G_i-Lipschitz, gaps at most D_i (2G);
     step factors known (L, no measured kappa); no momentum; heads not trained; independent samples.  c_i must hold for
-    every seed: DARE's is ``lambda/(1-drop)``, not its root mean square.  Reshuffling is the case of interest; under
-    independent batches S_i covers seeds that draw one batch again and again.  Raises :class:`RecipeError` or
-    :class:`AssumptionError` naming what is missing.
+    every seed: DARE's is ``lambda/(1-drop)``, not its root mean square; ``surely`` (shape ``(N, ...)``) gives it for
+    DELLA, ``operator("della").effect(...).surely``, whose ``sensitivity`` is a mean square.  Reshuffling is the case of
+    interest; under independent batches S_i covers seeds that draw one batch again and again.  Raises
+    :class:`RecipeError` or :class:`AssumptionError` naming what is missing.
 
     >>> run = dict(n=1000, batch_size=10, learning_rate=0.01, steps=200, curvature="convex", L=1.0, G=1.0, B=1.0)
     >>> pair = Merge((Expert("a", sampling="reshuffle", **run), Expert("b", sampling="reshuffle", **run)))
@@ -295,7 +298,7 @@ def high_probability(merge: Merge, empirical_risk: ArrayLike, delta: ArrayLike) 
         [times(largest_gap(expert), timing.tau / np.asarray(expert.n, dtype=np.float64)) for expert, timing in pairs]
     )
     fields = [_stack([_field(expert, name) for expert in merge.experts]) for name in ("n", "G", "B")]
-    p, c = per_expert(merge, "weights"), _surely_sensitive(merge)
+    p, c = per_expert(merge, "weights"), _surely_sensitive(merge, surely)
     p, c, n, G, B, s, S, mean = lifted(p, c, *fields, reach, joint, mean)
     shift = times(p * c * G, mean).sum(axis=0)
     influence = times(times(2 * times(p, G).sum(axis=0), c), S) + p * B / np.sqrt(n)  # 2-norm over the samples
@@ -354,13 +357,29 @@ def _refuse_uncertain(expert: Expert) -> None:
         )
 
 
-def _surely_sensitive(merge: Merge) -> FloatArray:
-    """c_i for every fixed seed: DARE multiplies by at most ``1/(1-drop)`` (rescaled) or 1."""
-    if merge.method != "dare" or merge.sensitivity is not None:
+def _surely_sensitive(merge: Merge, surely: ArrayLike | None) -> FloatArray:
+    """c_i for every fixed seed: DARE multiplies by at most ``1/(1-drop)`` (rescaled) or 1, whatever c was given."""
+    if surely is not None:
+        c = _numbers("high probability", "surely", surely)
+        if c.ndim == 0 or c.shape[0] != merge.size or not np.all(np.isfinite(c) & (c >= 0)):
+            raise RecipeError(
+                f"high probability: surely has shape {c.shape} or holds numbers below 0; give one finite sensitivity "
+                f"of at least 0 for each of the {merge.size} experts, valid for every seed"
+            )
+        return c
+    if merge.method == "della":
+        raise AssumptionError(
+            "high probability: the sensitivity of 'della' may be a root mean square over its random masks, but this "
+            "form needs one that holds for every seed; give surely, from operator('della').effect(...).surely"
+        )
+    if merge.method != "dare":
         return sensitivity(merge)
     drop = np.asarray(merge.drop_rate, dtype=np.float64)[None]
     alpha, keep = _lift(np.abs(per_expert(merge, "coefficients")), 1 - drop)
-    return np.asarray(alpha / keep if merge.rescale else alpha)
+    every_seed = np.asarray(alpha / keep if merge.rescale else alpha)
+    if merge.sensitivity is None:
+        return every_seed
+    return np.maximum(*_lift(sensitivity(merge), every_seed))
 
 
 _FIELDS = {

@@ -8,7 +8,8 @@ Conventions
 * Per-expert fields of :class:`Merge` (``weights``, ``coefficients``, ``sensitivity``) have the experts on the **first**
   axis (shape ``(N, ...)``).
 * A field that was measured and not known is listed in ``measured`` and lowers the tier of whatever uses it to
-  *estimated*; ``kappa``, ``drift``, ``epsilon``, ``batch_gradient_norms``, ``batch_losses`` always count as measured.
+  *estimated*; ``kappa``, ``drift``, ``epsilon``, ``batch_gradient_norms``, ``batch_losses``, ``held_out_losses``
+  always count as measured.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ Method = Literal[
 ]
 COEFFICIENT_METHODS = ("task_arithmetic", "dare", "wise_ft", "risk_optimal", "curvature_optimal", "adamerging")
 
-ALWAYS_MEASURED = ("kappa", "drift", "private_drift", "epsilon", "batch_gradient_norms", "batch_losses")
+ALWAYS_MEASURED = (
+    *("kappa", "drift", "private_drift", "epsilon"),
+    *("batch_gradient_norms", "batch_losses", "held_out_losses"),
+)
+LOGS = ("batch_gradient_norms", "batch_losses", "held_out_losses")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +113,15 @@ class Expert:
     where no other is given); ``B`` (largest value of a loss); for trained heads by the 2x2 recursion ``D_inf_shared``,
     ``D_inf_private`` (gaps of the two blocks of the gradient) and ``cross_smoothness`` (norm of the off-diagonal block
     of a per-sample Hessian, default ``(L - m)/2``);
-    ``initial_risk`` F_S(x_0), ``training_risk`` E F_S(x_K), ``minimal_risk`` (smallest value of the training
+    ``initial_risk`` F_S(x_0), ``training_risk`` E F_S(x_K) (the expectation itself and no upper bound of it, because
+    drift by 6(c) subtracts it), ``minimal_risk`` (smallest value of the training
     objective), ``minimizer_distance`` (rms distance of x_0 from a minimiser of it), ``base_norm`` (norm of x_0, needed
     by energy arguments with decay).
 
     What was measured: ``drift`` (rms norm of the task vector; of its shared part if ``private_drift`` is given),
     ``private_drift``, ``epsilon`` (stability), ``batch_gradient_norms`` (per step, rms over runs, of the batch gradient
-    with decay), ``batch_losses`` (per step, the batch loss before the step).
+    with decay), ``batch_losses`` (per step, the batch loss before the step), ``held_out_losses`` (per step, the loss on
+    fresh samples before the step: E F(x_k), which gaps from the loss need where steps contract).
 
     Raises :class:`RecipeError` that names expert, field and remedy.
     """
@@ -160,6 +167,7 @@ class Expert:
     D_inf_private: Values | None = None
     cross_smoothness: Values | None = None
     minimizer_distance: Values | None = None
+    held_out_losses: Schedule | None = None
 
     def __post_init__(self) -> None:
         _validate_expert(self)
@@ -174,7 +182,8 @@ class Merge:
     """How experts were merged, and what is claimed about their data (theory sections 1, 7, 10).
 
     ``weights`` p (shape ``(N, ...)``, default 1/N) weigh the tasks in the joint risk.  ``coefficients`` alpha: a number
-    (common) or shape ``(N, ...)``; ``average`` always uses 1/N; ``weighted`` defaults to ``weights``;
+    (common) or shape ``(N, ...)``; ``average`` always uses 1/N; ``weighted`` defaults to ``weights`` and takes given
+    ones as they are (the shipped method divides them by their sum by default, as :func:`theory.merge_with` does);
     ``task_arithmetic`` and ``dare`` need them.  ``drop_rate``, ``rescale`` and ``independent_masks`` describe DARE.
 
     Claims, ``None`` meaning "not stated": ``shared_samples`` (A1 is broken: tasks share samples),
@@ -299,7 +308,7 @@ def _validate_expert(expert: Expert) -> None:
         if value is not None or field == "weight_decay":
             array = _numbers(owner, field, value)
             _require(owner, field, array, np.isfinite(array) & (array >= 0), "give a finite number of at least 0")
-    for field in ("batch_gradient_norms", "batch_losses"):
+    for field in LOGS:
         logged = getattr(expert, field)
         if logged is not None:
             if not isinstance(logged, Schedule):
@@ -315,7 +324,7 @@ def _validate_expert(expert: Expert) -> None:
 def _validate_steps(owner: str, expert: Expert) -> None:
     lengths = {
         field: getattr(expert, field).steps
-        for field in ("learning_rate", "batch_size", "batch_gradient_norms", "batch_losses")
+        for field in ("learning_rate", "batch_size", *LOGS)
         if isinstance(getattr(expert, field), Schedule)
     }
     if expert.steps is not None:

@@ -139,9 +139,9 @@ def epsilon_floor(variance_given_seeds: ArrayLike, n: ArrayLike) -> FloatArray:
 
 
 def _refuse_contraction(expert: Expert) -> tuple[Steps, NDArray[np.bool_]]:
-    """The steps, and where they contract no more than the decay makes them, which gaps from the loss need.
+    """The steps, and where they contract no more than the decay makes them, which gaps from the training loss need.
 
-    Refuses an expert that meets this nowhere.
+    Refuses an expert that meets this nowhere, unless ``held_out_losses`` serve in its place (independent batches).
     """
     if expert.batch_losses is None or expert.L is None:
         raise RecipeError(
@@ -152,33 +152,52 @@ def _refuse_contraction(expert: Expert) -> tuple[Steps, NDArray[np.bool_]]:
     excess = step_excess(expert, length, per_step=True)
     decay = length * np.asarray(expert.weight_decay, dtype=np.float64)[..., None]
     covered = np.all(excess >= -decay * (1 + 1e-12) - 1e-15, axis=-1)
-    if not np.any(covered):
+    if not np.any(covered) and not _fresh_gap_applies(expert):
+        remedy = "" if expert.sampling == "reshuffle" else "held_out_losses (E F(x_k) before every step), "
         raise AssumptionError(
             f"expert {expert.name!r}: the steps contract (strongly_convex curvature, or a measured kappa < 0), "
-            "where the gap from the loss also needs the population risk; give D_2 or D_inf, or curvature 'convex'"
+            f"where the gap from the loss also needs the population risk; give {remedy}D_2 or D_inf, or curvature "
+            "'convex'"
         )
     return steps, covered
 
 
-def _per_step_gap(expert: Expert) -> FloatArray:
-    """D_k from the logged batch losses, ``2 sqrt(2 L E F)`` (theory section 5, from the loss); shape ``(..., K)``."""
+def _fresh_gap_applies(expert: Expert) -> bool:
+    """Whether the gap may be taken from losses of a training and of a fresh sample at the same twin."""
+    return expert.held_out_losses is not None and expert.sampling != "reshuffle"
+
+
+def _per_step_gap(expert: Expert, covered: NDArray[np.bool_]) -> FloatArray:
+    """D_k from the logged losses (theory section 5, from the loss); shape ``(..., K)``.
+
+    ``2 sqrt(2 L E F_B)`` where ``covered`` (shape ``(...)``): the steps do not contract; ``sqrt(2 L E F_S) + sqrt(2 L
+    E F)`` with ``held_out_losses`` under independent batches, whatever the steps; the smaller where both hold, ``inf``
+    where none does.
+    """
     assert expert.batch_losses is not None
-    losses = expert.batch_losses.values
     high = np.asarray(expert.L, dtype=np.float64)
-    return np.asarray(2 * np.sqrt(2 * (high[..., None] if high.ndim else high) * losses))
+    stiffness = high[..., None] if high.ndim else high
+    trained = np.sqrt(2 * stiffness * expert.batch_losses.values)
+    gap = np.where(covered[..., None], 2 * trained, np.inf)
+    if _fresh_gap_applies(expert):
+        assert expert.held_out_losses is not None
+        gap = np.minimum(gap, trained + np.sqrt(2 * stiffness * expert.held_out_losses.values))
+    return np.asarray(gap)
 
 
 @vacuous
 def epsilon_from_losses(expert: Expert, timing: Clock, log_w: FloatArray) -> FloatArray:
     """Stability from the training log alone (theory section 5): per-sample L and the batch loss before each step.
 
-    First two samplings: rms form with D_k inside; reshuffling: ``sum_epochs sqrt(sum_k w_k^2 D_k^2/(n b_k))``.  Both
-    need steps that contract no more than the decay makes them (``m <= 0`` or ``kappa >= 0``): the step of the exchanged
-    sample is not common to the twins, so its share of a contraction cannot be used together with this gap.  Raises
+    First two samplings: rms form with D_k inside; reshuffling: ``sum_epochs sqrt(sum_k w_k^2 D_k^2/(n b_k))``.  The gap
+    ``D_k = 2 sqrt(2 L E F)`` needs steps that contract no more than the decay makes them (``m <= 0`` or ``kappa >=
+    0``): the step of the exchanged sample is not common to the twins, so its share of a contraction cannot be used
+    together with this gap.  Where steps contract, the first two samplings take ``D_k = sqrt(2 L E F_S(x_k)) + sqrt(2 L
+    E F(x_k))`` from ``held_out_losses`` (both gradients at one twin: one of its samples and a fresh one).  Raises
     :class:`AssumptionError` where it does not apply.
     """
     steps, covered = _refuse_contraction(expert)
-    gap = _per_step_gap(expert)
+    gap = _per_step_gap(expert, covered)
     n = np.asarray(expert.n, dtype=np.float64)[..., None]
     b, place = steps.batch_size, steps.position
     with np.errstate(over="ignore"):
@@ -187,14 +206,14 @@ def epsilon_from_losses(expert: Expert, timing: Clock, log_w: FloatArray) -> Flo
     if expert.sampling != "reshuffle":
         spread = 1 / (b * n) - 1 / n**2 if expert.sampling == "without_replacement" else (1 - 1 / n) / (b * n)
         noise = times(pushed**2, np.maximum(spread, 0.0)).sum(axis=-1)
-        return np.where(covered, (pushed / n).sum(axis=-1) + np.sqrt(noise), np.inf)
+        return np.asarray((pushed / n).sum(axis=-1) + np.sqrt(noise))
     total, running = np.zeros(pushed.shape[:-1]), np.zeros(pushed.shape[:-1])
     square = times(pushed, pushed) / (b * n)
     for k in range(pushed.shape[-1]):
         starts = place[..., k] == 0
         total = np.where(starts, total + np.sqrt(running), total)
         running = np.where(starts, 0.0, running) + square[..., k]
-    return np.where(covered, total + np.sqrt(running), np.inf)
+    return np.asarray(total + np.sqrt(running))
 
 
 def largest_gap(expert: Expert) -> FloatArray:
@@ -314,4 +333,6 @@ def epsilon_recursion_from_losses(expert: Expert) -> FloatArray:
     """The sharper recursion with D_k from the logged losses; the conditions of :func:`epsilon_from_losses`."""
     require_recursion(expert)
     _, covered = _refuse_contraction(expert)
-    return np.where(covered, epsilon_recursion(expert, Schedule(_per_step_gap(expert))), np.inf)
+    gap = _per_step_gap(expert, covered)
+    known = np.all(np.isfinite(gap), axis=-1)
+    return np.where(known, epsilon_recursion(expert, Schedule(np.where(np.isfinite(gap), gap, 0.0))), np.inf)

@@ -91,6 +91,14 @@ def loss_log() -> tuple[float, float]:
     return _pair(expert_moments(task, [0.0], run).epsilon, epsilon_recursion_from_losses(run))
 
 
+def held_out_log() -> tuple[float, float]:
+    """One centred sample, fitted at once: its loss is then 0 and that of a fresh one 1, and sqrt(2) is remembered."""
+    task = QuadraticTask(np.eye(1), np.zeros(1), np.eye(1))
+    run = Expert("a", 1, 1, 1.0, 2, curvature="strongly_convex", L=1.0, mu=1.0)
+    run = replace(run, batch_losses=Schedule(np.array([0.5, 0.0])), held_out_losses=Schedule(np.array([0.5, 1.0])))
+    return _pair(expert_moments(task, [0.0], run).epsilon, epsilon_recursion_from_losses(run))
+
+
 def aggregation() -> tuple[float, float]:
     """Two tasks, each with its own curvature, moved straight away from its minimiser, the second from the base."""
     root = np.array([sqrt(0.5) * 3.0, sqrt(0.5 * 4.0) * 5.0])  # sqrt risks of the merge: L = 1 at 3, L = 4 at 5

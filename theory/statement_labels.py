@@ -387,6 +387,14 @@ def _further() -> tuple[Statement, ...]:
             "one step: every centred noise gives the same; more steps: random recipes of the tests",
         ),
         Statement(
+            "stability, gap from held-out losses",
+            "section 5",
+            "tight",
+            1.0,
+            "one sample, fitted in one step",
+            instances.held_out_log,
+        ),
+        Statement(
             "stability, shared samples", "section 1", "tight", 1.0, "one sample for all", instances.shared_samples
         ),
         Statement("training risk, distance", "section 8", "tight", 1.0, "one curvature", instances.distance),

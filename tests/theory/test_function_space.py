@@ -320,3 +320,12 @@ def test_wrong_number_of_coefficients_is_refused_by_name() -> None:
 def test_empty_bounds_are_refused_by_name(bounds: tuple[float, float]) -> None:
     with pytest.raises(MergeboundError, match="bounds"):
         minimise_risk(random_fields(np.random.default_rng(7)), bounds=bounds)
+
+
+@pytest.mark.parametrize("join", [combine, second_order_field])
+def test_fields_of_other_images_are_not_joined(join: Any) -> None:
+    base, slopes = np.zeros((2, 2)), np.ones((3, 2, 2))
+    field = LogitField(base, slopes, np.array([0, 1]), "secant")
+    for other in (replace(field, labels=np.array([1, 0])), replace(field, slopes=slopes[:1])):
+        with pytest.raises(MergeboundError, match="same images"):
+            join(field, other)

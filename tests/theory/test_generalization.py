@@ -257,6 +257,29 @@ def test_broadcasts_and_tiers() -> None:
     assert float(l1_gap(adam).value) == pytest.approx(0.2)
 
 
+def test_trap_a_mean_square_sensitivity_given_by_hand_does_not_hold_for_every_seed() -> None:
+    """A rescaled mask of rate 3/4 multiplies by 4 when it keeps; its root mean square is 2, for DELLA too."""
+    from theory import merge_with, operator
+
+    run = logistic("a", "reshuffle", 4, 1, 4, 0.1)
+    pair = (run, replace(run, name="b"))
+    sure = high_probability(Merge(pair, method="dare", coefficients=0.5, drop_rate=0.75), 0.0, 0.1)
+    by_hand = Merge(pair, method="dare", coefficients=0.5, drop_rate=0.75, sensitivity=1.0, dispersion=0.1)
+    assert float(high_probability(by_hand, 0.0, 0.1).value) == pytest.approx(float(sure.value))
+    settings = dict(drop=0.75, window=0.0, election="none", aggregation="sum", coefficient=0.5, rescaling="probability")
+    della = merge_with(pair, "della", settings, dispersion=0.1)
+    np.testing.assert_allclose(della.sensitivity, 1.0)  # type: ignore[arg-type]  # mean square, not 2
+    with pytest.raises(AssumptionError, match="surely"):
+        high_probability(della, 0.0, 0.1)
+    every = operator("della").effect(2, **settings).surely
+    assert every is not None
+    found = high_probability(della, 0.0, 0.1, surely=every)
+    assert float(found.value) == pytest.approx(float(sure.value))
+    for wrong in (2.0, [2.0], [2.0, -1.0], [2.0, np.nan]):
+        with pytest.raises(RecipeError, match="surely"):
+            high_probability(della, 0.0, 0.1, surely=wrong)
+
+
 def test_refusals_name_the_field() -> None:
     run = logistic("a", "reshuffle", 4, 1, 4, 0.1)
 

@@ -121,6 +121,55 @@ def test_log_based_gap_needs_the_right_curvature() -> None:
         epsilon_from_losses(contracting, timing, timing.log_w)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_gap_from_held_out_losses_keeps_the_contraction(seed: int) -> None:
+    """Strongly convex quadratics: sqrt(2L F_S) + sqrt(2L F) at one twin, both risks exact at every step."""
+    from quadratic_recipes import random_task
+
+    from theory import expert_epsilon, expert_moments
+    from theory.clocks import log_response
+
+    rng = np.random.default_rng(seed)
+    task, base = random_task(rng, 2, flat=False), rng.standard_normal(2)
+    mu, L = np.linalg.eigvalsh(task.H)
+    n, steps = int(rng.integers(1, 12)), int(rng.integers(2, 20))
+    run = Expert(
+        "a",
+        n,
+        int(rng.integers(1, n + 1)),
+        float(rng.uniform(0.05, 1.5)) / (L + 0.2),
+        steps,
+        momentum=float(rng.choice([0.0, 0.0, 0.5])),
+        weight_decay=float(rng.choice([0.0, 0.2])),
+        sampling=str(rng.choice(["without_replacement", "with_replacement"])),  # type: ignore[arg-type]
+        curvature="strongly_convex",
+        L=L,
+        mu=mu,
+    )
+    found = [expert_moments(task, base, replace(run, steps=k)) for k in range(1, steps)]
+    away = base - task.theta
+    first = 0.5 * (away @ task.H @ away + np.trace(task.H @ task.Omega))
+    trained = np.maximum([first, *(float(one.training_risk) for one in found)], 0.0)
+    fresh = np.array([first, *(float(one.risk) for one in found)])
+    logged = replace(run, batch_losses=Schedule(trained), held_out_losses=Schedule(fresh))
+    timing = clock(logged)
+    exact = float(expert_moments(task, base, run).epsilon)
+    value = float(epsilon_from_losses(logged, timing, log_response(logged)))
+    gap = np.sqrt(2 * L * trained) + np.sqrt(2 * L * fresh)
+    w, b = np.exp(log_response(run)), float(run.batch_size)  # type: ignore[arg-type]
+    spread = 1 / (b * n) - 1 / n**2 if run.sampling == "without_replacement" else (1 - 1 / n) / (b * n)
+    by_hand = w @ gap / n + np.sqrt(np.sum(w**2 * gap**2) * max(spread, 0.0))
+    assert exact <= value * (1 + 1e-12)
+    assert value == pytest.approx(by_hand, rel=1e-9)
+    best, form = expert_epsilon(logged)
+    assert exact <= float(best) * (1 + 1e-12)
+    assert "loss log" in form
+    shuffled = replace(logged, sampling="reshuffle", momentum=0.0)
+    timing = clock(shuffled)
+    with pytest.raises(RecipeError, match="population risk"):
+        epsilon_from_losses(shuffled, timing, log_response(shuffled))
+
+
 def test_trap_gap_from_the_loss_under_reshuffling_needs_no_contraction_either() -> None:
     """One sample, f = (x - z)^2/2, x_0 = E z: the run forgets x_0, the loss falls to 0, and the twins end apart.
 

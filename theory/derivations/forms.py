@@ -184,7 +184,9 @@ def stability_forms() -> Derivation:
             ),
             Step(
                 r"the step of the exchanged sample is not common: this gap needs $m \le 0$ or $\kappa \ge 0$ (any "
-                r"sampling), so that dropping the contraction costs nothing",
+                r"sampling), so that dropping the contraction costs nothing; with a fresh sample's loss, "
+                r"$D_k = \sqrt{2L\,\mathbb EF_S(x_k)} + \sqrt{2L\,\mathbb EF(x_k)}$ has both gradients at one twin and "
+                r"needs neither (independent batches)",
                 "assumption",
                 "section 5, from the loss",
             ),
