@@ -188,7 +188,7 @@ class RemoteFile:
         Raises:
             CheckpointError: it is another one, or it is gone.
         """
-        if _look(self.place, self.limits) != (self.size, self.marks):
+        if look(self.place, self.limits) != (self.size, self.marks):
             raise CheckpointError(f"{self.shown}: the file changed while it was in use: open it again")
 
 
@@ -235,7 +235,7 @@ def open_weights(url: str, limits: Limits | None = None) -> RemoteWeights:
     def open_shard(name: str) -> tuple[RemoteFile, SafetensorsFile]:
         try:
             shard = open_file(beside(main.place.url, name), given)
-        except _Missing:
+        except Missing:
             raise CheckpointError(f"{main.shown}: the shard '{name}' is missing: put it in the same folder") from None
         return shard, _contents(shard)
 
@@ -253,7 +253,7 @@ def open_file(url: str, limits: Limits | None = None) -> RemoteFile:
     """
     given = Limits() if limits is None else limits
     place = connect(url)
-    size, marks = _look(place, given)
+    size, marks = look(place, given)
     return RemoteFile(place, size, marks, given)
 
 
@@ -308,7 +308,7 @@ def version_of(url: str, limits: Limits | None = None) -> dict[str, Any]:
     return {"url": shown(url), "size": main.size, "version": {key: value[:200] for key, value in main.marks}}
 
 
-def is_folder(url: str, limits: Limits | None = None) -> bool:
+def is_folder(url: str) -> bool:
     """Whether a URL names something else than a file of weights or an index."""
     return not last_name(url).endswith((".safetensors", SAFETENSORS_INDEX, LEGACY_INDEX, *LEGACY_SUFFIXES))
 
@@ -462,7 +462,7 @@ def requests(limits: Limits) -> Iterator[Requests]:
         pool.close()
 
 
-class _Missing(CheckpointError):
+class Missing(CheckpointError):
     """There is no such object."""
 
 
@@ -474,7 +474,7 @@ def _telling(place: Place, ask: Any) -> Any:
             return ask()
         except Exception as error:
             if is_missing(error):
-                raise _Missing(f"{place.shown}: there is no such file: check the address") from None
+                raise Missing(f"{place.shown}: there is no such file: check the address") from None
             raise
 
     return call
@@ -484,8 +484,12 @@ def _forget(place: Place) -> None:
     place.fs.invalidate_cache(None if place.web else place.fs._parent(place.path))
 
 
-def _look(place: Place, limits: Limits) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Size and version of an object, as they are now."""
+def look(place: Place, limits: Limits) -> tuple[int, tuple[tuple[str, str], ...]]:
+    """Size in bytes and version of an object, as they are now.
+
+    Raises:
+        CheckpointError: nothing there (:class:`Missing`), refused, no answer, or not a file.
+    """
 
     def ask() -> dict[str, Any]:
         _forget(place)
@@ -512,7 +516,7 @@ def _main(url: str, limits: Limits) -> RemoteFile:
         for candidate in ("model.safetensors", "model" + SAFETENSORS_INDEX):
             try:
                 return open_file(within(url, candidate), limits)
-            except _Missing:
+            except Missing:
                 continue
         raise CheckpointError(
             f"{shown(url)}: there is no model.safetensors and no index at this web address: name the file"

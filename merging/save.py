@@ -3,7 +3,7 @@
 Everything is written under hidden temporary names beside the target and flushed to the disk first.  Then it is
 renamed, the index last and under a lock of the folder, so that whoever looks at the final name finds the old
 checkpoint, none, or the new one, even if the writer is killed (hidden ``.tmp`` files may then remain, and ``.old``
-files with what was there).
+files with what was there, until the same target is overwritten again).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Literal
 from merging.errors import CheckpointError
 from merging.folder import INDEX_SUFFIXES, SAFETENSORS_INDEX, companions, foreign, with_storage_type
 from merging.lazy import Spec, specs
+from merging.remote_path import last_name, shown, url_of
 from merging.types import StateDict
 from merging.writer import (
     Outline,
@@ -65,6 +66,12 @@ def save_state_dict(
     Raises:
         CheckpointError: wrong suffix, missing folder, or the disk refuses.
     """
+    url = url_of(path)
+    if url is not None:
+        if not last_name(url).endswith(_SUFFIX):
+            raise CheckpointError(f"{shown(url)}: checkpoints are written as .safetensors only: change the suffix")
+        save_checkpoint(path, tensors, metadata, overwrite=True)
+        return
     target = Path(path)
     if target.suffix != _SUFFIX:
         raise CheckpointError(f"{target}: checkpoints are written as .safetensors only: change the suffix")
@@ -95,7 +102,7 @@ def save_checkpoint(
     tokenizer and license files of ``source``.  The same content gives the same bytes, whatever the mapping's order.
 
     Args:
-        target: where to; its parent must exist.
+        target: where to; its parent must exist.  A URL works too: see :mod:`merging.remote_write`.
         tensors: what to write; a lazy mapping is fetched tensor by tensor.
         metadata: a JSON-serialisable record of how the checkpoint came about, kept in every shard and in the index.
         max_shard_size: bytes, or text such as ``"5GB"`` (10^9) or ``"500MiB"`` (2^20); a larger tensor gets a shard of
@@ -116,6 +123,16 @@ def save_checkpoint(
     Raises:
         CheckpointError: the target exists, cannot be written, or is of another format; a tensor cannot be stored.
     """
+    url = url_of(target)
+    if url is not None:
+        from merging.remote_write import save_remote
+
+        def save(place: Path) -> Path:
+            return save_checkpoint(
+                place, tensors, metadata, max_shard_size=max_shard_size, source=source, fill=fill, resume=resume
+            )
+
+        return save_remote(url, save, overwrite=overwrite, resume=resume)
     place = Path(target)
     _check_parent(place)
     if not tensors:
@@ -212,7 +229,7 @@ def _write_folder(
 ) -> Path:
     """Write a hidden folder beside the target, then rename it."""
     _check_replaceable(target, overwrite=overwrite)
-    carried = () if source is None or not Path(source).is_dir() else tuple(companions(Path(source)))
+    carried = _carried(source)
     folder = writer.temporary(target)
     folder.mkdir(exist_ok=writer.resume is not None)
     with writer.cleaning([folder]):
@@ -243,9 +260,19 @@ def _write_folder(
                     os.rename(aside, target)
                 raise
             confirm(target)
-            if aside is not None:
-                _remove(target, [aside])
+            _remove(target, _put_aside(target) if overwrite else [])
     return target
+
+
+def _carried(source: str | os.PathLike[str] | None) -> tuple[tuple[str, bytes], ...]:
+    if source is None:
+        return ()
+    url = url_of(source)
+    if url is not None:
+        from merging.remote import is_folder, remote_companions
+
+        return tuple(remote_companions(url)) if is_folder(url) else ()
+    return tuple(companions(Path(source))) if Path(source).is_dir() else ()
 
 
 @dataclass(frozen=True)
@@ -328,10 +355,15 @@ class _Writer:
 
 def leftovers(target: Path) -> list[Path]:
     """Temporary files of interrupted writers of a target: what :func:`save_checkpoint` would go on from, and others."""
-    name = re.escape(target.name.removesuffix(_SUFFIX))
-    ending = rf"(-\d{{5}}-of-\d{{5}})?{re.escape(_SUFFIX)}(\.index\.json)?" if target.suffix == _SUFFIX else ""
-    pattern = re.compile(rf"\.{name}{ending}\.[0-9a-f]{{12}}\.(partial|journal)")
+    pattern = re.compile(_hidden_names(target, 12, "(partial|journal)"))
     return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def _hidden_names(target: Path, digits: int, suffix: str) -> str:
+    """The hidden names of a target's file, shards and index, or of its folder, as a regular expression."""
+    name = re.escape(target.name.removesuffix(_SUFFIX))
+    shards = rf"(-\d{{5}}-of-\d{{5}})?{re.escape(_SUFFIX)}(\.index\.json)?" if target.suffix == _SUFFIX else ""
+    return rf"\.{name}{shards}\.[0-9a-f]{{{digits}}}\.{suffix}"
 
 
 def _tidy(target: Path) -> None:
@@ -450,7 +482,13 @@ def _publish(
             raise
         confirm(main[1])
         current = {main[1], *placed}
-        _remove(main[1], [*(path for path in previous if path not in current), *(backup for backup, _ in aside)])
+        stale = [*(path for path in previous if path not in current), *(backup for backup, _ in aside)]
+        _remove(main[1], [*stale, *(_put_aside(names[0]) if overwrite else ())])
+
+
+def _put_aside(target: Path) -> list[Path]:
+    """What writers that were killed while they replaced a target put aside (no other does so now: see _locked)."""
+    return sorted(path for path in target.parent.iterdir() if re.fullmatch(_hidden_names(target, 8, "old"), path.name))
 
 
 def _remove(target: Path, stale: Sequence[Path]) -> None:
