@@ -121,7 +121,7 @@ class Runner:
             form.strictness is not None,
             bodies,
             starts,
-            who,
+            np.ascontiguousarray(who),  # one kind of array: numba compiles a loop for each
             used_weights if form.turned else ones,
             used_weights if form.voting or not elects else ones,
             ones if form.turned else used_weights,
