@@ -52,7 +52,7 @@ def check_compatible(
                 )
         if len(found) > len(known):
             for name in found:
-                if name not in known and not chosen.is_private(name):
+                if name not in own and not chosen.is_private(name):
                     raise CheckpointError(f"{expert}: tensor '{name}' does not exist in the base: {remedies}")
 
 

@@ -112,7 +112,7 @@ def assert_same(found: Outcome, expected: Outcome) -> None:
         assert found == expected
         return
     for name, tensor in found.items():
-        assert tensor.dtype == expected[name].dtype and tensor.shape == expected[name].shape, name
+        assert (tensor.dtype, tensor.shape) == (expected[name].dtype, expected[name].shape), name
         if not np.array_equal(bits(tensor), bits(expected[name])):
             places = (bits(tensor) != bits(expected[name])).nonzero()[0] // tensor.element_size()
             place = int(places[0])
