@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from theory.errors import MergeboundError
 from theory.function_space import Array, Labels, cross_entropy, log_softmax
 from theory.symbolic import Formula, evaluate
 from theory.symbols import symbol
@@ -50,6 +51,74 @@ def remainder_bound(logits: Array, labels: Labels, remainder: Array) -> Array:
 def output_bound(own_risk: npt.ArrayLike, change: Array) -> Array:
     """Label-free certificate F_j(M) <= ( sqrt(F_j(x_j)) + sqrt(E range(delta)^2 / 8) )^2, delta = h(M) - h(x_j)."""
     return evaluate(output_formula, own_risk, np.sqrt((logit_range(change) ** 2).mean(axis=-1)))
+
+
+def output_bound_everywhere(
+    own_losses: npt.ArrayLike,
+    ranges: npt.ArrayLike,
+    alpha: npt.ArrayLike,
+    own: int,
+    *,
+    delta: float | None = None,
+    largest_loss: float | None = None,
+    largest_range: float | None = None,
+) -> Array:
+    """The label-free certificate for **all** coefficients at once, from N numbers per image.
+
+    Statement: for logits that are affine in alpha, ``sqrt F_j(M) <= sqrt F_j(x_j) + sum_i |alpha_i - [i = j]| rho_i /
+    sqrt 8`` with ``rho_i^2 = E range(s_ji)^2`` (Minkowski).  Without ``delta`` it is exact on the images given.  With
+    it, F_j is the risk on the population the images were drawn from (independently, and not used to train or choose
+    x_j or the field), and the bounds of all alpha hold *simultaneously* with probability at least ``1 - delta``: N + 1
+    upper confidence limits (Hoeffding, ``delta/(N+1)`` each), none of which depends on alpha.
+
+    Args:
+        own_losses: losses of expert j, (n,).
+        ranges: range over classes of each slope ``s_ji`` (:func:`logit_range` of a field's ``slopes``), (N, n).
+        alpha: (..., N).
+        own: j, the place of the task's own expert among the N.
+        delta: probability of failure, in (0, 1); needs the next two.
+        largest_loss, largest_range: no loss and no range of the population exceeds them.  Losses may be clipped: then
+            F_j is the risk of the clipped loss on both sides (clipping is a contraction of the root).
+
+    Returns:
+        Upper bounds, (...): a theorem for linearised models, *estimated* otherwise (add the remainder's range).
+
+    Raises:
+        MergeboundError: shapes that do not fit, negative values, or values above what is stated.
+
+    >>> float(output_bound_everywhere([0.5, 0.5], [[2.0, 2.0], [1.0, 3.0]], [1.0, 0.0], 0).round(9))  # the expert
+    0.5
+    """
+    losses, spread, a = (np.asarray(value, dtype=np.float64) for value in (own_losses, ranges, alpha))
+    if losses.ndim != 1 or not losses.size or spread.ndim != 2 or spread.shape[1] != losses.size:
+        raise MergeboundError(
+            f"own_losses has shape {losses.shape} and ranges {spread.shape}: give (images,) and (experts, images)"
+        )
+    count, n = spread.shape
+    if a.shape[-1:] != (count,) or not np.isfinite(a).all():
+        raise MergeboundError(f"alpha has shape {a.shape} or is not finite: give {count} numbers, one per expert")
+    if not 0 <= own < count:
+        raise MergeboundError(f"own = {own}, expected 0..{count - 1}: the place of the task's own expert")
+    for name, values in (("own_losses", losses), ("ranges", spread)):
+        if not (np.isfinite(values) & (values >= 0.0)).all():
+            raise MergeboundError(f"{name} holds values that are negative or not finite: collect the logits again")
+    risk, squares = losses.mean(), (spread**2).mean(axis=1)
+    if delta is not None:
+        if not 0.0 < delta < 1.0 or largest_loss is None or largest_range is None:
+            raise MergeboundError(
+                "delta needs a value in (0, 1), largest_loss and largest_range: clip the loss, and state what no range "
+                "exceeds; or leave delta out for these images only"
+            )
+        if losses.max() > largest_loss or spread.max() > largest_range:
+            raise MergeboundError(
+                "own_losses exceed largest_loss, or ranges exceed largest_range: clip the losses or raise the first, "
+                "raise the second (ranges cannot be clipped)"
+            )
+        slack = np.sqrt(np.log((count + 1) / delta) / (2 * n))
+        risk, squares = risk + largest_loss * slack, squares + largest_range**2 * slack
+        risk, squares = min(risk, largest_loss), np.minimum(squares, largest_range**2)
+    moved = np.abs(a - np.eye(count)[own]) @ np.sqrt(squares)
+    return evaluate(output_formula, risk, moved)
 
 
 def output_bound_labelled(logits: Array, labels: Labels, change: Array) -> Array:

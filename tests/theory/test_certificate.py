@@ -16,9 +16,11 @@ from theory.certificate import (
     gradient_aware_risk,
     logit_range,
     output_bound,
+    output_bound_everywhere,
     output_bound_labelled,
     remainder_bound,
 )
+from theory.errors import MergeboundError
 from theory.function_space import Array, Labels
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -180,3 +182,67 @@ def test_negative_curvature_counts_as_none_and_taylor_stays_nonnegative() -> Non
     own, weights = np.array([0.5, 2.0]), np.array([0.5, 0.5])
     assert curvature_risk(own, np.array([-1.0, -3.0]), weights) == pytest.approx(1.25)
     assert gradient_aware_risk(own, np.array([-9.0, 0.0]), np.array([-1.0, 0.0]), weights) == pytest.approx(1.0)
+
+
+def _pool(rng: np.random.Generator, experts: int, images: int) -> tuple[Array, Array, Labels, int]:
+    """Constant and slopes of an affine logit field, labels, and the place of the own expert."""
+    slopes = rng.standard_normal((experts, images, 4)) * rng.uniform(0.1, 2.0, (experts, 1, 1))
+    return rng.standard_normal((images, 4)), slopes, rng.integers(0, 4, images), int(rng.integers(experts))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_certificate_everywhere_on_a_pool(seed: int) -> None:
+    """Never below the loss of any mixture of affine logits, never below the certificate of that mixture alone."""
+    rng = np.random.default_rng(seed)
+    constant, slopes, labels, own = _pool(rng, 3, 30)
+    alpha = rng.uniform(-0.5, 1.5, (200, 3))
+    ours = constant + slopes[own]
+    bound = output_bound_everywhere(losses(ours, labels), logit_range(slopes), alpha, own)
+    for a, upper in zip(alpha, bound, strict=True):
+        moved = constant + np.tensordot(a, slopes, axes=1)
+        assert losses(moved, labels).mean() <= upper
+        assert output_bound(losses(ours, labels).mean(), moved - ours) <= upper * (1 + 1e-12)
+
+
+def test_trap_certificate_of_a_pool_is_none_of_the_population() -> None:
+    """Ten images of a population: the pool's certificate is below the population's risk in more than a tenth of the
+    draws; with confidence limits the bounds of all coefficients hold at once far more often than stated."""
+    rng = np.random.default_rng(0)
+    constant, slopes, labels, own = _pool(rng, 2, 500)
+    hard = np.arange(500) < 50  # where the expert is wrong by far; nothing moves there
+    constant[hard], slopes[:, hard] = 0.0, 0.0
+    constant[hard, (labels[hard] + 1) % 4] = 6.0
+    constant[~hard, labels[~hard]] += 8.0
+    slopes *= 0.05
+    alpha = np.array([[x, y] for x in np.linspace(0, 1, 5) for y in np.linspace(0, 1, 5)])
+    ours, ranges = losses(constant + slopes[own], labels), logit_range(slopes)
+    truth = np.array([losses(constant + np.tensordot(a, slopes, axes=1), labels).mean() for a in alpha])
+    limits = dict(delta=0.1, largest_loss=float(ours.max()), largest_range=float(ranges.max()))
+    naive, sure, draws = 0, 0, 400
+    for _ in range(draws):
+        seen = rng.integers(0, 500, 10)
+        naive += bool(np.any(output_bound_everywhere(ours[seen], ranges[:, seen], alpha, own) < truth))
+        sure += bool(np.any(output_bound_everywhere(ours[seen], ranges[:, seen], alpha, own, **limits) < truth))  # type: ignore[arg-type]
+    assert naive > 0.1 * draws
+    assert sure <= 0.1 * draws
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(own_losses=[[0.1]]), "own_losses"),
+        (dict(ranges=[[1.0], [2.0]]), "ranges"),
+        (dict(alpha=[0.5]), "alpha"),
+        (dict(alpha=[0.5, np.nan]), "alpha"),
+        (dict(own=2), "own"),
+        (dict(own_losses=[0.1, -0.1]), "own_losses"),
+        (dict(delta=0.1), "largest_loss"),
+        (dict(delta=1.0, largest_loss=1.0, largest_range=9.0), "delta"),
+        (dict(delta=0.1, largest_loss=0.1, largest_range=9.0), "exceed"),
+        (dict(delta=0.1, largest_loss=1.0, largest_range=1.0), "exceed"),
+    ],
+)
+def test_certificate_everywhere_refuses_by_name(changes: dict[str, object], words: str) -> None:
+    good: dict[str, object] = dict(own_losses=[0.1, 0.2], ranges=[[1.0, 2.0], [0.5, 0.1]], alpha=[0.5, 0.5], own=0)
+    with pytest.raises(MergeboundError, match=words):
+        output_bound_everywhere(**(good | changes))  # type: ignore[arg-type]
