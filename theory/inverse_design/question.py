@@ -11,13 +11,13 @@ from numpy.typing import ArrayLike
 
 from theory.addressing import field_of, groups_of
 from theory.errors import RecipeError
-from theory.recipe import Expert, Merge, Schedule
+from theory.recipe import LOGS, Expert, Merge, Schedule
 
 CostKind = Literal["samples", "steps", "flops", "data"]
 RiskModel = Callable[[Expert], ArrayLike]
 EXPERT_FIELDS = ("learning_rate", "steps", "batch_size", "n")
 WHOLE = ("steps", "batch_size", "n")
-BOUND_TO_A_RUN = ("training_risk", "drift", "private_drift", "epsilon", "batch_gradient_norms", "batch_losses")
+BOUND_TO_A_RUN = ("training_risk", "drift", "private_drift", "epsilon", *LOGS)
 
 
 @dataclass(frozen=True)

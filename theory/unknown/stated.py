@@ -10,11 +10,11 @@ import numpy as np
 
 from theory.addressing import field_of, groups_of
 from theory.errors import RecipeError
-from theory.recipe import Expert, Merge
+from theory.recipe import LOGS, Expert, Merge
 from theory.symbolic import FloatArray
 
 WHOLE = ("n", "batch_size", "steps")
-NOT_NUMBERS = ("name", "measured", "batch_gradient_norms", "batch_losses")
+NOT_NUMBERS = ("name", "measured", *LOGS)
 
 
 @dataclass(frozen=True)
