@@ -42,7 +42,7 @@ def advised(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
             return function(*args, **kwargs)
         except MergeboundError:
             raise
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             advice = _advice(function, args, kwargs)
             if advice is None:
                 raise
@@ -68,7 +68,7 @@ def advised_fields(kind: type[Kind]) -> type[Kind]:
             original(self, *args, **kwargs)
         except MergeboundError:
             raise
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             advice = _advice(original, (self, *args), kwargs, kind.__name__, _hints(kind))
             if advice is None:
                 raise

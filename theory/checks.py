@@ -25,6 +25,31 @@ def amounts(where: str, **values: ArrayLike) -> list[FloatArray]:
     return arrays
 
 
+def one_number(where: str, name: str, value: object, *, least: float = 0.0, below: float = np.inf) -> float:
+    """One number in ``[least, below)``; an array, no number, or one outside is refused by name (:class:`RecipeError`).
+
+    >>> one_number("demo", "level", 0.5, below=1)
+    0.5
+    """
+    array = _numbers(where, name, value)
+    if array.ndim or not least <= array < below:
+        limits = f"of at least {least:g}" + (f" and below {below:g}" if below < np.inf else "")
+        raise RecipeError(f"{where}: {name} is {str(value)[:40]}; give one finite number {limits}")
+    return float(array)
+
+
+def whole_number(where: str, name: str, value: object, *, least: int = 0) -> int:
+    """One whole number of at least ``least``; anything else is refused by name (:class:`RecipeError`).
+
+    >>> whole_number("demo", "seed", 3)
+    3
+    """
+    number = one_number(where, name, value, least=least)
+    if number != np.floor(number):
+        raise RecipeError(f"{where}: {name} is {number:g}; give a whole number of at least {least}")
+    return int(number)
+
+
 def fitting(where: str, **arrays: FloatArray) -> None:
     """Refuse arrays that do not broadcast against each other (:class:`RecipeError` with all shapes)."""
     try:

@@ -302,12 +302,12 @@ def elasticity(bound: Bound, name: str, expert: str | None = None) -> float:
     import mpmath
     import sympy
 
-    if name not in FIELDS:
+    if not isinstance(name, str) or name not in FIELDS:
         raise MergeboundError(f"elasticity: {name!r} is not a field; choose one of {', '.join(FIELDS)}")
     merge = bound.merge
     if merge is not None:
         names = [item.name for item in merge.experts]
-        if expert is not None and expert not in names:
+        if expert is not None and not (isinstance(expert, str) and expert in names):
             raise MergeboundError(f"elasticity: there is no expert {expert!r}; choose one of {', '.join(names)}")
     try:
         made = expand(bound)

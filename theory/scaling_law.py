@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from theory.assumptions import Tier
+from theory.checks import one_number, whole_number
 from theory.errors import MergeboundError
 from theory.symbolic import FloatArray, Formula, evaluate
 from theory.symbols import symbol
@@ -147,13 +148,13 @@ def fit_merging_law(
         raise MergeboundError(
             f"{len(np.unique(k))} different numbers of experts; the law has three parameters: give at least three"
         )
-    if not (np.isfinite(largest_shift) and largest_shift > 0):
+    if not one_number("merging law", "largest_shift", largest_shift) > 0:
         raise MergeboundError(f"largest_shift is {largest_shift!r}; give a finite positive number")
     if bootstrap < 0 or bootstrap == 1:
         raise MergeboundError(f"bootstrap is {bootstrap}; give 0 for none, or at least 2")
     best = _fit(k, y, largest_shift)
     floor, tail, shift = best
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(whole_number("merging law", "seed", seed))
     fitted = floor + tail / (k + shift)
     draws = [_fit(*_resample(k, y, fitted, rng), largest_shift) for _ in range(bootstrap)]
     stuck = {"tail": tail == 0, "shift": shift <= 1e-9 * largest_shift or shift >= largest_shift * (1 - 1e-9)}
@@ -258,7 +259,7 @@ def fit_size_law(experts: ArrayLike, size: ArrayLike, losses: ArrayLike, *, seed
         return np.asarray(floor + extra * n**-beta + tail * n**-gamma / (k + shift) - y)
 
     low, high = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), np.array([np.inf, np.inf, 3.0, np.inf, 3.0, 50.0])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(whole_number("size law", "seed", seed))
     best = None
     for _ in range(max(starts, 1)):
         first = np.array([y.min() * rng.random(), y.min() * rng.random(), rng.random(), reach, rng.random(), 1.0])

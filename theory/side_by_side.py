@@ -79,8 +79,8 @@ def compare(
     >>> str(result.smallest("gap").names)
     'ours, master bound'
     """
-    allowed = {"dimension", "joint_gradient_norm", "merge_distance", "merged_training_risk"}
-    unknown = sorted(set(measured) - allowed)
+    allowed = ("dimension", "joint_gradient_norm", "merge_distance", "merged_training_risk")
+    unknown = sorted(str(name) for name in measured if not isinstance(name, str) or name not in allowed)
     if unknown:
         raise RecipeError(f"compare: measured names {unknown[0]!r}; choose from {', '.join(sorted(allowed))}")
     limit = _largest_loss(merge)

@@ -47,7 +47,7 @@ def branch_and_bound(problem: Problem, incumbent: float, tolerance: float, most:
     low, high = problem.lower[:, None].copy(), problem.upper[:, None].copy()
     whole = np.array([item.whole for item in problem.variables])[:, None]
     ends, better, done = np.array([-np.inf]), None, 0
-    width = np.maximum(np.log(high / low)[:, 0], 1e-300)
+    width = np.maximum((np.log(high) - np.log(low))[:, 0], 1e-300)
     while True:
         cut = incumbent * (1 - tolerance)
         alive = ends < cut
@@ -59,10 +59,11 @@ def branch_and_bound(problem: Problem, incumbent: float, tolerance: float, most:
         order = np.argsort(ends)
         take, keep = order[:1024], order[1024:]
         a, b = low[:, take], high[:, take]
-        spread = np.log(b / a) / width[:, None] * np.where(np.log(b / a) > 1e-9, 1, 0)
+        length = np.log(b) - np.log(a)
+        spread = length / width[:, None] * np.where(length > 1e-9, 1, 0)
         longest = np.argmax(spread, axis=0)
         columns = np.arange(a.shape[1])
-        middle = np.sqrt(a[longest, columns] * b[longest, columns])
+        middle = np.sqrt(a[longest, columns]) * np.sqrt(b[longest, columns])
         is_whole = whole[longest, 0]
         left_end = np.where(is_whole, np.floor(middle), middle)
         right_end = np.where(is_whole, np.floor(middle) + 1, middle)
@@ -81,13 +82,13 @@ def branch_and_bound(problem: Problem, incumbent: float, tolerance: float, most:
                 new_ends = bound
             else:
                 new_ends = np.where(bound <= problem.target, problem.spent(new_low, problem.cost), np.inf)
-            middles = repaired(problem, problem.snapped(np.sqrt(new_low * new_high)))
+            middles = repaired(problem, problem.snapped(np.sqrt(new_low) * np.sqrt(new_high)))
             found = problem.objective(middles)
             winner = int(np.argmin(found))
             if found[winner] < incumbent:
                 incumbent, better = float(found[winner]), middles[:, winner]
             # a box that is one point is settled by its value
-            single = np.all(np.log(new_high / new_low) <= 1e-9, axis=0)
+            single = np.all(np.log(new_high) - np.log(new_low) <= 1e-9, axis=0)
             new_ends = np.where(single, np.maximum(new_ends, cut), new_ends)
         else:
             new_ends = np.zeros(0)

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from theory.addressing import field_of, groups_of
-from theory.errors import RecipeError
-from theory.recipe import LOGS, Expert, Merge, Schedule
+from theory.checks import one_number
+from theory.errors import RecipeError, nearest
+from theory.recipe import LOGS, Expert, Merge, Schedule, _numbers
 
 CostKind = Literal["samples", "steps", "flops", "data"]
 RiskModel = Callable[[Expert], ArrayLike]
@@ -63,7 +64,7 @@ def read_variables(merge: Merge, free: Mapping[str, tuple[float, float]]) -> tup
         groups = groups_of(key, names, "design")
         try:
             low, high = (float(limit) for limit in limits)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RecipeError(f"design: {key!r} needs two limits (lower, upper); give two numbers") from error
         if not (0 < low <= high < np.inf):
             raise RecipeError(f"design: the limits of {key!r} are {limits}; give 0 < lower <= upper")
@@ -123,20 +124,37 @@ def refuse_what_cannot_follow(merge: Merge, variables: Sequence[Variable], model
                 raise RecipeError(f"expert {item.name!r}: {entry.name} is an array; design takes one recipe")
 
 
+def check_budget(merge: Merge, budget: Budget, role: str) -> None:
+    """Raise :class:`RecipeError` for an unknown kind of cost, a limit that is not positive, or a malformed price."""
+    if not isinstance(budget, Budget):
+        raise RecipeError(f"design: a {role} is {str(budget)[:40]}; give Budget(kind, limit)")
+    if not isinstance(budget.kind, str) or budget.kind not in get_args(CostKind):
+        raise RecipeError(f"design: {role} {str(budget.kind)[:40]!r}; choose one of {', '.join(get_args(CostKind))}")
+    limit = _numbers("design", f"the {budget.kind} budget", budget.limit)
+    if limit.ndim or not limit > 0:
+        raise RecipeError(f"design: the {budget.kind} budget is {str(budget.limit)[:40]}; give a positive number")
+    if not isinstance(budget.per_sample, Mapping):
+        one_number("design", "per_sample", budget.per_sample)
+        return
+    names = [item.name for item in merge.experts]
+    missing = [name for name in names if name not in budget.per_sample]
+    if missing:
+        raise RecipeError(f"design: per_sample lacks expert {missing[0]!r}; give one number per expert")
+    for name, price in budget.per_sample.items():
+        if name not in names:
+            raise RecipeError(
+                f"design: per_sample names {str(name)[:40]!r}, which is no expert; {nearest(name, names)}"
+            )
+        one_number("design", f"per_sample of expert {name!r}", price)
+
+
 def checked_budgets(
     merge: Merge, budgets: Sequence[Budget], target: float | None, minimal_risk: float
 ) -> tuple[Budget, ...]:
     """The finite budgets; raises :class:`RecipeError` for malformed budgets, target or minimal risk."""
     for budget in budgets:
-        if budget.kind not in get_args(CostKind):
-            raise RecipeError(f"design: budget {budget.kind!r}; choose one of {', '.join(get_args(CostKind))}")
-        if not budget.limit > 0:
-            raise RecipeError(f"design: the {budget.kind} budget is {budget.limit!r}; give a positive number")
-        if isinstance(budget.per_sample, Mapping):
-            missing = [item.name for item in merge.experts if item.name not in budget.per_sample]
-            if missing:
-                raise RecipeError(f"design: per_sample lacks expert {missing[0]!r}; give one number per expert")
+        check_budget(merge, budget, "budget")
     for name, value in (("target", target), ("minimal_risk", minimal_risk)):
-        if value is not None and not (np.isfinite(value) and value >= 0):
-            raise RecipeError(f"design: {name} is {value!r}; give a finite number of at least 0")
+        if value is not None:
+            one_number("design", name, value)
     return tuple(budget for budget in budgets if np.isfinite(budget.limit))

@@ -103,7 +103,7 @@ def best_found(problem: Problem, rng: np.random.Generator, starts: int) -> tuple
     order = np.argsort(found)
     chosen: list[int] = []
     for place in order:
-        far = all(np.max(np.abs(np.log(sample[:, place] / sample[:, other]))) > 0.3 for other in chosen)
+        far = all(np.max(np.abs(np.log(sample[:, place]) - np.log(sample[:, other]))) > 0.3 for other in chosen)
         if np.isfinite(found[place]) and far:
             chosen.append(int(place))
         if len(chosen) == 4:

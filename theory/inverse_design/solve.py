@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
+from theory.checks import one_number, whole_number
 from theory.errors import AssumptionError, RecipeError
 from theory.inverse_design.branching import Proof, branch_and_bound
 from theory.inverse_design.problem import Problem
@@ -15,6 +16,7 @@ from theory.inverse_design.question import (
     Budget,
     CostKind,
     RiskModel,
+    check_budget,
     checked_budgets,
     read_variables,
     refuse_what_cannot_follow,
@@ -67,13 +69,16 @@ def design(
     >>> best.choices["all.steps"], best.least_training.cause
     (1.0, 'norms')
     """
+    if risk_models is not None and not isinstance(risk_models, Mapping):
+        raise RecipeError(f"design: risk_models is {risk_models!r}; give a mapping from names of experts to functions")
     models = dict(risk_models or {})
+    starts, seed = whole_number("design", "starts", starts, least=1), whole_number("design", "seed", seed)
+    boxes, tolerance = whole_number("design", "boxes", boxes), one_number("design", "tolerance", tolerance, below=1)
     variables = read_variables(merge, free)
     refuse_what_cannot_follow(merge, variables, models)
     limits = checked_budgets(merge, budgets, target, minimal_risk)
     unit = cost if isinstance(cost, Budget) else Budget(cost, np.inf)
-    if unit.kind not in get_args(CostKind):
-        raise RecipeError(f"design: cost {unit.kind!r}; choose one of {', '.join(get_args(CostKind))}")
+    check_budget(merge, unit, "cost")
     aim = None if target is None else target + minimal_risk
     problem = Problem(merge, variables, limits, aim, unit, models)
     rng = np.random.default_rng(seed)
@@ -126,10 +131,13 @@ def design_number(
     >>> sorted(found), found[2].merge.size
     ([1, 2], 2)
     """
-    if not numbers or any(isinstance(number, bool) or int(number) != number or number < 1 for number in numbers):
-        raise RecipeError("design: numbers of experts must be whole and at least 1; give for example range(1, 9)")
+    if isinstance(numbers, (str, bytes)):
+        raise RecipeError(f"design: numbers of experts is {numbers!r}; give whole numbers, as in range(1, 9)")
+    counts = [whole_number("design", "one of the numbers of experts", number, least=1) for number in numbers]
+    if not counts:
+        raise RecipeError("design: numbers of experts is empty; give whole numbers of at least 1, as in range(1, 9)")
     found = {}
-    for number in numbers:
-        copies = tuple(replace(expert, name=f"{expert.name} {index + 1}") for index in range(int(number)))
-        found[int(number)] = design(Merge(copies), free, **options)
+    for number in counts:
+        copies = tuple(replace(expert, name=f"{expert.name} {index + 1}") for index in range(number))
+        found[number] = design(Merge(copies), free, **options)
     return found

@@ -66,8 +66,10 @@ def numbers(field: str, value: object, *, positive: bool = False) -> FloatArray:
         raise RecipeError(f"{field} is {value!r}; give a number")
     try:
         array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{field} is not a number or an array of numbers ({value!r}); give numbers") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RecipeError(
+            f"{field} is not a number or an array of numbers ({str(value)[:80]}); give numbers"
+        ) from error
     good = np.isfinite(array) & (array > 0 if positive else array >= 0)
     if array.size == 0 or not good.all():
         raise RecipeError(f"{field} is {value!r}; give finite numbers {'above' if positive else 'of at least'} 0")

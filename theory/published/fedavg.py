@@ -7,7 +7,7 @@ drift, and noise.
 
 *Statement.*  Let ``M = x_0 + sum alpha_i Delta_i``, ``T_i = sum_k eta_ik``, ``T = sum alpha_i T_i > 0``,
 ``w_i = alpha_i T_i/T`` (FedNova chooses alpha so that w = p).  For L_i-smooth losses, SGD with conditionally unbiased
-batches, no momentum, no decay, with ``Lbar = sum p_i L_i``,
+batches, drawn independently of those of the other experts, no momentum, no decay, with ``Lbar = sum p_i L_i``,
 
   ``E F_S(M) <= F_S(x_0) - (T/2) gamma^2 + (T/2) chi^2 + Lbar W + max(Lbar - 1/(2T), 0) h^2``,
 
@@ -19,7 +19,8 @@ where ``gamma^2 <= E ||grad F_S(x_0)||^2`` is any known lower bound (0 always; g
 * ``h = sum_i |alpha_i| sum_k eta_ik (g_i + L_i d_ik)``.
 
 *Proof.*  ``M - x_0 = -H - xi`` with ``H = sum_i alpha_i sum_k eta_ik grad F_Si(x_ik)`` and ``xi`` a sum of martingale
-differences, ``E||xi||^2 = W`` at most.  The descent lemma for F_S gives
+differences over steps and experts (hence independent batches: experts that share indices may correlate),
+``E||xi||^2 = W`` at most.  The descent lemma for F_S gives
 ``E F_S(M) <= F_S(x_0) - E<grad F_S(x_0), H> + (Lbar/2) E||H + xi||^2``; polarisation,
 ``-<u, H> = -(T/2)||u||^2 - ||H||^2/(2T) + (T/2)||u - H/T||^2``; Minkowski,
 ``rms||u - H/T|| <= chi``; and ``||H + xi||^2 <= 2||H||^2 + 2||xi||^2``, ``rms||H|| <= h``.  DARE's masks add
@@ -106,7 +107,9 @@ def fedavg_one_round(
         value,
         one_round_formula(),
         needs=(
-            Assumption("FedAvg", "batches are unbiased given the past; no momentum, no decay", "holds", "recipe"),
+            Assumption(
+                "FedAvg", "unbiased batches, independent across experts; no momentum, no decay", "holds", "recipe"
+            ),
             _joint(joint_gradient_norm, measured),
         ),
         measured=used(merge, ("L", "mu", "kappa", "initial_risk", "initial_gradient_norm", "sigma"), measured),

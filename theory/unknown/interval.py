@@ -10,6 +10,7 @@ import numpy as np
 
 from theory.assumptions import Tier
 from theory.bound import _table
+from theory.checks import one_number, whole_number
 from theory.errors import RecipeError
 from theory.recipe import Merge
 from theory.risk import master_bound
@@ -103,6 +104,8 @@ def bound_interval(
     (True, True)
     """
     family = Family(merge, read_unknowns(merge, unknown))
+    samples, seed = whole_number("unknown", "samples", samples, least=1), whole_number("unknown", "seed", seed)
+    boxes, tolerance = whole_number("unknown", "boxes", boxes), one_number("unknown", "tolerance", tolerance)
     rng = np.random.default_rng(seed)
     points = np.concatenate([family.draw(rng, samples), corner_points(family, rng)], axis=1)
     value, good = family.values(points)

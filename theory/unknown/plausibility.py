@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from theory.checks import one_number, whole_number
 from theory.enclosure import drift_range, unchecked
 from theory.errors import RecipeError
 from theory.expert_terms import expert_drift
@@ -62,6 +63,8 @@ def consistency(
     """
     require_same_experts(merge, seen)
     family = Family(merge, read_unknowns(merge, unknown))
+    samples, seed = whole_number("unknown", "samples", samples, least=1), whole_number("unknown", "seed", seed)
+    level = one_number("unknown", "level", level, below=1)
     rng = np.random.default_rng(seed)
     points = np.concatenate([family.draw(rng, samples), corner_points(family, rng)], axis=1)
     made = []

@@ -10,7 +10,7 @@ import numpy as np
 
 from theory.addressing import field_of, groups_of
 from theory.errors import RecipeError
-from theory.recipe import LOGS, Expert, Merge
+from theory.recipe import LOGS, Expert, Merge, _numbers
 from theory.symbolic import FloatArray
 
 WHOLE = ("n", "batch_size", "steps")
@@ -77,14 +77,19 @@ def read_unknowns(merge: Merge, unknown: Mapping[str, Range | OneOf]) -> tuple[U
 
 def _checked(key: str, field: str, stated: Range | OneOf) -> Range | OneOf:
     if isinstance(stated, OneOf):
-        if not stated.values:
-            raise RecipeError(f"unknown: {key!r} has no values; give at least one")
+        if not isinstance(stated.values, (tuple, list)) or not stated.values:
+            raise RecipeError(f"unknown: {key!r} has no values; give a tuple of at least one")
+        if any(not isinstance(value, str) and np.ndim(value) != 0 for value in stated.values):
+            raise RecipeError(f"unknown: {key!r} has a value that is an array; give numbers or words")
         if field == "coefficients":
             raise RecipeError(f"unknown: {key!r} must be a Range; give its lower and upper end")
         return stated
     if not isinstance(stated, Range):
         raise RecipeError(f"unknown: {key!r} is {stated!r}; give a Range or OneOf")
-    low, high = float(stated.lower), float(stated.upper)
+    ends = [_numbers("unknown", f"an end of the range of {key!r}", end) for end in (stated.lower, stated.upper)]
+    if any(end.ndim for end in ends) or not isinstance(stated.log, (bool, np.bool_)):
+        raise RecipeError(f"unknown: {key!r} is {stated!r}; give one lower and one upper number, and log True or False")
+    low, high = float(ends[0]), float(ends[1])
     if not (np.isfinite(low) and np.isfinite(high) and low <= high):
         raise RecipeError(f"unknown: the range of {key!r} is [{low:g}, {high:g}]; give finite lower <= upper")
     if stated.log and low <= 0:
