@@ -24,18 +24,20 @@ Record = TypeVar("Record", Expert, Merge)
 
 def configurations(merge: Merge) -> tuple[int, ...]:
     """The shape that all fields of a merge and of its experts broadcast to; ``()`` for a single recipe."""
-    shapes = []
+    shapes: set[tuple[int, ...]] = set()
     for expert in merge.experts:
         for name, value in vars(expert).items():
+            if isinstance(value, (float, int)):
+                continue
             if isinstance(value, Schedule):
-                shapes.append(value.values.shape[:-1])
+                shapes.add(value.values.shape[:-1])
             elif _is_numeric(name, value):
-                shapes.append(np.shape(value))
+                shapes.add(np.shape(value))
     for name, value in vars(merge).items():
         if name in PER_EXPERT and value is not None:
-            shapes.append(np.shape(value)[1:])
+            shapes.add(np.shape(value)[1:])
         elif name in ("drop_rate", "dispersion") and value is not None:
-            shapes.append(np.shape(value))
+            shapes.add(np.shape(value))
     return np.broadcast_shapes(*shapes)
 
 

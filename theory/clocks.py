@@ -303,7 +303,10 @@ def heavy_ball_log_response(
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """A row vector times ``exp(scale)``: what a distance and a buffer distance can still become at the end."""
+    """A row vector times ``exp(scale)``: what a distance and a buffer distance can still become at the end.
+
+    Overflow and the logarithm of zero are silent in the functions that use it.
+    """
 
     first: FloatArray
     second: FloatArray
@@ -315,18 +318,16 @@ class _Row:
 
     def kicked(self, eta: FloatArray, beta: FloatArray, nesterov: bool) -> FloatArray:
         """Logarithm of the response to one unit of gradient in a step."""
-        with np.errstate(all="ignore"):
-            return np.asarray(self.scale + np.log(self.first * eta * (1 + beta * nesterov) + self.second))
+        return np.asarray(self.scale + np.log(self.first * eta * (1 + beta * nesterov) + self.second))
 
     def before(self, eta: FloatArray, x: FloatArray, beta: FloatArray, lip: FloatArray, nesterov: bool) -> _Row:
         """The row one step earlier, rescaled."""
         coupling = eta * beta**2 if nesterov else eta * beta
-        with np.errstate(all="ignore"):
-            first = self.first * (1 + x) + self.second * lip
-            second = self.first * coupling + self.second * beta
-            size = np.maximum(first, second)
-            safe = np.where(size > 0, size, 1.0)
-            return _Row(first / safe, second / safe, np.asarray(self.scale + np.where(size > 0, np.log(safe), 0.0)))
+        first = self.first * (1 + x) + self.second * lip
+        second = self.first * coupling + self.second * beta
+        size = np.maximum(first, second)
+        safe = np.where(size > 0, size, 1.0)
+        return _Row(first / safe, second / safe, np.asarray(self.scale + np.where(size > 0, np.log(safe), 0.0)))
 
 
 @vacuous
@@ -369,18 +370,24 @@ def convex_momentum_log_response(
     with np.errstate(all="ignore"):
         for k in range(eta.shape[-1] - 1, -1, -1):
             rate, b, L = eta[..., k], beta[..., k], high[..., k]
+            if not alive.any():
+                log_w[..., k] = row.kicked(rate, b, nesterov)
+                row = row.before(rate, x[..., k], b, L, nesterov)
+                continue
             carried = rate * b + c if nesterov else c
             gamma = rate + carried
             ratio = np.where(root > 0, (root / gamma) ** 2, 0.0)
-            log_w[..., k] = np.where(alive, np.log(gamma) + np.log1p(ratio) / 2, row.kicked(rate, b, nesterov))
+            response = np.log(gamma) + np.log1p(ratio) / 2
+            log_w[..., k] = response if alive.all() else np.where(alive, response, row.kicked(rate, b, nesterov))
             room = np.where(gamma * L > 0, 2 / (gamma * L), np.inf) - 1 - ratio
             passes = alive & ((room > 0) | ((b == 0) & (room >= 0))) & np.isfinite(gamma)
-            stops = alive & ~passes
-            row = _Row(
-                np.where(stops, 1.0, row.first),
-                np.where(stops, np.hypot(c, root), row.second),
-                np.where(stops, 0.0, row.scale),
-            ).before(rate, x[..., k], b, L, nesterov)
+            if not passes.all():  # the row counts only where a step has broken the condition
+                stops = alive & ~passes
+                row = _Row(
+                    np.where(stops, 1.0, row.first),
+                    np.where(stops, np.hypot(c, root), row.second),
+                    np.where(stops, 0.0, row.scale),
+                ).before(rate, x[..., k], b, L, nesterov)
             lead = np.where(gamma > 0, carried / gamma, 0.0) if nesterov else 1.0
             grown = gamma * b * np.sqrt(ratio + (lead + ratio) ** 2 / room)
             root = np.where(passes & (b > 0) & (gamma > 0), grown, 0.0)
