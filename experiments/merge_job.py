@@ -37,6 +37,7 @@ from merging.merge import localize_state_dict, merge_state_dicts
 from merging.method import Method
 from merging.partition import DEFAULT_PRIVATE, Partition, partition
 from merging.registry import builtin_methods, get
+from merging.remote_path import last_name, shown, url_of
 from merging.save import Fill, leftovers, save_checkpoint
 from merging.settings import Resolved, Rule, resolve
 from merging.statistics import ARGUMENTS, load_statistics
@@ -153,7 +154,7 @@ def prepare(spec: MergeSpec, tell: Stage = lambda stage: None) -> Job:
         try:
             parts = partition(reference, patterns)
         except CheckpointError as error:
-            raise CheckpointError(f"{origin}: {error}") from None
+            raise CheckpointError(f"{shown(origin)}: {error}") from None
         if spec.policy == "union" and base is None:
             raise MethodError("--policy union says what stays at the base: add --base, or use intersection")
         states = harmonise(reference, experts, spec.policy, parts)
@@ -293,7 +294,7 @@ def _save(
         record,
         max_shard_size=spec.max_shard_size,
         overwrite=spec.overwrite,
-        source=source if source.is_dir() else None,
+        source=source if url_of(source) is not None or source.is_dir() else None,
         fill=fill,
         resume=resume,
     )
@@ -346,6 +347,8 @@ def route(job: Job, resources: Resources | None = None, *, timed: bool = False) 
     """
     given = Resources() if resources is None else resources
     large = sum(specs(state)[n].nbytes for state in job.inputs for n in job.states.parts.coordinates) >= STREAMED_FROM
+    paths = [path for path in (job.spec.out, job.spec.base, *job.spec.experts) if path is not None]
+    large = large or any(url_of(path) is not None for path in paths)  # read ahead; uploads that can go on
     wanted = given.streamed or (given.streamed is None and (large or given.max_memory is not None))
     if wanted:
         streamed = None if job.spec.for_expert is not None else streamed_merge(job, given, timed=timed)
@@ -422,7 +425,8 @@ def _kind(batch: Batch) -> str:
 
 def interrupted(job: Job) -> list[Path]:
     """Hidden files that interrupted merges left beside the target, by name."""
-    return [] if job.spec.out is None else leftovers(job.spec.out)
+    out = job.spec.out
+    return [] if out is None or url_of(out) is not None else leftovers(out)
 
 
 def execute(
@@ -555,7 +559,8 @@ def record_of(job: Job, tell: Stage = lambda stage: None, hashing: str | None = 
         tell: called with the name of each stage.
         hashing: ``full``: SHA-256 of every input, recorded as ``sha256``; ``quick``: of headers and samples
             (:func:`merging.fingerprint.quick_hash`), recorded as ``quick_sha256``, unless the full one is known
-            already; default: full up to :data:`HASHED_UP_TO` bytes of inputs.
+            already; default: full up to :data:`HASHED_UP_TO` bytes of inputs.  Of inputs behind URLs the URL (without
+            credentials), size and version are recorded instead, unless ``full`` is asked for.
 
     Raises:
         CheckpointError: a source cannot be read.
@@ -570,11 +575,18 @@ def record_of(job: Job, tell: Stage = lambda stage: None, hashing: str | None = 
     digests = dict(job.hashes)
 
     def source(path: Path) -> dict[str, Any]:
+        url = url_of(path)
+        if url is not None and hashing != "full" and path not in digests:
+            from merging.remote import version_of
+
+            return {"file": last_name(path), **version_of(url)}  # reading everything twice would cost too much
         if path not in digests:
-            tell(f"hashing {path.name}")
+            tell(f"hashing {last_name(path)}")
             digests[path] = HASHES[key](path)
             hashed[path] = key
-        described = {"file": path.name, hashed[path]: digests[path]}
+        described = {"file": last_name(path), hashed[path]: digests[path]}
+        if url is not None:
+            described["url"] = shown(url)
         if (path / ADAPTER_CONFIG).is_file():
             described["adapter_config_sha256"] = _sha256(path / ADAPTER_CONFIG)
         return described
@@ -663,6 +675,9 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool = False) 
     Raises:
         CheckpointError: names the target and the remedy.
     """
+    if url_of(out) is not None:
+        _check_remote_output(out, inputs, overwrite=overwrite)
+        return
     folder = out.suffix != ".safetensors"
     if out.name.endswith((*LEGACY_SUFFIXES, ".json", ".yaml", ".yml", ".npz", ".h5", ".gguf", ".onnx")):
         raise CheckpointError(
@@ -687,9 +702,22 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool = False) 
         raise CheckpointError(f"{out}: this exists already: choose another --out, or add --overwrite")
 
 
+def _check_remote_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    from merging.remote_write import refuse_existing
+
+    target = shown(out).rstrip("/")
+    for path in inputs:
+        place = shown(path).rstrip("/")
+        if place == target or place.startswith(target + "/") or target.startswith(place + "/"):
+            raise CheckpointError(
+                f"{target}: the target is one of the inputs, which are never changed: choose another --out"
+            )
+    refuse_existing(url_of(out) or target, overwrite=overwrite)
+
+
 def _check_files(out: Path, inputs: Sequence[Checkpoint]) -> None:
     """Refuse a target whose file, index or shards would replace a file of an input."""
-    target = out.resolve()
+    target = Path(shown(out)).resolve()
     stem = re.escape(target.name.removesuffix(".safetensors"))
     names = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?(\.safetensors|{re.escape(SAFETENSORS_INDEX)})")
     for checkpoint in inputs:
@@ -697,8 +725,8 @@ def _check_files(out: Path, inputs: Sequence[Checkpoint]) -> None:
             place = file.resolve()
             if place.parent == target.parent and names.fullmatch(place.name):
                 raise CheckpointError(
-                    f"{out}: the target would replace '{file}' of the inputs, which are never changed: choose another "
-                    "--out"
+                    f"{shown(out)}: the target would replace '{shown(file)}' of the inputs, which are never changed: "
+                    "choose another --out"
                 )
 
 
@@ -770,7 +798,7 @@ def _statistics(spec: MergeSpec, method: Method, tell: Stage) -> tuple[dict[str,
     """What the files hold as arguments, and the hashes of the experts that they were compared with."""
     hashes: dict[Path, str] = {}
     for path in spec.experts:
-        tell(f"hashing {path.name}")
+        tell(f"hashing {last_name(path)}")
         hashes[path] = file_hash(path)
     tell("reading statistics")
     found = load_statistics(spec.statistics, sources=[hashes[path] for path in spec.experts], method=method.name)
@@ -860,7 +888,7 @@ def _naming(paths: Mapping[str, Path]) -> Iterator[None]:
     except MergeboundError as error:
         who, colon, rest = str(error).partition(": ")
         if colon and who in paths:
-            raise type(error)(f"{paths[who]}: {rest}") from None
+            raise type(error)(f"{shown(paths[who])}: {rest}") from None
         raise
 
 

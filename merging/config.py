@@ -24,6 +24,7 @@ from merging.legacy import LEGACY_SUFFIXES
 from merging.mergekit_config import MergekitConfig, is_mergekit, read_mergekit
 from merging.method import Method
 from merging.registry import get
+from merging.remote_path import last_name, shown, url_of
 from merging.save import parse_size
 from merging.settings import Rule, Varying
 
@@ -238,10 +239,12 @@ def expert_names(paths: Sequence[Path]) -> tuple[str, ...]:
     Raises:
         MethodError: the same file twice.
     """
-    resolved = [path.resolve() for path in paths]
+    resolved = [path.resolve() if url_of(path) is None else Path(shown(path)) for path in paths]
     for path, count in Counter(resolved).items():
         if count > 1:
-            raise MethodError(f"{path.name} is given {count} times: name each expert once, and weight it with --alpha")
+            raise MethodError(
+                f"{last_name(path)} is given {count} times: name each expert once, and weight it with --alpha"
+            )
     depth = 1
     while True:
         names = tuple("/".join((*path.parts[-depth:-1], _stem(path))) for path in resolved)
@@ -461,7 +464,7 @@ def _resolved(model: MergeFile, folder: Path) -> MergeFile:
     """Paths relative to the file's folder."""
 
     def place(path: Path | None) -> Path | None:
-        return None if path is None else folder / path.expanduser()
+        return path if path is None or url_of(path) is not None else folder / path.expanduser()
 
     changes: dict[str, Any] = {key: place(getattr(model, key)) for key in ("base", "out", "copy_files_from")}
     changes["experts"] = [

@@ -47,7 +47,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 def last_name(path: str | os.PathLike[str]) -> str:
     """The last part of a path or URL: the name of the file or folder."""
-    return shown(path).rstrip("/").rpartition("/")[2]
+    return shown(path).partition("://")[2 if url_of(path) is not None else 0].rstrip("/").rpartition("/")[2]
 
 
 def beside(url: str, name: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from merging.checkpoint import open_checkpoint
 from merging.geometry import Difference, diff
+from merging.remote_path import shown
 from merging.types import StateDict
 
 _WIDTH = 118
@@ -90,9 +91,9 @@ def _summary(
         return {"task_vector_cosine": _plain(cosine), "task_vector_relative": _plain(relative)}
 
     return {
-        "a": str(a),
-        "b": str(b),
-        "base": None if base is None else str(base),
+        "a": shown(a),
+        "b": shown(b),
+        "base": None if base is None else shown(base),
         "identical": found.identical,
         "same_layout": found.same_layout,
         "max_abs": _plain(found.max_abs),

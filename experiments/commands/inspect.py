@@ -20,6 +20,7 @@ from merging.errors import CheckpointError
 from merging.fingerprint import HASHES
 from merging.layers import layers_of
 from merging.partition import DEFAULT_PRIVATE, partition
+from merging.remote_path import shown
 
 _KINDS = ("shared", "private", "buffers", "constants")
 _WIDTH = 118
@@ -129,8 +130,10 @@ def inspection(checkpoint: Checkpoint, private: tuple[str, ...], *, check: bool)
         for name, spec in checkpoint.specs.items()
     ]
     return {
-        "path": str(checkpoint.path),
-        "files": [{"file": file.name, "bytes": file.stat().st_size} for file in checkpoint.files],
+        "path": shown(checkpoint.path),
+        "files": [
+            {"file": file.name, "bytes": size} for file, size in zip(checkpoint.files, checkpoint.sizes, strict=True)
+        ],
         "tensors": tensors,
         "totals": {
             "tensors": len(tensors),
@@ -266,6 +269,8 @@ def _print_record(record: Mapping[str, Any]) -> None:
 
 
 def _hash(entry: Mapping[str, Any]) -> str:
+    if "url" in entry and not any(key in entry for key in HASHES):
+        return f"{entry['url']}, {entry.get('size')} bytes"
     key = next((key for key in HASHES if key in entry), "sha256")
     return f"{key} {str(entry.get(key))[:16]}..."
 

@@ -43,6 +43,7 @@ from merging.errors import MethodError
 from merging.method import Method
 from merging.partition import DEFAULT_PRIVATE
 from merging.registry import get
+from merging.remote_path import shown as shown_path
 from merging.save import parse_size
 from merging.settings import Gradient, PerLayer, Rule, Varying
 
@@ -256,7 +257,7 @@ def merge_command(
             _print_plan(plan, left)
             typer.echo("dry run: nothing was written")
         else:
-            typer.echo(f"written: {spec.out} ({_told(speed)})")
+            typer.echo(f"written: {'' if spec.out is None else shown_path(spec.out)} ({_told(speed)})")
 
 
 def read_spec(
@@ -485,7 +486,7 @@ def _bytes(count: int) -> str:
 
 def _summary(job: Job, record: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:
     return {
-        "out": None if job.spec.out is None else str(job.spec.out),
+        "out": None if job.spec.out is None else shown_path(job.spec.out),
         "written": not dry_run,
         "bytes": sum(spec.nbytes for spec in job.specs.values()),
         "tensors": {kind: len(getattr(job.parts, kind)) for kind in ("shared", "private", "buffers", "constants")},
