@@ -34,6 +34,7 @@ _RUN = 64  # entries of one run of the sample
 _FEW_RUNS = 512  # where values are collected
 _RUNS = 768  # of two times 64 entries, in larger domains
 _BINS = 1 << 22  # of all experts together that a thread looks at
+_MANY = 1 << 31  # entries that 32-bit counters do not suffice for
 _LARGEST = np.float32(np.finfo(np.float32).max)
 
 Floats = NDArray[np.float32]
@@ -175,7 +176,7 @@ def _pass(
 ) -> list[tuple[int, Counts, int, int]]:
     """Count above every expert's bracket and fill its histogram: one pass over these experts."""
     limit = max(1 << 12, _BINS // len(group))
-    counter = np.int32 if sum(count for _, count in domain) < 2**31 else np.int64
+    counter = np.int32 if sum(count for _, count in domain) < _MANY else np.int64
     found: list[tuple[Counts, int, int]] = []
     for expert in group:
         first, last = (_pattern(end) for end in brackets[expert])

@@ -8,21 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from merging.checkpoint import load_state_dict, open_checkpoint, save_state_dict
 from merging.merge import merge_state_dicts
-from merging.partition import partition
-from merging.registry import get
-from merging.settings import resolve
-from merging.stream import Stream
-from merging.streaming.output import OutputFile
-from merging.streaming.plan import Plan, plan
-from merging.streaming.run import run, stored_specs
-from merging.types import StateDict
-from merging.writer import outline_of
+from tests.merging.streamed import State, bits, in_chunks, saved
 
-State = dict[str, Tensor]
 EXACT: list[tuple[str, dict[str, Any], bool]] = [
     ("average", {}, False),
     ("uniform_soup", {}, False),
@@ -60,52 +49,6 @@ SPAN: list[tuple[str, dict[str, Any], bool]] = [
 ]
 
 
-def in_chunks(
-    method: str,
-    base: StateDict | None,
-    experts: dict[str, StateDict],
-    target: Path,
-    *,
-    coefficients: Any = None,
-    chunk: int | None = None,
-    threads: int = 1,
-    seed: int = 0,
-    mapped: bool = True,
-    dtypes: dict[str, torch.dtype] | None = None,
-    **settings: Any,
-) -> dict[str, Tensor]:
-    chosen = get(method)
-    reference = experts[min(experts)] if base is None else base
-    parts = partition(reference)
-    covered = parts.coordinates if chosen.linear or chosen.merges_buffers else parts.shared
-    groups = resolve(chosen, covered, settings, coefficients, (), tuple(experts))
-    stream = Stream(chosen, base, reference, experts, parts, groups, seed, dtypes)
-    stored = stored_specs(stream)
-    made = plan(stream, stored, threads=threads)
-    assert made is not None
-    if chunk is not None:
-        made = recut(made, chunk)
-    run(stream, made, stored, {}, [OutputFile(target, outline_of(stored, {}))], mapped=mapped)
-    return load_state_dict(target)
-
-
-def recut(made: Plan, chunk: int) -> Plan:
-    """The same plan with other chunks."""
-    from dataclasses import replace
-
-    from merging.streaming.plan import Task
-
-    tasks: list[Task] = []
-    for task in made.tasks:
-        whole = task.batch is not None and made.batches[task.batch].program is None
-        step = task.stop - task.start if whole else chunk
-        tasks += [
-            Task(task.name, start, min(task.stop, start + step), task.batch)
-            for start in range(task.start, task.stop, max(1, step))
-        ]
-    return replace(made, tasks=tuple(tasks), chunk=chunk)
-
-
 def family(experts: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[State, dict[str, State]]:
     """Checkpoints with ties, zeros, denormals, odd sizes, an empty tensor and running statistics."""
     rng = np.random.default_rng(seed)
@@ -138,19 +81,6 @@ def family(experts: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
         state["norm.running_var"] = state["norm.running_var"].abs()
         found[f"expert{(i * 7) % 10}"] = state
     return base, found
-
-
-def saved(folder: Path, base: State, experts: dict[str, State]) -> tuple[StateDict, dict[str, StateDict]]:
-    for name, state in {"base": base, **experts}.items():
-        if not (folder / f"{name}.safetensors").exists():
-            save_state_dict(folder / f"{name}.safetensors", state)
-    return open_checkpoint(folder / "base.safetensors"), {
-        name: open_checkpoint(folder / f"{name}.safetensors") for name in experts
-    }
-
-
-def bits(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
 
 
 @pytest.mark.parametrize(("method", "settings", "weighted"), EXACT)
@@ -221,33 +151,3 @@ def test_span_methods_to_rounding(method: str, settings: dict[str, Any], weighte
             assert torch.allclose(tensor, expected[name], rtol=1e-6, atol=1e-38), (name, variant)
         first = first or found
         assert all(np.array_equal(bits(found[name]), bits(first[name])) for name in found)
-
-
-def test_selection_over_large_domains_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Histograms over bit patterns, brackets that miss, and ties across tensors, against a sorted list."""
-    from merging.streaming import selection
-    from merging.streaming.source import Inputs
-
-    rng = np.random.default_rng(3)
-    monkeypatch.setattr(selection, "SMALL", 100)
-    for collected in (0, 1 << 24):
-        monkeypatch.setattr(selection, "_COLLECTED", collected)
-        for case in range(12):
-            sizes = [("a", 5000), ("b", 70), ("c", 20011)]
-            values = {name: rng.standard_normal(n).astype(np.float32) for name, n in sizes}
-            if case % 3 == 1:  # few distinct values
-                values = {name: np.round(v * 2) / 2 for name, v in values.items()}
-            if case % 3 == 2:  # sizes that differ between tensors, and many zeros
-                values = {name: v * 10.0 ** (3 * i) * (v > 0) for i, (name, v) in enumerate(values.items())}
-            state = {name: torch.from_numpy(v.astype(np.float32)) for name, v in values.items()}
-            flat = np.abs(np.concatenate([state[name].numpy() for name, _ in sizes]))
-            inputs = Inputs(None, [state])
-            for keep in (1, 17, 5000, 12345, len(flat) - 1):
-                threshold = selection.select(inputs, sizes, keep, chunk=512)[0]
-                places = np.arange(len(flat))
-                chosen = (flat > threshold.value) | ((flat == threshold.value) & (places < threshold.cut))
-                order = np.lexsort((places, -flat.astype(np.float64)))
-                assert set(order[:keep].tolist()) - set(np.flatnonzero(flat == 0).tolist()) <= set(
-                    np.flatnonzero(chosen).tolist()
-                )
-                assert chosen.sum() == keep
