@@ -81,23 +81,25 @@ def persistently(
     """
     deadline = time.monotonic() + limits.total
     ended = threading.Event() if stop is None else stop
-    pause, attempts = limits.pause, 0
+    pause, attempts, reason = limits.pause, 0, ""
     while True:
         if ended.is_set():
             raise CheckpointError(f"{what}: the request was given up")
         attempts += 1
+        left = deadline - time.monotonic()
         try:
-            return _within(call, min(limits.attempt, deadline - time.monotonic()), ended)
+            return _within(call, min(limits.attempt, left), ended)
         except CheckpointError:
             raise
         except Exception as error:
             if not _may_pass(error):
                 raise CheckpointError(f"{what}: {_remedy(error)}") from None
-            reason = reason_of(error)
+            if not (reason and left < limits.attempt and isinstance(error, TimeoutError)):  # cut short by ourselves
+                reason = reason_of(error)
         if time.monotonic() + pause >= deadline or ended.wait(pause):
             tries = "one attempt" if attempts == 1 else f"{attempts} attempts"
             raise CheckpointError(
-                f"{what}: no complete answer ({reason}) after {tries} in up to {limits.total:.0f} seconds: check the "
+                f"{what}: no complete answer ({reason}) after {tries} in up to {limits.total:.3g} seconds: check the "
                 "address and the network, and try again"
             )
         pause = min(2.0 * pause, limits.longest)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import CheckpointError
-from merging.folder import SAFETENSORS_INDEX, read_index
+from merging.folder import SAFETENSORS_INDEX, is_companion, read_index
 from merging.remote import Missing, Place, connect, list_names, look, open_file
 from merging.remote_path import beside, last_name, shown, within
 from merging.remote_requests import Answered, Limits, is_missing, persistently
@@ -107,9 +108,15 @@ def refuse_existing(url: str, *, overwrite: bool = False, limits: Limits | None 
         )
     if not overwrite:
         there = _names(connect(beside(url, "")) if single else place, given)
-        taken = [other for other in _mains(name) if other in there] if single else there
+        taken = [other for other in _mains(name) if other in there] if single else _not_ours(there)
         if taken:
             raise _exists(url)
+
+
+def _not_ours(there: Sequence[str]) -> list[str]:
+    """What an interrupted upload would not have left: shards without an index, and perhaps companions of weights."""
+    shards = [name for name in there if re.fullmatch(r"model(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors", name)]
+    return [name for name in there if name not in shards and not (shards and is_companion(name))]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from merging.remote_write import save_remote
 from merging.save import save_checkpoint
 
 State = dict[str, Tensor]
-QUICK = Limits(attempt=0.3, total=0.5, pause=0.01, longest=0.05, parallel=4)
+QUICK = Limits(attempt=0.3, total=0.4, pause=0.01, longest=0.05, parallel=4)
 SHORT = Limits(attempt=0.05, total=0.05, pause=0.01, longest=0.05, parallel=4)
 
 
@@ -64,6 +64,7 @@ class Web(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Web
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # one packet per answer
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -185,7 +186,7 @@ def test_a_local_folder_that_looks_like_a_scheme_stays_local(tmp_path: Path, mon
 SECRET = st.text("abcdefXYZ0123456789:@", min_size=6, max_size=12).map(lambda text: "secret" + text + "terces")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(user=SECRET, query=SECRET, scheme=st.sampled_from(["http", "https", "s3", "sftp"]))
 def test_credentials_are_never_shown(user: str, query: str, scheme: str) -> None:
     url = f"{scheme}://{user}:{user}@host:81/a/b.safetensors?sig={query}#{query}"
@@ -277,7 +278,7 @@ def test_web_folders_have_no_listing_and_are_found(
     assert same(open_checkpoint(f"{web.url}/hub/m?token=x"), open_checkpoint(tmp_path / "m"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     size=st.integers(1, 900),
     reads=st.lists(st.tuples(st.integers(0, 899), st.integers(1, 200)), min_size=1, max_size=12),
@@ -567,7 +568,7 @@ def test_a_reader_finds_the_old_checkpoint_or_the_new_one(
             found.append("old" if same(read, {n: old[n] for n in read}) else "new")
             assert same(read, {n: (old if found[-1] == "old" else new)[n] for n in read})
 
-    system = fsspec.filesystem("memory")
+    system = memory
     for operation in ("put_file", "mv", "rm_file"):
         original = getattr(system, operation)
 
@@ -609,7 +610,7 @@ def test_uploads_that_fail_for_a_while_succeed(
 
 
 @pytest.mark.parametrize("direct", [False, True])
-@pytest.mark.parametrize("from_", [1, 2, 3, 4])
+@pytest.mark.parametrize("from_", [1, 2, 3])
 def test_a_given_up_upload_goes_on_with_the_shards_that_are_missing(
     memory: MemoryFileSystem,
     scratch: Path,
