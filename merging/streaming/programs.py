@@ -288,12 +288,14 @@ class Span:
         solve: Gram matrix to coefficients.
         on_weights: of ``x_i`` instead of ``x_i - x_0``.
         domain: one problem over these tensors, or ``None``: one for each tensor.
+        suspects: tensors of the domain that hold NaN or infinite weights, or differences that overflow.
     """
 
     solve: Callable[[str, Array], Array]
     on_weights: bool
     domain: Domain | None
     shared: Array | None = None
+    suspects: tuple[str, ...] = ()
     passes: int = 2
     whole: bool = False
 
@@ -308,13 +310,19 @@ class Span:
             return found
 
         grams = [one(entry) for entry in self.domain] if pool is None else list(pool.map(one, self.domain))
-        self.shared = self.solve("the whole model", np.sum(grams, axis=0))
+        self.suspects = tuple(name for (name, _), gram in zip(self.domain, grams, strict=True) if not _finite(gram))
+        self.shared = self._solved("the whole model", np.sum(grams, axis=0))
 
     def prepare_tensor(self, inputs: Inputs, name: str, size: int, chunk: int) -> object:
         """The coefficients of one tensor."""
         if self.shared is not None:
             return self.shared
-        return self.solve(name, gram_of(inputs, name, size, chunk, self.on_weights))
+        return self._solved(name, gram_of(inputs, name, size, chunk, self.on_weights))
+
+    def _solved(self, name: str, matrix: Array) -> Array:
+        """The coefficients; of weights or differences that are no numbers, what the definition makes of them."""
+        with np.errstate(all="ignore"):
+            return self.solve(name, matrix)
 
     def merge(
         self, inputs: Inputs, name: str, start: int, stop: int, known: object, buffers: Buffers, out: Floats
@@ -438,3 +446,7 @@ def _pieces(
         lowest = [t.value if first + begin < t.cut else next_above(t.value) for t in thresholds]
         found.append((begin, end, np.array(lowest, dtype=np.float32)))
     return found
+
+
+def _finite(matrix: Array) -> bool:
+    return bool(np.isfinite(matrix).all())

@@ -28,6 +28,7 @@ from merging.stream import Stream, merge_stream
 from merging.streaming.build import ordered_experts
 from merging.streaming.output import Output, OutputFile
 from merging.streaming.plan import Plan, Sources, Task
+from merging.streaming.programs import Span
 from merging.streaming.source import Buffers, Inputs
 from merging.types import StateDict
 
@@ -237,8 +238,10 @@ class _Job:
         """Name the checkpoint that is to blame, or the tensor that overflowed; nothing if all is well."""
         name = task.name
         origin = self.stream.reference if self.stream.base is None else self.stream.base
-        experts = {label: {name: state[name]} for label, state in self.stream.experts.items()}
-        check_finite({name: origin[name]}, experts, Partition(shared=(name,)))
+        program = None if task.batch is None else self.plan.batches[task.batch].program
+        for suspect in (name, *(program.suspects if isinstance(program, Span) else ())):
+            experts = {label: {suspect: state[suspect]} for label, state in self.stream.experts.items()}
+            check_finite({suspect: origin[suspect]}, experts, Partition(shared=(suspect,)))
         check_result({name: stored}, merged, self.stream.method.name)
 
 

@@ -289,3 +289,42 @@ def test_without_a_base_the_right_expert_is_named(tmp_path: Path) -> None:
         expected = defined("average", None, experts)
         assert isinstance(expected, tuple)
         assert_same(streamed("average", None, experts, tmp_path / "out.safetensors"), expected)
+
+
+SPANS: list[tuple[str, dict[str, Any]]] = [
+    ("slerp", {}),
+    ("slerp", {"scope": "global", "on": "task_vectors", "magnitude": "interpolated"}),
+    ("karcher", {}),
+    ("karcher", {"scope": "global", "on": "task_vectors"}),
+    ("model_stock", {}),
+    ("model_stock", {"scope": "global", "average": "angle"}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings_"), SPANS)
+@pytest.mark.parametrize("what", ["fine", "nan", "inf", "-inf", "over"])
+@pytest.mark.filterwarnings("error::RuntimeWarning:merging.streaming")
+def test_inner_products_of_anything(method: str, settings_: dict[str, Any], what: str, tmp_path: Path) -> None:
+    """Also where the tensor that is not a number comes last and the problem is one for the whole model."""
+    rng = np.random.default_rng(2)
+    shapes = {"a": (7, 9), "e": (0, 3), "norm.running_var": (4,), "s": (), "z": (3,)}
+
+    def checkpoint() -> State:
+        return {name: torch.tensor(np.float32(np.abs(rng.standard_normal(shape)))) for name, shape in shapes.items()}
+
+    base, experts = checkpoint(), {name: checkpoint() for name in ("b", "a")}
+    if what == "over":
+        base["z"][0], experts["b"]["z"][0] = -LARGE, LARGE
+    elif what != "fine":
+        experts["b"]["z"][1] = float(what)
+    with np.errstate(all="ignore"):
+        expected = defined(method, base, experts, **settings_)
+    assert isinstance(expected, tuple) is (what != "fine")
+    for chunk, threads in ((1 << 18, 1), (5, 3)):
+        target = tmp_path / f"{chunk}.safetensors"
+        found = streamed(method, base, experts, target, chunk=chunk, threads=threads, **settings_)
+        if isinstance(expected, tuple) or isinstance(found, tuple):
+            assert found == expected
+            continue
+        for name, tensor in found.items():
+            assert torch.allclose(tensor, expected[name], rtol=1e-6, atol=0), name
