@@ -15,9 +15,11 @@ Nothing here imports torch; sympy is imported when a formula is first needed.
 from theory import schedules
 from theory.arguments import _is_calculator, advised
 from theory.assumptions import Assumption
+from theory.certificate import output_bound, output_bound_everywhere, output_bound_labelled, remainder_bound
 from theory.clocks import Clock, clock
 from theory.comparison import Comparison
 from theory.constrained import Polytope, coefficient_box, coefficient_simplex, coefficients_summing_to, minimise_over
+from theory.curvature import CurvatureModel, minimise_curvature, predict_curvature
 from theory.derivations import Derivation, derive
 from theory.enclosure import Enclosure, enclose
 from theory.errors import AssumptionError, MergeboundError, RecipeError
@@ -106,6 +108,7 @@ __all__ = [
     "Clock",
     "Comparison",
     "ConfidentRisk",
+    "CurvatureModel",
     "Derivation",
     "Design",
     "Effect",
@@ -193,6 +196,7 @@ __all__ = [
     "matrix_risk",
     "merge_moments",
     "merge_with",
+    "minimise_curvature",
     "minimise_on",
     "minimise_over",
     "minimise_per_layer",
@@ -207,14 +211,19 @@ __all__ = [
     "one_pass_overlap",
     "operator",
     "optimal_coefficients",
+    "output_bound",
+    "output_bound_everywhere",
+    "output_bound_labelled",
     "pac_bayes_expectation",
     "pac_bayes_penalty",
     "pair_curve",
+    "predict_curvature",
     "predict_risk",
     "predicted_merge",
     "prediction_interval",
     "random_batch",
     "regression_merge",
+    "remainder_bound",
     "ridge_fit",
     "risk_interval",
     "risk_surface",

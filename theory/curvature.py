@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from theory.arguments import advised_fields
 from theory.certificate import curvature_risk
 from theory.convex import minimise
 from theory.errors import MergeboundError
@@ -28,6 +29,7 @@ _ROUNDING = 1e-6  # relative: forms are sums of products in single precision
 _POWERS = (4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 
 
+@advised_fields
 @dataclass(frozen=True)
 class CurvatureModel:
     """The quadratic model of one task.
@@ -78,7 +80,22 @@ def positive_part(form: Array) -> Array:
 def predict_curvature(
     models: Sequence[CurvatureModel], alpha: npt.ArrayLike, weights: npt.ArrayLike | None = None
 ) -> Array:
-    """R^ at coefficients (..., K): (...)."""
+    """R^ at coefficients (..., K): (...).
+
+    Args:
+        models: one per task, over the same K coefficients.
+        alpha: (..., K).
+        weights: p_j, default 1/N.
+
+    Source: section 8 of the mathematics (curvature along the segment, square-root form).
+
+    >>> import numpy as np
+    >>> models = [CurvatureModel(0.1, np.eye(2)[None], np.eye(2)[j]) for j in range(2)]
+    >>> [float(value) for value in predict_curvature(models, [[1.0, 0.0], [0.5, 0.5]]).round(4)]
+    [0.9162, 0.6662]
+    """
+    if not len(models):
+        raise MergeboundError("models is empty: give the curvature model of at least one task")
     p = uniform_weights(len(models)) if weights is None else np.asarray(weights, dtype=np.float64)
     curvature = np.stack([model.curvature(alpha) for model in models], axis=-1)
     return curvature_risk([model.own_risk for model in models], curvature, p)
@@ -112,7 +129,14 @@ def minimise_curvature(
 
     Raises:
         MergeboundError: models of different sizes, or bounds that are empty.
+
+    >>> import numpy as np
+    >>> models = [CurvatureModel(0.1, np.eye(2)[None], np.eye(2)[j]) for j in range(2)]
+    >>> [float(value) for value in minimise_curvature(models).alpha.round(3)]
+    [0.5, 0.5]
     """
+    if not len(models):
+        raise MergeboundError("models is empty: give the curvature model of at least one task")
     size = len(models[0].centre)
     if any(len(model.centre) != size for model in models):
         raise MergeboundError("the models have different numbers of coefficients: collect them for one group")
