@@ -23,7 +23,8 @@ CHUNK = 1 << 18
 
 _LEAST_CHUNK = 1 << 14
 _QUEUE = 4  # finished chunks for every thread that may wait to be written
-_FACTORS = 6.0  # copies of a tensor of every expert that a method on whole tensors may need (decompositions)
+_AHEAD = 3  # and that may be submitted before (see merging.streaming.run)
+_FACTORS = 12.0  # float32 copies of a tensor of every expert that a thread may need for a method on whole tensors
 
 
 Sources = Mapping[str, tuple[StateDict, str]]
@@ -162,7 +163,8 @@ def _memory(stream: Stream, stored: Mapping[str, Spec], batches: Sequence[Batch]
         program = batch.program
         if program is None:
             widest = max((stored[name].numel for name in batch.names), default=0)
-            fixed = max(fixed, int(widest * 4 * (experts + _FACTORS * experts)))
+            ready = min(len(batch.names), threads * (_AHEAD + _QUEUE) + 3)  # results that wait to be written
+            fixed = max(fixed, int(widest * 4 * (threads * _FACTORS * experts + ready)))
         elif isinstance(program, Elected):
             extra = 4 * 2048 * experts + (4 * step * experts if program.mask is not None else 0)
             per_thread = max(per_thread, 4 * step * (2 + 2 * converted) + extra)
@@ -182,7 +184,9 @@ def _memory(stream: Stream, stored: Mapping[str, Spec], batches: Sequence[Batch]
         ),
         default=0,
     )
-    waiting = threads * _QUEUE * 4 * step + 2 * len(states) * fetched + remote_memory(states)
+    tasks = sum(-(-stored[name].numel // max(1, step)) for batch in batches if batch.program for name in batch.names)
+    pieces = min(tasks, threads * (_AHEAD + _QUEUE) + 3)  # the buffers that merging.streaming.run uses in turn
+    waiting = pieces * 4 * step + 2 * len(states) * fetched + remote_memory(states)
     return threads * per_thread + fixed + waiting
 
 
