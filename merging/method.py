@@ -164,7 +164,7 @@ class Method:
     def is_tensorwise(self, settings: Mapping[str, Any]) -> bool:
         """Whether, with these settings, each tensor of the result depends on that tensor of the experts only."""
         if "scope" in settings:
-            return self.elementwise or settings["scope"] == "tensor"
+            return self.elementwise or settings["scope"] != "global"
         return self.elementwise or self.tensorwise
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def list_methods(
 
 
 def markdown_table() -> str:
-    """The package's own methods as a Markdown table: name, summary, settings with defaults, properties, paper."""
-    rows = ["| method | what it does | settings (default first) | declared | source |", "|---|---|---|---|---|"]
+    """The package's own methods as a Markdown table: name, summary, settings, properties, treatment of files, paper."""
+    rows = ["| method | what it does | settings (default first) | declared | files | source |", "|---" * 6 + "|"]
     for method in builtin_methods().values():
         settings = "; ".join(
             f"`{p.name}`={' / '.join([str(p.default), *(c for c in p.choices if c != p.default)])}"
@@ -82,9 +82,45 @@ def markdown_table() -> str:
         alpha = {"none": "", "optional": "coefficients", "required": "**coefficients**"}[method.coefficients]
         listed = "; ".join(part for part in (settings, alpha) if part) or "–"
         rows.append(
-            f"| `{method.name}` | {method.summary} | {listed} | {', '.join(properties(method))} | {method.paper} |"
+            f"| `{method.name}` | {method.summary} | {listed} | {', '.join(properties(method))} | {way(method)} "
+            f"| {method.paper} |"
         )
     return "\n".join(rows)
+
+
+def way(method: Method) -> str:
+    """How large files are merged: in chunks, tensor by tensor or in memory, and which settings change that."""
+    usual = _way(method, {})
+    tried = [{p.name: choice} for p in method.parameters for choice in p.choices if choice != p.default]
+    if any(p.name == "density" and p.default == 1.0 for p in method.parameters):
+        tried += [{"density": 0.5}, *({"density": 0.5} | settings for settings in tried if "scope" in settings)]
+    others: dict[str, list[str]] = {}
+    for settings in tried:
+        found = _way(method, settings)
+        if found != usual:
+            said = (f"{key}<1" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items())
+            others.setdefault(found, []).append(f"`{' '.join(said)}`")
+    return usual + "".join(f"; {found} with {', '.join(settings)}" for found, settings in others.items())
+
+
+def _way(method: Method, settings: dict[str, Any]) -> str:
+    """The same for one choice of settings, as the engine sees it."""
+    from torch import zeros
+
+    from merging.partition import Partition
+    from merging.settings import resolve
+    from merging.stream import Stream
+    from merging.streaming.build import build
+
+    state = {"blocks.0.weight": zeros(2, 2)}
+    names = [str(number) for number in range(max(2, method.experts[0]))]
+    coefficients = None if method.coefficients == "none" else [1.0] * len(names)
+    parts = Partition(tuple(state))
+    groups = resolve(method, parts.shared, settings, coefficients, (), names)
+    batches = build(Stream(method, state, state, dict.fromkeys(names, state), parts, tuple(groups), 0))
+    if batches is None:
+        return "in memory"
+    return "tensor by tensor" if any(batch.program is None for batch in batches) else "in chunks"
 
 
 def describe_method(method: Method) -> dict[str, Any]:

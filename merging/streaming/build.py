@@ -115,7 +115,8 @@ def _program(
     maker = _MAKERS.get(method.name) if _is_shipped(method) else None
     if maker is not None:
         return maker(stream, arguments, labels, domain)
-    plain = method.deterministic and not method.needs_base and not method.needs_data and not method.extras
+    further = any(arguments.get(extra) is not None for extra in method.extras)
+    plain = method.deterministic and not method.needs_base and not method.needs_data and not further
     return ByDefinition(method, arguments) if method.elementwise and plain else None
 
 

@@ -176,14 +176,15 @@ def _pass(
 ) -> list[tuple[int, Counts, int, int]]:
     """Count above every expert's bracket and fill its histogram: one pass over these experts."""
     limit = max(1 << 12, _BINS // len(group))
-    counter = np.int32 if sum(count for _, count in domain) < _MANY else np.int64
+    few = sum(count for _, count in domain) < _MANY
     found: list[tuple[Counts, int, int]] = []
     for expert in group:
         first, last = (_pattern(end) for end in brackets[expert])
         shift = 0
         while ((last - first) >> shift) + 1 > limit:
             shift += 1
-        found.append((np.zeros(((last - first) >> shift) + 1, dtype=counter), first, shift))
+        bins = ((last - first) >> shift) + 1
+        found.append((np.zeros(bins, np.int32) if few else np.zeros(bins, np.int64), first, shift))
     above = [0] * len(group)
     for name, count in domain:
         for start in range(0, count, chunk):
