@@ -7,18 +7,17 @@ limit, and an object that changes while it is read is an error.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +31,8 @@ from merging.legacy import LEGACY_SUFFIXES
 from merging.remote_path import beside, last_name, shown, within
 from merging.remote_requests import Answered, Limits, Requests, is_missing, persistently
 from merging.safetensors_file import Identity, SafetensorsFile, parse_safetensors, typed
+
+T = TypeVar("T")
 
 INSTALL = "pip install 'mergebound[remote]'"
 BLOCK = 1 << 21
@@ -151,7 +152,8 @@ class RemoteFile:
             return b""
 
         def ask() -> bytes:
-            data: bytes = self.place.fs.cat_file(self.place.path, start=begin, end=end)
+            more = {"cache_type": "none"} if "hf" in self.place.protocols else {}  # it would read ahead by itself
+            data: bytes = self.place.fs.cat_file(self.place.path, start=begin, end=end, **more)
             if len(data) != end - begin:
                 if len(data) > end - begin:
                     raise CheckpointError(f"{self.shown}: this server does not serve parts of files: download it first")
@@ -177,7 +179,7 @@ class RemoteFile:
                         first = starts[len(waiting)]
                         last = min(first + _PIECE, len(view))
                         waiting.append(pool.submit(partial(self.read, begin + first, begin + last, pool.stop)))
-                    data = waiting[number].result(_patience(self.limits))
+                    data = _result(waiting[number], self.shown, self.limits)
                     view[start : start + len(data)] = data
                     waiting[number] = Future()  # the bytes are not needed twice
         self.check()
@@ -240,7 +242,8 @@ def open_weights(url: str, limits: Limits | None = None) -> RemoteWeights:
         return shard, _contents(shard)
 
     with requests(given) as pool:
-        opened = [future.result(_patience(given)) for future in [pool.submit(partial(open_shard, n)) for n in names]]
+        waiting = [pool.submit(partial(open_shard, name)) for name in names]
+        opened = [_result(future, main.shown, given) for future in waiting]
     files = tuple(shard for shard, _ in opened)
     return RemoteWeights(main, (main, *files), tuple(found for _, found in opened), (table, dict(metadata)))
 
@@ -423,14 +426,12 @@ class RangeReader:
                         self._start(following)
             self._last = number
         try:
-            return future.result(_patience(self.file.limits))
-        except BaseException as error:
+            return _result(future, self.file.shown, self.file.limits)
+        except BaseException:
             with self._lock:
                 if self._blocks.get(number) is future:
                     del self._blocks[number]
                     self._fresh.discard(number)
-            if isinstance(error, TimeoutError):
-                raise CheckpointError(f"{self.file.shown}: no answer in time: check the network") from None
             raise
 
     def _start(self, number: int) -> Future[bytes]:
@@ -569,6 +570,11 @@ def _check_ranges(file: RemoteFile) -> None:
     persistently(call, file.shown, file.limits)
 
 
-def _patience(limits: Limits) -> float:
-    """Seconds after which a request that waits behind others is given up."""
-    return 8.0 * limits.total + limits.attempt if math.isfinite(limits.total) else limits.total
+def _result(future: Future[T], what: str, limits: Limits) -> T:
+    """What a request gives, which may wait behind others."""
+    try:
+        return future.result(8.0 * limits.total + limits.attempt)
+    except TimeoutError:
+        raise CheckpointError(f"{what}: no answer in time: check the network, and try again") from None
+    except CancelledError:
+        raise CheckpointError(f"{what}: the request was given up") from None

@@ -34,6 +34,7 @@ STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "oss"
 """Protocols of stores that show an object only when it is complete, and that move by copying."""
 
 _SUFFIX = ".safetensors"
+_CLEANING = 10.0  # seconds for the removal of a file after a failure
 _SLOWEST = 1e6  # bytes per second; an upload that is slower is given up
 _RESULT, _STATE, _LOCK, _RENAMED = "result", "uploads.json", "lock", "renamed.json"
 _log = logging.getLogger(__name__)
@@ -162,8 +163,10 @@ class _Upload:
                 for name in order:
                     self._move(uploaded[name], name, local[name].stat().st_size)
         except BaseException:
-            if not self.lasting and not self.direct:
-                self._remove([place for name, place in uploaded.items() if place != name])
+            if not self.lasting:
+                shards = [name for name in uploaded if name.endswith(_SUFFIX) and name not in previous]
+                hasty = replace(self, limits=replace(self.limits, total=min(self.limits.total, _CLEANING)))
+                hasty._remove([*(place for name, place in uploaded.items() if place != name), *shards])
             raise
         stale = [name for name in previous if name not in local]
         left = self._remove(stale)
@@ -223,14 +226,17 @@ class _Upload:
 
     def _remove(self, names: Sequence[str]) -> list[str]:
         """Remove files; those that could not be removed."""
-        left = []
+        left: list[str] = []
         for name in names:
             place = self._at(name)
             try:
                 self._ask(partial(self.folder.fs.rm_file, place.path), place.shown)
             except CheckpointError:
-                if name in _names(self.folder, self.limits):
-                    left.append(name)
+                try:
+                    there = name in _names(self.folder, self.limits)
+                except CheckpointError:  # no answer any more
+                    return [*left, name]
+                left += [name] if there else []
         return left
 
     def _ask(self, call: Callable[[], Any], what: str) -> None:
