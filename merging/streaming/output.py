@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from merging.writer import Outline
 
 _WAIT = 600.0  # seconds after which a disk that takes nothing is given up
 _POLL = 1.0
+
+HELD = 1 << 26
+"""Bytes that may wait to be written; a larger piece may wait alone."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Output:
         self._places: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
         self._queue: queue.Queue[tuple[str, int, memoryview, int] | None] = queue.Queue(depth)
+        self._held = 0
+        self._room = threading.Condition()
         self._failure: BaseException | None = None
         self._record: int | None = None
         self._done = 0
@@ -156,7 +162,14 @@ class Output:
         return done
 
     def _put(self, item: tuple[str, int, memoryview, int] | None) -> None:
-        waited = 0.0
+        size = 0 if item is None else len(item[2])
+        until = time.monotonic() + _WAIT
+        with self._room:
+            while self._held and self._held + size > HELD and self._failure is None:
+                if time.monotonic() >= until:
+                    raise _stuck()
+                self._room.wait(_POLL)
+            self._held += size
         while True:
             if self._failure is not None:
                 raise self._failure
@@ -164,8 +177,7 @@ class Output:
                 self._queue.put(item, timeout=_POLL)
                 return
             except queue.Full:
-                waited += _POLL
-                if waited > _WAIT:
+                if time.monotonic() >= until:
                     raise _stuck() from None
 
     def _join(self) -> None:
@@ -186,12 +198,17 @@ class Output:
                 index, begin = self._places[name]
                 _write_at(self._descriptors[index], data, begin + offset)
                 self._done = max(self._done, task + 1)
+                with self._room:
+                    self._held -= len(data)
+                    self._room.notify()
                 pending += len(data)
                 if pending >= self._every:
                     self._flush()
                     pending = 0
         except BaseException as error:
-            self._failure = error
+            with self._room:
+                self._failure = error
+                self._room.notify()
 
     def _flush(self, *, final: bool = False) -> None:
         for descriptor in self._descriptors:

@@ -13,6 +13,7 @@ from merging.errors import MethodError
 from merging.lazy import LazyState, Spec, remote_memory, specs
 from merging.stream import Stream
 from merging.streaming.build import Batch, build, ordered_experts
+from merging.streaming.output import HELD
 from merging.streaming.programs import Elected, Linear, Program, Span
 from merging.streaming.selection import SMALL
 from merging.streaming.source import Buffers, Inputs
@@ -163,7 +164,8 @@ def _memory(stream: Stream, stored: Mapping[str, Spec], batches: Sequence[Batch]
         program = batch.program
         if program is None:
             widest = max((stored[name].numel for name in batch.names), default=0)
-            ready = min(len(batch.names), threads * (_AHEAD + _QUEUE) + 3)  # results that wait to be written
+            queued = min(threads * _QUEUE, max(1, HELD // max(1, 4 * widest)))
+            ready = min(len(batch.names), threads * _AHEAD + queued + 3)  # results that wait to be written
             fixed = max(fixed, int(widest * 4 * (threads * _FACTORS * experts + ready)))
         elif isinstance(program, Elected):
             extra = 4 * 2048 * experts + (4 * step * experts if program.mask is not None else 0)
