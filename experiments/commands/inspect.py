@@ -20,7 +20,7 @@ from merging.errors import CheckpointError
 from merging.fingerprint import HASHES
 from merging.layers import layers_of
 from merging.partition import DEFAULT_PRIVATE, partition
-from merging.remote_path import shown
+from merging.remote_path import shown, url_of
 
 _KINDS = ("shared", "private", "buffers", "constants")
 _WIDTH = 118
@@ -83,10 +83,10 @@ def configuration(checkpoint: Checkpoint) -> str:
     record = checkpoint.metadata
     if "method" not in record or "experts" not in record:
         raise CheckpointError(
-            f"{checkpoint.path}: no merge is recorded in it: only merges of mergebound can be repeated"
+            f"{shown(checkpoint.path)}: no merge is recorded in it: only merges of mergebound can be repeated"
         )
     if "mergekit" in record:
-        raise CheckpointError(f"{checkpoint.path}: it was merged from a mergekit file: repeat it with that file")
+        raise CheckpointError(f"{shown(checkpoint.path)}: it was merged from a mergekit file: repeat it with that file")
     kept = {key: record.get(key) for key in ("private", "private_from", "policy", "seed", "dtype", "for_expert")}
     content = {
         "method": record["method"],
@@ -160,6 +160,9 @@ def verify_sources(checkpoint: Checkpoint, candidates: list[Path]) -> list[dict[
     Raises:
         CheckpointError: nothing was recorded, or a candidate does not exist.
     """
+    for candidate in candidates:
+        if url_of(candidate) is not None:
+            raise CheckpointError(f"{shown(candidate)}: sources are compared with local files: download it first")
     record = checkpoint.metadata
     sources = [("base", record.get("base")), *(("expert", entry) for entry in record.get("experts") or ())]
     sources += [("statistics", entry) for entry in record.get("statistics") or ()]
@@ -171,7 +174,9 @@ def verify_sources(checkpoint: Checkpoint, candidates: list[Path]) -> list[dict[
         if key is not None
     ]
     if not recorded:
-        raise CheckpointError(f"{checkpoint.path}: no sources are recorded in it: name a file that mergebound wrote")
+        raise CheckpointError(
+            f"{shown(checkpoint.path)}: no sources are recorded in it: name a file that mergebound wrote"
+        )
     hashes: dict[tuple[Path, str], str] = {}
 
     def hashed(path: Path, key: str) -> str:

@@ -549,7 +549,9 @@ def test_the_command_line_takes_urls_and_hides_credentials(
     differs = run.invoke(build_app(), ["diff", "memory://out/m.safetensors", signed, "--json"])
     assert differs.exit_code == 1
     assert json.loads(differs.output)["b"] == web.url + "/e.safetensors"
-    for text in (made.output, looked.output, printed.output, differs.output):
+    checked = run.invoke(build_app(), ["inspect", "memory://out/m.safetensors", "--verify", signed])
+    assert "compared with local files" in str(checked.exception)
+    for text in (made.output, looked.output, printed.output, differs.output, str(checked.exception)):
         assert "secret" not in text
     assert b"secret" not in memory.cat_file("/out/m.safetensors")
     again = run.invoke(build_app(), ["merge", *common, "--out", "memory://out/m.safetensors"])
