@@ -58,6 +58,7 @@ def elect(
         stop = min(n, start + _BLOCK)
         size = stop - start
         b = origin[start:stop]
+        before = bad
         for i in range(count):
             x = carray(float32_pointer(experts[i]), n)[start:stop]
             kept = trimmed[i]
@@ -103,15 +104,20 @@ def elect(
                 w = weights[i]
                 for j in range(size):
                     agreeing = kept[j] * sign[j]
-                    agreeing = zero if agreeing < zero else agreeing  # NaN stays
+                    agreeing = agreeing if agreeing > zero else zero
                     mass[j] = mass[j] + np.float32(agreeing > zero) * w
                     total[j] = total[j] + agreeing * w
             else:
                 for j in range(size):
                     agreeing = kept[j] * sign[j]
-                    agreeing = zero if agreeing < zero else agreeing  # NaN stays
+                    agreeing = agreeing if agreeing > zero else zero
                     mass[j] = mass[j] + np.float32(agreeing > zero)
                     total[j] = total[j] + agreeing
+        if bad > before:  # an infinite difference that is voted down or cancels is no number
+            for i in range(count):
+                for j in range(size):
+                    agreeing = trimmed[i, j] * sign[j]
+                    total[j] = total[j] if agreeing == agreeing else agreeing
         o = out[start:stop]
         if mean:
             for j in range(size):

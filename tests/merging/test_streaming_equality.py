@@ -116,7 +116,7 @@ def usable(case: Case) -> bool:
     return case.experts > 1 or METHODS[case.method][0] not in ("consensus_ta", "model_stock")
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(case=CASES.filter(usable), way=WAYS, on_disk=st.booleans())
 def test_same_bits_or_same_words(
     case: Case, way: dict[str, Any], on_disk: bool, tmp_path_factory: pytest.TempPathFactory
@@ -128,7 +128,7 @@ def test_same_bits_or_same_words(
     assert_same(streamed(method, *states, folder / "out.safetensors", **way, **arguments), expected)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     case=CASES.filter(usable),
     way=WAYS,
