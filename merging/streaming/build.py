@@ -20,7 +20,7 @@ from merging.methods.slerp import slerp_coefficients
 from merging.random_masks import check_names
 from merging.settings import Resolved
 from merging.span import Array, cosines
-from merging.stream import Stream
+from merging.tensorwise import Stream
 from merging.streaming.programs import (
     ByDefinition,
     Dropped,

@@ -11,17 +11,18 @@ import torch
 
 from merging.errors import MethodError
 from merging.lazy import LazyState, Spec, remote_memory, specs
-from merging.stream import Stream
+from merging.tensorwise import Stream
 from merging.streaming.build import Batch, build, ordered_experts
 from merging.streaming.output import HELD
 from merging.streaming.programs import Elected, Linear, Program, Span
-from merging.streaming.selection import SMALL
+from merging.streaming.selection import COLLECTED, SMALL, SPARE
 from merging.streaming.source import Buffers, Inputs
 from merging.types import StateDict
 
 CHUNK = 1 << 18
 """Entries of a chunk, unless memory is short."""
 
+_BETWEEN = 0.05  # share of the entries that a selection may have to look at closely
 _LEAST_CHUNK = 1 << 14
 _QUEUE = 4  # finished chunks for every thread that may wait to be written
 _AHEAD = 3  # and that may be submitted before (see merging.streaming.run)
@@ -171,7 +172,11 @@ def _memory(stream: Stream, stored: Mapping[str, Spec], batches: Sequence[Batch]
             extra = 4 * 2048 * experts + (4 * step * experts if program.mask is not None else 0)
             per_thread = max(per_thread, 4 * step * (2 + 2 * converted) + extra)
             if program.density < 1.0:
-                fixed = max(fixed, 4 * max(1 << 22, SMALL) + (4 << 20))
+                ranked = largest if program.domain is None else sum(size for _, size in program.domain)
+                room = experts * (SPARE + int(_BETWEEN * ranked))
+                groups = threads if program.domain is None else 1
+                collected = groups * min(COLLECTED, 4 * room)
+                fixed = max(fixed, collected, 4 * max(1 << 22, SMALL) + (4 << 20))
         elif isinstance(program, Span):
             fixed = max(fixed, threads * 8 * 1024 * experts)
         else:

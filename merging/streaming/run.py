@@ -24,7 +24,7 @@ from merging.errors import MethodError
 from merging.kernels.linear import beyond
 from merging.lazy import LazyState, Spec, specs
 from merging.partition import Partition, is_variance
-from merging.stream import Stream, merge_stream
+from merging.tensorwise import Stream, merge_stream
 from merging.streaming.build import ordered_experts
 from merging.streaming.output import Output, OutputFile
 from merging.streaming.plan import Plan, Sources, Task
@@ -50,6 +50,7 @@ def key_of(stream: Stream, stored: Mapping[str, Spec], chunk: int, salt: str = "
         "method": stream.method.name,
         "groups": repr(groups),
         "seed": stream.seed,
+        "device": str(stream.device),
         "experts": list(stream.experts),
         "inputs": {name: None if state is None else _identity(state) for name, state in states.items()},
         "stored": {name: (spec.shape, str(spec.dtype)) for name, spec in stored.items()},

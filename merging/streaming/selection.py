@@ -2,11 +2,13 @@
 
 1. A sample of short runs of entries, spread evenly, brackets the wanted rank by five standard errors.
 2. One pass counts the magnitudes above the bracket and, inside it, how often every float32 value occurs (a histogram
-   over bit patterns, which for positive numbers are in the order of the values; in small domains the values are
-   collected instead).  If the rank is inside the bracket, the threshold is known exactly; if not, or if the bracket
-   holds more values than the histogram has bins, the bracket is corrected and the pass repeated.
-3. Of several entries of exactly that magnitude the first in index order are kept, as many as are wanted; the place of
-   the last of them is looked up in part of one more pass, over the experts for which that makes a difference.
+   over bit patterns, which for positive numbers are in the order of the values; where the values inside the bracket
+   take little memory they are collected instead).  If the rank is inside the bracket, the threshold is known exactly;
+   if not, or if the bracket holds more values than the histogram has bins, the bracket is corrected and the pass
+   repeated.
+3. Of several entries of exactly that magnitude the first in index order are kept, as many as are wanted.  The place of
+   the last of them is known from the values that were collected; after counting it is looked up in part of one more
+   pass, over the experts for which that makes a difference.
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ logger = logging.getLogger(__name__)
 SMALL = 1 << 18
 """Entries up to which a domain is simply sorted out in memory."""
 
-_COLLECTED = 1 << 24
-"""Entries up to which magnitudes inside the bracket are collected instead of counted by value."""
+COLLECTED = 1 << 27
+"""Bytes of magnitudes inside the brackets that may be collected; beyond that they are counted by value."""
+
+SPARE = 1 << 14  # entries of room for what a sample cannot foresee
+_SAMPLED = 1 << 24
+"""Entries up to which all of a domain is read for the sample (it is in memory when it is read again)."""
 
 _RUN = 64  # entries of one run of the sample
-_FEW_RUNS = 512  # where values are collected
+_FEW_RUNS = 512  # in smaller domains
 _RUNS = 768  # of two times 64 entries, in larger domains
 _BINS = 1 << 22  # of all experts together that a thread looks at
 _MANY = 1 << 31  # entries that 32-bit counters do not suffice for
@@ -81,26 +87,47 @@ def select(
         return [Threshold(np.float32(0.0), size) for _ in experts]
     groups = [experts[first::workers] for first in range(min(workers, len(experts)))]
     if pool is None:
-        parts = [_select(inputs, domain, size, keep, group, chunk) for group in groups]
+        parts = [_select(inputs, domain, size, keep, group, chunk, COLLECTED // len(groups)) for group in groups]
     else:
-        parts = list(pool.map(lambda group: _select(inputs, domain, size, keep, group, chunk), groups))
+        parts = list(
+            pool.map(lambda group: _select(inputs, domain, size, keep, group, chunk, COLLECTED // len(groups)), groups)
+        )
     found: dict[int, Threshold] = {}
     for group, thresholds in zip(groups, parts, strict=True):
         found.update(zip(group, thresholds, strict=True))
     return [found[expert] for expert in experts]
 
 
-def _select(inputs: Inputs, domain: Domain, size: int, keep: int, group: Sequence[int], chunk: int) -> list[Threshold]:
+def _select(
+    inputs: Inputs, domain: Domain, size: int, keep: int, group: Sequence[int], chunk: int, limit: int
+) -> list[Threshold]:
     buffers = Buffers()
     if size <= SMALL:
         return [_sorted_out(inputs, domain, size, keep, expert, chunk, buffers) for expert in group]
-    brackets = {expert: _bracket(inputs, domain, size, keep, expert, chunk, buffers) for expert in group}
-    if size <= _COLLECTED:
-        collected = [_collected(inputs, domain, size, keep, e, brackets[e], chunk, buffers) for e in group]
-        return [
-            Threshold(entry[0], _cut(inputs, domain, size, expert, *entry, chunk, buffers))
-            for expert, entry in zip(group, collected, strict=True)
-        ]
+    brackets, shares = {}, {}
+    for expert in group:
+        brackets[expert], shares[expert] = _bracket(inputs, domain, size, keep, expert, chunk, buffers)
+    found: dict[int, Threshold] = {}
+    rooms = {expert: min(size, int(1.25 * shares[expert] * size) + SPARE) for expert in group}
+    if 4 * sum(rooms.values()) <= limit:
+        found = _collected(inputs, domain, size, keep, brackets, rooms, chunk, buffers)
+    missed = [expert for expert in group if expert not in found]
+    if missed:
+        found |= _counted(inputs, domain, size, keep, {e: brackets[e] for e in missed}, chunk, buffers)
+    return [found[expert] for expert in group]
+
+
+def _counted(
+    inputs: Inputs,
+    domain: Domain,
+    size: int,
+    keep: int,
+    brackets: dict[int, tuple[np.float32, np.float32]],
+    chunk: int,
+    buffers: Buffers,
+) -> dict[int, Threshold]:
+    """Thresholds by counting values: memory that does not grow with the domain."""
+    group = list(brackets)
     values: dict[int, tuple[np.float32, int, int]] = {}
     passes = 0
     while len(values) < len(group):
@@ -129,10 +156,10 @@ def _select(inputs: Inputs, domain: Domain, size: int, keep: int, group: Sequenc
                     brackets[expert] = (_float(pattern), min(high, _float(pattern + (1 << shift) - 1)))
     if passes > 1:
         logger.info("selection took %d passes over %d entries", passes, size)
-    return [
-        Threshold(values[expert][0], _cut(inputs, domain, size, expert, *values[expert], chunk, buffers))
+    return {
+        expert: Threshold(values[expert][0], _cut(inputs, domain, size, expert, *values[expert], chunk, buffers))
         for expert in group
-    ]
+    }
 
 
 def _collected(
@@ -140,30 +167,52 @@ def _collected(
     domain: Domain,
     size: int,
     keep: int,
-    expert: int,
-    bracket: tuple[np.float32, np.float32],
+    brackets: dict[int, tuple[np.float32, np.float32]],
+    rooms: dict[int, int],
     chunk: int,
     buffers: Buffers,
-) -> tuple[np.float32, int, int]:
-    """The threshold's magnitude, how many of that magnitude are kept, and how many there are."""
-    low, high = bracket
-    while True:
-        room = buffers.floats("collected", size // 4 if low > 0.0 else size)
-        above = inside = 0
-        for name, count in domain:
-            for start in range(0, count, chunk):
-                stop = min(count, start + chunk)
-                base, place = inputs.pair(expert, name, start, stop, buffers)
-                more, here = collect(base, place, stop - start, low, high, room[min(inside, len(room)) :])
-                above, inside = above + more, inside + here
-        if above < keep <= above + inside and inside <= len(room):
-            found = room[:inside]
-            value = np.partition(found, inside - (keep - above))[inside - (keep - above)]
-            larger = above + int(np.count_nonzero(found > value))
-            return value, keep - larger, int(np.count_nonzero(found == value))
-        if low <= 0.0 and high >= _LARGEST:  # infinite or NaN entries, which the merge itself will name
-            return np.float32(np.inf) if above >= keep else np.float32(0.0), 0, 0
-        low, high = np.float32(0.0), _LARGEST
+) -> dict[int, Threshold]:
+    """Thresholds by collecting the magnitudes inside the brackets; experts whose bracket or room is too small miss.
+
+    The magnitudes are in index order and it is known how many came from each chunk, so that the place of the last
+    entry that is kept is looked up in one chunk only.
+    """
+    group = list(brackets)
+    held = {expert: buffers.floats(("collected", place), rooms[expert]) for place, expert in enumerate(group)}
+    above, inside = dict.fromkeys(group, 0), dict.fromkeys(group, 0)
+    chunks = [(name, start, min(count, start + chunk)) for name, count in domain for start in range(0, count, chunk)]
+    counts = np.zeros((len(group), len(chunks) + 1), dtype=np.int64)
+    for number, (name, start, stop) in enumerate(chunks):
+        for place, expert in enumerate(group):
+            base, address = inputs.pair(expert, name, start, stop, buffers)
+            room = held[expert][min(inside[expert], rooms[expert]) :]
+            more, here = collect(base, address, stop - start, *brackets[expert], room)
+            above[expert] += more
+            inside[expert] += here
+            counts[place, number + 1] = inside[expert]
+        if len(domain) > 1 and (number + 1 == len(chunks) or chunks[number + 1][0] != name):
+            inputs.release(name, group)
+    offsets = dict(zip((name for name, _ in domain), np.cumsum([0, *(count for _, count in domain)]), strict=False))
+    found: dict[int, Threshold] = {}
+    for place, expert in enumerate(group):
+        if inside[expert] > rooms[expert] or not above[expert] < keep <= above[expert] + inside[expert]:
+            continue
+        values = held[expert][: inside[expert]]
+        rank = inside[expert] - (keep - above[expert])
+        value = np.partition(values, rank)[rank]
+        wanted = keep - above[expert] - int(np.count_nonzero(values > value))
+        equal = np.flatnonzero(values == value)
+        cut = size
+        if wanted < len(equal):
+            last = int(equal[wanted - 1])
+            number = int(np.searchsorted(counts[place], last, side="right")) - 1
+            name, start, stop = chunks[number]
+            before = int(np.count_nonzero(equal < counts[place, number]))
+            base, address = inputs.pair(expert, name, start, stop, buffers)
+            within = place_of_equal(base, address, stop - start, value, wanted - before)
+            cut = int(offsets[name]) + start + int(within)
+        found[expert] = Threshold(value, cut)
+    return found
 
 
 def _pass(
@@ -200,15 +249,17 @@ def _pass(
 
 def _bracket(
     inputs: Inputs, domain: Domain, size: int, keep: int, expert: int, chunk: int, buffers: Buffers
-) -> tuple[np.float32, np.float32]:
+) -> tuple[tuple[np.float32, np.float32], float]:
     """Magnitudes between which the wanted one lies, almost surely: five standard errors of the sample to each side.
+
+    The second result is about the share of all entries that are in between.
 
     The runs are spread evenly, so the spread of a share over them is estimated by differences between neighbours.
     """
-    sample = (_sample_all if size <= _COLLECTED else _sample_some)(inputs, domain, size, expert, chunk, buffers)
+    sample = (_sample_all if size <= _SAMPLED else _sample_some)(inputs, domain, size, expert, chunk, buffers)
     rows = len(sample)
     if rows < 16 or not bool(np.isfinite(sample).all()):
-        return np.float32(0.0), _LARGEST
+        return (np.float32(0.0), _LARGEST), 1.0
     ordered = np.sort(sample, axis=None)
     share = keep / size
     middle = ordered[min(len(ordered) - 1, int((1.0 - share) * len(ordered)))]
@@ -218,7 +269,8 @@ def _bracket(
     high_rank = int(np.ceil((1.0 - share + 5.0 * error) * len(ordered))) + 1
     low = np.float32(0.0) if low_rank < 0 else ordered[low_rank]
     high = _LARGEST if high_rank >= len(ordered) else ordered[high_rank]
-    return np.float32(low), np.float32(high)
+    inside = np.searchsorted(ordered, high, side="right") - np.searchsorted(ordered, low, side="left")
+    return (np.float32(low), np.float32(high)), float(inside) / len(ordered)
 
 
 def _sample_all(inputs: Inputs, domain: Domain, size: int, expert: int, chunk: int, buffers: Buffers) -> Floats:

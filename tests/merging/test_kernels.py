@@ -253,7 +253,8 @@ def values_of(rng: np.random.Generator, kind: str, sizes: list[tuple[str, int]])
 def test_selection_is_exact(kind: str, collected: int, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets that miss, histograms that are refined, ties across tensors: the first of equal ones in index order."""
     monkeypatch.setattr(selection, "SMALL", 100)
-    monkeypatch.setattr(selection, "_COLLECTED", collected)
+    monkeypatch.setattr(selection, "COLLECTED", collected)
+    monkeypatch.setattr(selection, "_SAMPLED", 64 if many == 1 else 1 << 24)
     monkeypatch.setattr(selection, "_MANY", many)
     monkeypatch.setattr(selection, "_BINS", 1 << 12)
     monkeypatch.setattr(selection, "_RUNS", 48)

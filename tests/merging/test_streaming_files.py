@@ -177,7 +177,8 @@ def test_policies(method: str, policy: str, tmp_path: Path) -> None:
 def test_inputs_that_are_fetched_whole(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Legacy files, shards and adapters; with domains that are sampled."""
     monkeypatch.setattr(selection, "SMALL", 16)
-    monkeypatch.setattr(selection, "_COLLECTED", 64)
+    monkeypatch.setattr(selection, "COLLECTED", 64)
+    monkeypatch.setattr(selection, "_SAMPLED", 64)
     states = {name: checkpoint(seed) for seed, name in enumerate(("base", "old", "shards"))}
     paths = {"base": tmp_path / "base.pt", "old": tmp_path / "old.bin"}
     torch.save(states["base"], paths["base"])
@@ -270,7 +271,8 @@ def test_tensors_fetched_whole_are_not_kept(tmp_path: Path, monkeypatch: pytest.
     from merging.streaming.source import Inputs
 
     monkeypatch.setattr(selection, "SMALL", 16)
-    monkeypatch.setattr(selection, "_COLLECTED", 64)
+    monkeypatch.setattr(selection, "COLLECTED", 64)
+    monkeypatch.setattr(selection, "_SAMPLED", 64)
     paths = family(tmp_path)
     whole = {name: f"t{name}" for name in map(str, range(30))}
     states = [

@@ -18,7 +18,7 @@ from merging.merge import merge_state_dicts
 from merging.partition import partition
 from merging.registry import get, methods
 from merging.settings import Gradient, Rule, resolve
-from merging.stream import Stream, can_stream, merge_stream
+from merging.tensorwise import Stream, can_stream, merge_stream
 
 State = dict[str, Tensor]
 

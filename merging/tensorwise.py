@@ -1,7 +1,8 @@
 """Merge tensor by tensor: memory for one tensor of each checkpoint, whatever the size of the model.
 
 This is for methods whose merged tensors each depend on that tensor of the experts alone; the others (ranking entries
-over the whole model, say) need :func:`merging.merge.merge_state_dicts`.  The bits are those of that function.
+over the whole model, say) need :func:`merging.merge.merge_state_dicts`.  On the processor the
+bits are those of that function.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from merging.compatible import check_finite, check_result
+from merging.errors import MethodError
 from merging.flat import FlatSpace, compute_dtype
 from merging.layers import layers_of
 from merging.lazy import LazyState, Spec, specs
@@ -39,6 +41,7 @@ class Stream:
             order of ``experts``.
         seed: for methods that draw random numbers.
         dtypes: storage types other than the reference's.
+        device: where each tensor is merged; results are in the processor's memory.
     """
 
     method: Method
@@ -49,6 +52,7 @@ class Stream:
     groups: Sequence[Resolved]
     seed: int = 0
     dtypes: Mapping[str, torch.dtype] | None = None
+    device: torch.device = torch.device("cpu")
 
 
 def can_stream(method: Method, groups: Sequence[Resolved], states: Sequence[StateDict], parts: Partition) -> bool:
@@ -67,7 +71,7 @@ def merge_stream(stream: Stream) -> LazyState:
     """The merged coordinates (shared tensors and buffers) as a lazy mapping; each is merged when it is asked for.
 
     Asking raises what :func:`merging.merge.merge_state_dicts` raises: CheckpointError for NaN or infinite weights,
-    MethodError where the result overflows its storage type.
+    MethodError where the result overflows its storage type, or the device's memory is too small.
     """
     described = specs(stream.reference)
     changed = stream.dtypes or {}
@@ -85,6 +89,15 @@ def _reader(stream: Stream, wanted: Mapping[str, Spec]) -> Callable[[str], Tenso
     buffers = set(stream.parts.buffers)
 
     def read(name: str) -> Tensor:
+        try:
+            return merged(name)
+        except torch.OutOfMemoryError:
+            raise MethodError(
+                f"tensor '{name}' does not fit into the memory of {stream.device} with method '{stream.method.name}': "
+                "use fewer threads, or merge on the processor"
+            ) from None
+
+    def merged(name: str) -> Tensor:
         spec = wanted[name]
         group = group_of.get(name)
         method = AVERAGE if group is None else stream.method  # running statistics, where the method leaves them alone
@@ -96,8 +109,9 @@ def _reader(stream: Stream, wanted: Mapping[str, Spec]) -> Callable[[str], Tenso
         space = FlatSpace(
             (name,), (spec.shape,), (0, spec.numel), compute_dtype(t[name] for t in (start, *tensors.values()))
         )
-        origin = space.flatten(start) if stream.base is not None else torch.zeros(space.size, dtype=space.dtype)
-        rows = [space.flatten(tensor).sub_(origin) for tensor in tensors.values()]
+        zero = torch.zeros(space.size, dtype=space.dtype, device=stream.device)
+        origin = zero if stream.base is None else space.flatten(start).to(stream.device)
+        rows = [space.flatten(tensor).to(stream.device).sub_(origin) for tensor in tensors.values()]
         part = Partition(shared=(), buffers=(name,)) if name in buffers else Partition(shared=(name,))
         check_finite(start, tensors, part, (origin, *rows))
         vector = merge_flat(
@@ -110,9 +124,9 @@ def _reader(stream: Stream, wanted: Mapping[str, Spec]) -> Callable[[str], Tenso
             coefficients=None if group is None else group.coefficients,
             seed=stream.seed,
             **settings,
-        )
-        merged = {name: vector.view(spec.shape).to(spec.dtype)}
-        check_result(merged, vector, method.name)
-        return merged[name]
+        ).cpu()
+        tensor = vector.view(spec.shape).to(spec.dtype)
+        check_result({name: tensor}, vector, method.name)
+        return tensor
 
     return read
