@@ -41,7 +41,7 @@ from merging.remote_path import last_name, shown, url_of
 from merging.save import Fill, leftovers, save_checkpoint
 from merging.settings import Resolved, Rule, resolve
 from merging.statistics import ARGUMENTS, load_statistics
-from merging.stream import Stream, can_stream, merge_stream
+from merging.tensorwise import Stream, can_stream, merge_stream
 from merging.tied import dealias
 from merging.types import StateDict
 from merging.writer import Outline

@@ -109,8 +109,8 @@ def _way(method: Method, settings: dict[str, Any]) -> str:
 
     from merging.partition import Partition
     from merging.settings import resolve
-    from merging.stream import Stream
     from merging.streaming.build import build
+    from merging.tensorwise import Stream
 
     state = {"blocks.0.weight": zeros(2, 2)}
     names = [str(number) for number in range(max(2, method.experts[0]))]

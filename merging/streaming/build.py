@@ -20,7 +20,6 @@ from merging.methods.slerp import slerp_coefficients
 from merging.random_masks import check_names
 from merging.settings import Resolved
 from merging.span import Array, cosines
-from merging.tensorwise import Stream
 from merging.streaming.programs import (
     ByDefinition,
     Dropped,
@@ -34,6 +33,7 @@ from merging.streaming.programs import (
     refuse_weighted_mean,
 )
 from merging.streaming.selection import Domain
+from merging.tensorwise import Stream
 from merging.types import StateDict
 
 

@@ -11,12 +11,12 @@ import torch
 
 from merging.errors import MethodError
 from merging.lazy import LazyState, Spec, remote_memory, specs
-from merging.tensorwise import Stream
 from merging.streaming.build import Batch, build, ordered_experts
 from merging.streaming.output import HELD
 from merging.streaming.programs import Elected, Linear, Program, Span
 from merging.streaming.selection import COLLECTED, SMALL, SPARE
 from merging.streaming.source import Buffers, Inputs
+from merging.tensorwise import Stream
 from merging.types import StateDict
 
 CHUNK = 1 << 18

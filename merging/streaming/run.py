@@ -24,12 +24,12 @@ from merging.errors import MethodError
 from merging.kernels.linear import beyond
 from merging.lazy import LazyState, Spec, specs
 from merging.partition import Partition, is_variance
-from merging.tensorwise import Stream, merge_stream
 from merging.streaming.build import ordered_experts
 from merging.streaming.output import Output, OutputFile
 from merging.streaming.plan import Plan, Sources, Task
 from merging.streaming.programs import Span
 from merging.streaming.source import Buffers, Inputs
+from merging.tensorwise import Stream, merge_stream
 from merging.types import StateDict
 
 logger = logging.getLogger(__name__)

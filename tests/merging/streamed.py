@@ -18,10 +18,10 @@ from merging.method import Method
 from merging.partition import partition
 from merging.registry import get
 from merging.settings import Rule, resolve
-from merging.tensorwise import Stream
 from merging.streaming.output import OutputFile
 from merging.streaming.plan import Plan, Task, plan
 from merging.streaming.run import run, stored_specs
+from merging.tensorwise import Stream
 from merging.types import StateDict
 from merging.writer import outline_of
 
