@@ -201,9 +201,13 @@ class Mask:
         aligned = start // 4 * 4
         count = stop - aligned
         drawn = buffers.bytes("masks", count * len(self.names)).reshape(len(self.names), count)
-        for row, expert in zip(drawn, self.names, strict=True):
-            keep(stream_key(self.seed, expert, name), aligned, np.uint32(self.least), row)
+        self._fill(name, aligned, drawn)
         return drawn[:, start - aligned :]
+
+    def _fill(self, name: str, start: int, masks: NDArray[np.uint8]) -> None:
+        """Draw masks from entry ``start`` on, a multiple of four."""
+        for row, expert in zip(masks, self.names, strict=True):
+            keep(stream_key(self.seed, expert, name), start, np.uint32(self.least), row)
 
     def match(self, inputs: Inputs, name: str, size: int, chunk: int) -> Matched:
         """L1 norms of a tensor before and after dropping entries."""
@@ -215,9 +219,11 @@ class Mask:
         for start in range(0, size, step):
             stop = min(size, start + step)
             found = inputs.chunk(name, start, stop, buffers)
-            drawn = self.draw(name, start, stop, buffers)
-            if kept is not None:
-                kept[:, start:stop] = drawn
+            if kept is None:
+                drawn = self.draw(name, start, stop, buffers)
+            else:
+                drawn = kept[:, start:stop]
+                self._fill(name, start, drawn)
             for row, address, total in zip(drawn, found.experts, sums, strict=True):
                 masked_norms(found.base, address, row, total)
         ratios = [total / rest if rest > 0.0 else 1.0 for total, rest in sums.tolist()]
