@@ -243,8 +243,11 @@ def merge_many(
     labels = tuple(str(index) for index in range(len(rows))) if names is None else tuple(names)
     if len(labels) != len(rows) or len(set(labels)) != len(labels):
         raise MethodError(f"{len(rows)} task vectors came with names {list(labels)}: give one distinct name each")
-    if threads < 1:
-        raise MethodError(f"threads is {threads}: give at least one")
+    if not isinstance(threads, int) or threads < 1:
+        raise MethodError(f"threads is {threads}: give a whole number, at least one")
+    for what, given in (("task vectors", rows), ("the base", base)):
+        if given.dtype not in (torch.float32, torch.float64):
+            raise MethodError(f"{what} come as {given.dtype}: convert them to {space.dtype}, as space.flatten does")
     states = {label: space.unflatten(row) for label, row in zip(labels, rows, strict=True)}
     check_finite(space.unflatten(base), states, partition, (base, *rows))
     wanted = asked(labels, coefficients, subsets, each, seed, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,15 +81,20 @@ def asked(
     experts = len(names)
     members = None if subsets is None else _members(subsets, experts)
     weights = None if coefficients is None else _weights(coefficients, names)
-    varying = {name: _tuple(values) for name, values in (each or {}).items()}
+    varying = {name: _tuple(name, values) for name, values in (each or {}).items()}
     one_seed = isinstance(seed, int | np.integer)
-    seeds = tuple(int(value) for value in (np.atleast_1d(seed) if one_seed else seed))  # type: ignore[union-attr]
+    try:
+        seeds = tuple(operator.index(value) for value in ((seed,) if one_seed else seed))  # type: ignore[union-attr]
+    except TypeError:
+        raise MethodError(f"seed is {seed!r}: give one whole number, or one for each merge") from None
     twice = sorted(set(varying) & set(settings))
     if twice:
         raise MethodError(f"'{twice[0]}' was given for all merges and in each=: give it once")
     lengths = {f"each[{name!r}]": len(values) for name, values in varying.items()}
     if members is not None:
         lengths["subsets"] = len(members)
+        if () in members:
+            raise MethodError(f"merge {members.index(())}: no expert takes part: give every merge at least one")
     if weights is not None and weights.shape[0] != 1:
         lengths["coefficients"] = weights.shape[0]
     if not one_seed:
@@ -100,8 +106,22 @@ def asked(
     return Asked(count, members, weights, dict(settings), varying, seeds)
 
 
-def _tuple(values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(values.tolist() if isinstance(values, np.ndarray | Tensor) else values)
+def _tuple(name: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        return tuple(values.tolist() if isinstance(values, np.ndarray | Tensor) else values)
+    except TypeError:
+        raise MethodError(
+            f"each[{name!r}] is {values!r}: give one value per merge, or {name}={values!r} for all of them"
+        ) from None
+
+
+def _index(value: Any) -> int:
+    """A whole number; flags are none, so that a list of them is not taken for experts 0 and 1."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def _members(subsets: Subsets, experts: int) -> tuple[tuple[int, ...], ...]:
@@ -116,7 +136,13 @@ def _members(subsets: Subsets, experts: int) -> tuple[tuple[int, ...], ...]:
         where, who = np.nonzero(subsets)
         cuts = np.searchsorted(where, np.arange(1, len(subsets)))
         return tuple(tuple(part.tolist()) for part in np.split(who, cuts)) if len(subsets) else ()
-    found = tuple(tuple(int(index) for index in chosen) for chosen in subsets)
+    try:
+        found = tuple(tuple(_index(index) for index in chosen) for chosen in subsets)
+    except TypeError:
+        raise MethodError(
+            "subsets are no lists of experts' indices: give a list of indices for each merge, as in [[0, 2], [1]], or an "
+            "array of booleans of shape (merges, experts)"
+        ) from None
     for number, chosen in enumerate(found):
         if len(set(chosen)) != len(chosen) or not all(0 <= index < experts for index in chosen):
             raise MethodError(

@@ -91,7 +91,9 @@ def markdown_table() -> str:
 def way(method: Method) -> str:
     """How large files are merged: in chunks, tensor by tensor or in memory, and which settings change that."""
     usual = _way(method, {})
-    tried = [{p.name: choice} for p in method.parameters for choice in p.choices if choice != p.default]
+    tried: list[dict[str, Any]] = [
+        {p.name: choice} for p in method.parameters for choice in p.choices if choice != p.default
+    ]
     if any(p.name == "density" and p.default == 1.0 for p in method.parameters):
         tried += [{"density": 0.5}, *({"density": 0.5} | settings for settings in tried if "scope" in settings)]
     others: dict[str, list[str]] = {}

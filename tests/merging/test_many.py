@@ -322,7 +322,18 @@ def test_structures_per_expert_follow_the_subset() -> None:
         ({"subsets": [[0, 0]]}, r"merge 0: the subset \[0, 0\]"),
         ({"subsets": [[1], [5]]}, "merge 1: the subset"),
         ({"subsets": np.ones((3, 4), dtype=bool)}, "do not fit 5 experts"),
-        ({"subsets": [[0], []]}, "merge 1: 0 task vectors"),
+        ({"subsets": [[0], []]}, "merge 1: no expert takes part"),
+        ({"subsets": np.zeros((2, 5), dtype=bool)}, "merge 0: no expert takes part"),
+        ({"subsets": [[True, False]]}, "subsets are no lists of experts' indices"),
+        ({"subsets": [[torch.tensor(True)]]}, "subsets are no lists of experts' indices"),
+        ({"subsets": [[0.7, 1]]}, "subsets are no lists of experts' indices"),
+        ({"subsets": [["a"]]}, "subsets are no lists of experts' indices"),
+        ({"subsets": [0, 1]}, "subsets are no lists of experts' indices"),
+        ({"each": {"density": 0.3}}, r"each\['density'\] is 0.3: give one value per merge"),
+        ({"each": {"scope": "global"}}, r"each\['scope'\] is 'global': give one value per merge"),
+        ({"seed": "x"}, "seed is 'x': give one whole number"),
+        ({"seed": 1.5}, "seed is 1.5: give one whole number"),
+        ({"threads": 2.5}, "threads is 2.5: give a whole number"),
         ({"each": {"density": [0.2, 1.5]}}, "merge 1: method 'ties': parameter 'density' is 1.5"),
         ({"each": {"density": [0.2]}, "density": 0.3}, "'density' was given for all merges and in each="),
         ({"dens": 0.3}, "merge 0: method 'ties' has no parameter 'dens'"),
@@ -349,6 +360,8 @@ def test_inputs_are_checked_once() -> None:
         merge_many("average", base, broken, space, parts, names=NAMES)
     with pytest.raises(CheckpointError, match="does not fit the layout"):
         merge_many("average", base, deltas[:, :-1], space, parts)
+    with pytest.raises(MethodError, match="task vectors come as torch.bfloat16: convert them"):
+        merge_many("average", base, deltas.bfloat16(), space, parts)
     before = deltas.clone()
     merge_many("ties", base, deltas, space, parts).stack()
     assert same_bits(before, deltas)
