@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def asked(
     varying = {name: _tuple(name, values) for name, values in (each or {}).items()}
     one_seed = isinstance(seed, int | np.integer)
     try:
-        seeds = tuple(operator.index(value) for value in ((seed,) if one_seed else seed))  # type: ignore[union-attr]
+        seeds = tuple(_index(value) for value in ((seed,) if one_seed else cast(Sequence[int], seed)))
     except TypeError:
         raise MethodError(f"seed is {seed!r}: give one whole number, or one for each merge") from None
     twice = sorted(set(varying) & set(settings))
@@ -140,8 +140,8 @@ def _members(subsets: Subsets, experts: int) -> tuple[tuple[int, ...], ...]:
         found = tuple(tuple(_index(index) for index in chosen) for chosen in subsets)
     except TypeError:
         raise MethodError(
-            "subsets are no lists of experts' indices: give a list of indices for each merge, as in [[0, 2], [1]], or an "
-            "array of booleans of shape (merges, experts)"
+            "subsets are no lists of experts' indices: give a list of indices for each merge, as in [[0, 2], [1]], or "
+            "an array of booleans of shape (merges, experts)"
         ) from None
     for number, chosen in enumerate(found):
         if len(set(chosen)) != len(chosen) or not all(0 <= index < experts for index in chosen):

@@ -360,7 +360,7 @@ def test_inputs_are_checked_once() -> None:
         merge_many("average", base, broken, space, parts, names=NAMES)
     with pytest.raises(CheckpointError, match="does not fit the layout"):
         merge_many("average", base, deltas[:, :-1], space, parts)
-    with pytest.raises(MethodError, match="task vectors come as torch.bfloat16: convert them"):
+    with pytest.raises(MethodError, match=r"task vectors come as torch\.bfloat16: convert them"):
         merge_many("average", base, deltas.bfloat16(), space, parts)
     before = deltas.clone()
     merge_many("ties", base, deltas, space, parts).stack()
