@@ -50,6 +50,13 @@ def synthetic() -> list[Run]:
     return runs
 
 
+def test_warm_files_that_do_not_fit_the_page_cache_are_told() -> None:
+    whole = report(summarise(synthetic()), [], {})
+    assert "do not fit the page cache" not in whole
+    part = report(summarise([*synthetic(), run(OURS, "warm", 3, 2.0, resident=0.625)]), [], {})
+    assert "as little as 62.5% of the inputs" in part
+
+
 def test_summary_of_synthetic_runs() -> None:
     rows = {row["tool"]: row for row in summarise(synthetic())}
     ours = rows[OURS]

@@ -31,8 +31,8 @@ class Run:
         case, tool, dtype, state, parameters, experts, threads, round: what ran.
         input_bytes, output_bytes: of the files read (each once) and written.
         user, system, wall: seconds of the merge; of the whole process where the state is ``whole``.
-        level: bytes of anonymous memory before the merge.
-        above: largest bytes of anonymous memory above it.
+        level: bytes of anonymous memory after imports (0 where the state is ``whole``).
+        above: largest bytes of anonymous memory above it, of the measured merge.
         resident: share of the inputs in the page cache just before.
         device_read: bytes fetched from the device.
         imports: processor seconds until the tool was imported.

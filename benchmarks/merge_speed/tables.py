@@ -22,10 +22,10 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
     """One row per merge and tool, in the order of the runs.
 
     Columns: ``cpu``, ``user``, ``system`` (seconds, warm), ``wall_warm``, ``wall_cold`` (seconds), ``rate_warm``,
-    ``rate_cold`` (GB/s of inputs and output), ``memory`` (GB of anonymous memory above the level before the merge,
+    ``rate_cold`` (GB/s of inputs and output), ``memory`` (GB of anonymous memory above the level after imports,
     largest of all runs), ``whole_cpu``, ``whole_wall``, ``whole_memory`` (the process from start to end), ``resident``
-    (largest share of the inputs that was in the page cache before a cold run), ``cpu_ratio`` (CPU seconds over ours),
-    ``floor_warm`` and ``floor_cold`` (wall time over the floor's), ``runs`` and ``error``.  Times are medians; NaN
+    (largest share of the inputs that was in the page cache before a cold run), ``resident_warm`` (smallest before a
+    warm one), ``cpu_ratio`` (CPU seconds over ours), ``floor_warm`` and ``floor_cold`` (wall time over the floor's), ``runs`` and ``error``.  Times are medians; NaN
     where there are none.
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
@@ -62,6 +62,7 @@ def _row(group: Sequence[Run]) -> Row:
     row["whole_wall"] = _median([run.wall for run in good["whole"]])
     row["whole_memory"] = max((run.above / 1e9 for run in good["whole"]), default=float("nan"))
     row["resident"] = max((run.resident for run in good["cold"]), default=float("nan"))
+    row["resident_warm"] = min((run.resident for run in good["warm"]), default=float("nan"))
     row["runs"] = len(measured)
     row["error"] = next((run.error for run in group if run.error), "")
     return row
@@ -231,6 +232,12 @@ def report(
         cold = [row["resident"] for row in members if not isnan(row["resident"])]
         if cold:
             parts.append(f"Before cold runs at most {max(cold):.1%} of the inputs were in the page cache (mincore).\n")
+        short = [row["resident_warm"] for row in members if row["resident_warm"] < 0.99]
+        if short:
+            parts.append(
+                f"They do not fit the page cache: before warm runs as little as {min(short):.1%} of the inputs was in "
+                "it, so that these times are partly the disk's.\n"
+            )
     if found:
         parts.append(f"## Do the tools merge the same thing?\n\n{AGREEMENT}\n{agreement_table(found)}")
     used = dict.fromkeys(row["case"] for row in rows)
@@ -249,14 +256,16 @@ there:
 
 * CPU seconds: user and system time of all threads (getrusage; warm runs).
 * Wall time: includes flushing the output to the disk (fsync), for every tool.
-* Memory: the largest anonymous memory (resident minus file pages, sampled every 10 ms) above the level just before the
-  merge, so above imports and warm-up.
-* Cold: the inputs were evicted from the page cache (posix_fadvise after fsync) before the process started.
+* Memory: the largest anonymous memory (resident minus file pages, sampled every 10 ms) during the measured merge above
+  the level after imports, so including what the warm-up left (loaded kernels).
+* Cold: the inputs were evicted from the page cache (posix_fadvise after fsync) before the process started. Caches below
+  the operating system (of a disk, of a virtual machine's host) are not: the floor is what cold files cost here.
 * GB/s: each input counts once, and the output.
 * Floor: reading every input once, then writing as many bytes as one input has, with fsync.
-* Ours writes its record without the SHA-256 of each input, which the command adds and no other tool has.
+* Ours does what the command line does with quick hashes in its record, its default above 1 GiB of inputs.
 * mergekit is run as mergekit-pytorch runs it (state dicts of any architecture), with float32 arithmetic also on
-  bfloat16 files. FusionBench's algorithms get models that are mapped files, and the result is saved.
+  bfloat16 files. FusionBench's algorithms get models that are mapped files, and the result is saved. A peer that maps
+  more writable memory than the machine has left (`--memory`) is stopped: out of memory.
 * A tool that takes more than a minute runs twice in each state.
 """
 

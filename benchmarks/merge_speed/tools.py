@@ -43,13 +43,14 @@ def output_files(out: Path) -> list[Path]:
 def _ours(threads: int) -> Run:
     import torch
 
-    from experiments.merge_job import Resources, describe, execute, prepare
+    import merging.streaming.run  # noqa: F401  # imported when it is needed; an import all the same
+    from experiments.merge_job import Resources, execute, prepare, record_of
     from merging.config import ExpertEntry, MergeFile, build
 
     torch.set_num_threads(threads)
 
     def run(job: Job) -> None:
-        """What ``mergebound merge`` does, save for the SHA-256 of each input in the record (no other tool has it)."""
+        """What ``mergebound merge --hash quick`` does, as it does by default above 1 GiB of inputs."""
         content = MergeFile(
             method=job.case.method,
             settings=dict(job.case.settings),
@@ -58,7 +59,7 @@ def _ours(threads: int) -> Run:
             out=job.out / "merged.safetensors",
         )
         checked = prepare(build(content, source=""))
-        execute(checked, describe(checked), Resources(threads=threads, streamed=True))
+        execute(checked, record_of(checked, hashing="quick"), Resources(threads=threads, streamed=True))
 
     return run
 

@@ -37,7 +37,9 @@ def run(plan: Plan) -> dict[str, Any]:
     if plan.state != "whole":
         result["resident"] = resident(plan.inputs)
     reading = measure(lambda: _merge(tool, plan, plan.base, plan.experts, out))
-    return result | asdict(reading) | {"written": sum(file.stat().st_size for file in out.rglob("*") if file.is_file())}
+    peak, level = reading.level + reading.above, result["imported_level"]
+    result |= asdict(reading) | {"level": level, "above": max(0, peak - level)}  # kernels that warm-up loaded count
+    return result | {"written": sum(file.stat().st_size for file in out.rglob("*") if file.is_file())}
 
 
 def _merge(tool: Run, plan: Plan, base: str, experts: tuple[str, ...], out: Path) -> None:
