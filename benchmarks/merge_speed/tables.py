@@ -25,7 +25,8 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
     ``rate_cold`` (GB/s of inputs and output), ``memory`` (GB of anonymous memory above the level after imports,
     largest of all runs), ``whole_cpu``, ``whole_wall``, ``whole_memory`` (the process from start to end), ``resident``
     (largest share of the inputs that was in the page cache before a cold run), ``resident_warm`` (smallest before a
-    warm one), ``cpu_ratio`` (CPU seconds over ours), ``floor_warm`` and ``floor_cold`` (wall time over the floor's), ``runs`` and ``error``.  Times are medians; NaN
+    warm one), ``cpu_ratio`` (CPU seconds over ours), ``floor_warm`` and
+    ``floor_cold`` (wall time over the floor's), ``runs`` and ``error``.  Times are medians; NaN
     where there are none.
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
@@ -62,7 +63,7 @@ def _row(group: Sequence[Run]) -> Row:
     row["whole_wall"] = _median([run.wall for run in good["whole"]])
     row["whole_memory"] = max((run.above / 1e9 for run in good["whole"]), default=float("nan"))
     row["resident"] = max((run.resident for run in good["cold"]), default=float("nan"))
-    row["resident_warm"] = min((run.resident for run in good["warm"]), default=float("nan"))
+    row["resident_warm"] = min((run.resident for run in good["warm"] if not isnan(run.resident)), default=float("nan"))
     row["runs"] = len(measured)
     row["error"] = next((run.error for run in group if run.error), "")
     return row
