@@ -25,6 +25,7 @@ from torch import Tensor
 from merging.checkpoint import Checkpoint, file_hash, open_checkpoint
 from merging.config import MergeSpec
 from merging.config_values import written
+from merging.device import check_device
 from merging.errors import CheckpointError, MethodError
 from merging.fingerprint import HASHES
 from merging.folder import SAFETENSORS_INDEX
@@ -196,7 +197,7 @@ def prepare(spec: MergeSpec, tell: Stage = lambda stage: None) -> Job:
     )
 
 
-def merge(job: Job, tell: Stage = lambda stage: None) -> StateDict:
+def merge(job: Job, tell: Stage = lambda stage: None, device: str = "cpu") -> StateDict:
     """The merged checkpoint, in the base's tensor order.
 
     Where every tensor can be merged on its own, the result is a lazy mapping that merges a tensor when it is asked for
@@ -205,6 +206,7 @@ def merge(job: Job, tell: Stage = lambda stage: None) -> StateDict:
     Args:
         job: the merge.
         tell: called with the name of each stage.
+        device: where tensors are merged that are merged on their own.
 
     Raises:
         CheckpointError: a checkpoint holds NaN or infinite weights, or cannot be read.
@@ -218,7 +220,7 @@ def merge(job: Job, tell: Stage = lambda stage: None) -> StateDict:
         stored = job.specs
         dtypes = {name: stored[name].dtype for name in states.parts.coordinates}
         merged: StateDict = merge_stream(
-            Stream(job.method, base, states.base, states.experts, states.parts, job.groups, spec.seed, dtypes)
+            Stream(job.method, base, states.base, states.experts, states.parts, job.groups, spec.seed, dtypes, device)
         )
     else:
         tell(f"merging with {job.method.name}, which needs all tensors at once")
@@ -311,6 +313,10 @@ class Resources:
         mapped: use input files where they are, if the system can.
         streamed: by chunks, whatever the size; ``None``: where the checkpoints are large enough for that to pay.
         journal_every: bytes written between two notes of how far the merge is.
+        device: where tensors are merged that are merged as a whole: ``cpu``, ``cuda``, ``cuda:1``, ...
+
+    Raises:
+        MethodError: this machine has no such device.
     """
 
     threads: int = 1
@@ -319,6 +325,10 @@ class Resources:
     mapped: bool = True
     streamed: bool | None = None
     journal_every: int = 1 << 28
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -328,10 +338,12 @@ class Route:
     Attributes:
         streamed: in chunks; ``None``: by the method's definition, see ``how``.
         how: in words.
+        device: where tensors are merged that are merged as a whole.
     """
 
     streamed: StreamedMerge | None
     how: str
+    device: str = "cpu"
 
 
 def route(job: Job, resources: Resources | None = None, *, timed: bool = False) -> Route:
@@ -343,7 +355,7 @@ def route(job: Job, resources: Resources | None = None, *, timed: bool = False) 
         timed: measure the programs, for the plan's estimate of time.
 
     Raises:
-        MethodError: the merge does not fit into ``max_memory``.
+        MethodError: the merge does not fit into ``max_memory``, or would leave a device other than the processor idle.
     """
     given = Resources() if resources is None else resources
     large = sum(specs(state)[n].nbytes for state in job.inputs for n in job.states.parts.coordinates) >= STREAMED_FROM
@@ -353,13 +365,26 @@ def route(job: Job, resources: Resources | None = None, *, timed: bool = False) 
     if wanted:
         streamed = None if job.spec.for_expert is not None else streamed_merge(job, given, timed=timed)
         if streamed is not None:
-            return Route(streamed, "in chunks")
+            if all(batch.program is not None for batch in streamed.plan.batches if batch.names):
+                _refuse_idle(job, given, "in chunks")
+            return Route(streamed, "in chunks", given.device)
         if given.max_memory is not None:
             raise MethodError(
                 f"--max-memory: method '{job.method.name}' needs all tensors at once with these settings: leave "
                 "--max-memory out, or choose a method or scope that merges tensor by tensor"
             )
-    return Route(None, "tensor by tensor" if _tensorwise(job) else "all tensors at once")
+    if _tensorwise(job):
+        return Route(None, "tensor by tensor", given.device)
+    _refuse_idle(job, given, "with all tensors in memory")
+    return Route(None, "all tensors at once")
+
+
+def _refuse_idle(job: Job, resources: Resources, how: str) -> None:
+    if resources.device != "cpu":
+        raise MethodError(
+            f"--device {resources.device}: method '{job.method.name}' merges these checkpoints {how}, on the "
+            "processor: leave --device out, or choose a method or scope that merges tensor by tensor"
+        )
 
 
 def outline(job: Job, chosen: Route) -> dict[str, Any]:
@@ -381,6 +406,7 @@ def outline(job: Job, chosen: Route) -> dict[str, Any]:
             "written": sum(spec.nbytes for spec in job.specs.values()),
             "memory": 4 * entries * (len(job.inputs) + 1),
             "seconds": None,
+            "device": chosen.device,
         }
     plan = chosen.streamed.plan
     programs = [
@@ -406,6 +432,7 @@ def outline(job: Job, chosen: Route) -> dict[str, Any]:
         "seconds": plan.seconds if isfinite(plan.seconds) else None,
         "threads": plan.threads,
         "chunk": plan.chunk,
+        "device": chosen.device,
     }
 
 
@@ -456,9 +483,10 @@ def execute(
         MethodError: the result overflows, or the merge does not fit into ``max_memory``.
     """
     given = Resources() if resources is None else resources
-    streamed = (route(job, given) if chosen is None else chosen).streamed
+    taken = route(job, given) if chosen is None else chosen
+    streamed = taken.streamed
     if streamed is None:
-        return write(job, merge(job, tell), record)
+        return write(job, merge(job, tell, taken.device), record)
     tell(f"merging with {job.method.name}")
     with _naming(job.paths):
         return streamed.write(job, record, given, progress)
@@ -526,6 +554,7 @@ def streamed_merge(job: Job, resources: Resources, *, timed: bool = False) -> St
         job.groups,
         job.spec.seed,
         {name: stored[name].dtype for name in states.parts.coordinates},
+        resources.device,
     )
     donor = states.base if job.spec.private_from is None else states.experts[job.spec.private_from]
     copied: dict[str, tuple[StateDict, str]] = {}
@@ -551,7 +580,9 @@ def _never(name: str) -> Tensor:
     raise AssertionError(f"'{name}' is written in chunks")
 
 
-def record_of(job: Job, tell: Stage = lambda stage: None, hashing: str | None = None) -> dict[str, Any]:
+def record_of(
+    job: Job, tell: Stage = lambda stage: None, hashing: str | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Everything that it takes to make the merge again: method, settings, policy, sources and their hashes.
 
     Args:
@@ -561,6 +592,7 @@ def record_of(job: Job, tell: Stage = lambda stage: None, hashing: str | None = 
             (:func:`merging.fingerprint.quick_hash`), recorded as ``quick_sha256``, unless the full one is known
             already; default: full up to :data:`HASHED_UP_TO` bytes of inputs.  Of inputs behind URLs the URL (without
             credentials), size and version are recorded instead, unless ``full`` is asked for.
+        device: where tensors are merged; its name is recorded unless it is the processor.
 
     Raises:
         CheckpointError: a source cannot be read.
@@ -594,6 +626,8 @@ def record_of(job: Job, tell: Stage = lambda stage: None, hashing: str | None = 
     described = describe(job)
     described["tool"] = f"mergebound {_version('mergebound')}"
     described["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    if device != "cpu":
+        described["versions"]["device"] = torch.cuda.get_device_name(check_device(device))
     if method.name not in builtin_methods() and spec.mergekit is None:
         file = getsourcefile(unwrap(method.function))
         if file is not None:

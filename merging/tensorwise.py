@@ -52,7 +52,7 @@ class Stream:
     groups: Sequence[Resolved]
     seed: int = 0
     dtypes: Mapping[str, torch.dtype] | None = None
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
 
 def can_stream(method: Method, groups: Sequence[Resolved], states: Sequence[StateDict], parts: Partition) -> bool:

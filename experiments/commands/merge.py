@@ -181,6 +181,14 @@ def merge_command(
             "--no-map", help="Read inputs into buffers instead of mapping them, for disks on which mapping is slow."
         ),
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="Where tensors are merged that are merged as a whole (by spectral methods, say): `cpu`, `cuda` or "
+            "`cuda:1`.",
+        ),
+    ] = "cpu",
     hashing: Annotated[
         str | None,
         typer.Option(
@@ -231,6 +239,7 @@ def merge_command(
         max_memory=None if max_memory is None else parse_size(max_memory, "--max-memory"),
         resume=not no_resume,
         mapped=not no_map,
+        device=device,
     )
     with _progress() as progress:
         bar = _Bar(progress)
@@ -240,7 +249,7 @@ def merge_command(
         plan = outline(job, chosen)
         speed: dict[str, Any] = {}
         if not dry_run:
-            record = record_of(job, bar.stage, hashing)
+            record = record_of(job, bar.stage, hashing, chosen.device)
             begin = time.perf_counter()
             execute(job, record, resources, bar.stage, bar.counter(plan["read"] + plan["written"]), chosen)
             speed = _speed(plan, time.perf_counter() - begin, bar.begun)
@@ -458,6 +467,8 @@ def _told(speed: Mapping[str, Any]) -> str:
 
 def _print_plan(plan: Mapping[str, Any], left: Sequence[Path]) -> None:
     where = f" of {plan['chunk']:,} entries, {_count(plan['threads'], 'thread')}" if "chunk" in plan else ""
+    if plan["device"] != "cpu":
+        where += f", whole tensors on {plan['device']}"
     typer.echo(f"merged {plan['how']}{where}:")
     for entry in plan["programs"]:
         passes = f", {_count(entry['passes'], 'pass', 'es')}"

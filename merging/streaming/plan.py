@@ -110,7 +110,7 @@ def plan(
         memory = _memory(stream, stored, batches, chunk, threads)
     if max_memory is not None and memory > max_memory:
         raise MethodError(
-            f"method '{stream.method.name}' needs about {_size(memory)} with these checkpoints and settings, and "
+            f"method '{stream.method.name}' needs {_size(memory)} with these checkpoints and settings, and "
             f"{_size(max_memory)} are allowed: allow more memory, use fewer threads, or a method on single entries"
         )
     tasks: list[Task] = []
@@ -239,4 +239,8 @@ def _on(program: Program, name: str, size: int) -> Program:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    """Rounded up, so that what an error asks for is enough."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= factor:
+            return f"{-(-count * 100 // factor) / 100:.2f} {unit}"
+    return f"{count} B"

@@ -24,6 +24,7 @@ from experiments.cli import main
 from experiments.merge_job import Resources, describe, execute, outline, prepare, route
 from merging.checkpoint import file_hash, load_state_dict, read_metadata, save_checkpoint
 from merging.config import ExpertEntry, MergeFile, build
+from merging.errors import MethodError
 from merging.fingerprint import quick_hash
 from merging.streaming import plan
 from tests.merging import processes
@@ -100,7 +101,7 @@ def test_speed_in_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-memory", "0.1MB"], "method 'ties' needs about"),
+        (["--max-memory", "0.1MB"], "method 'ties' needs 21."),
         (["--max-memory", "lots"], "--max-memory 'lots' is not a positive size: write bytes, or as in 500MB or 5GB"),
         (["--max-memory", "9GB", "--method", "knots"], "--max-memory: method 'knots' needs all tensors at once"),
         (["--max-memory", "9GB", "--method", "emr", "--for-expert", "e1"], "--max-memory: method 'emr' needs all"),
@@ -315,3 +316,56 @@ def test_without_large_merges_nothing_is_compiled(folder: Path) -> None:
         timeout=120,
     )
     assert set(load_state_dict("o.safetensors")) == set(load_file("e1.safetensors"))
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (folder / "base.safetensors").write_bytes(b"not a checkpoint")
+    for name, words in (("cuda", "there is no such device"), ("gpu", "no name of a device")):
+        assert run("--out", "out.safetensors", "--device", name) != 0
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --device {name}: ")
+        assert words in error
+        assert error.count("\n") == 1
+        with pytest.raises(MethodError, match=words):
+            Resources(device=name)
+    assert not list(folder.glob("*out*"))
+
+
+def test_a_device_that_would_idle_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    files = [ExpertEntry(file=folder / f"{name}.safetensors") for name in EXPERTS]
+
+    def chosen(method: str, **resources: Any) -> merge_job.Route:
+        given = MergeFile(method=method, base=folder / "base.safetensors", experts=files)
+        return route(prepare(build(given, source="")), Resources(device="cuda", **resources))
+
+    with pytest.raises(MethodError, match=r"--device cuda: method 'ties' merges these checkpoints in chunks, on the"):
+        chosen("ties", streamed=True)
+    with pytest.raises(MethodError, match=r"with all tensors in memory, on the processor: leave --device out"):
+        chosen("ties")
+    for streamed in (True, False):
+        found = chosen("tsv_m", streamed=streamed)
+        assert found.device == "cuda"
+        assert found.streamed is None or found.streamed.stream.device == "cuda"
+
+
+def test_the_processor_by_name_is_the_default(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out, options in (("one", []), ("two", ["--device", "cpu"])):
+        assert run("--out", f"{out}.safetensors", "--max-memory", "1GB", *options) == 0
+    assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run("--dry-run", "--json", "--device", "cpu") == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("method", ["ties", "average", "tsv_m"])
+def test_the_memory_that_is_asked_for_is_enough(folder: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    arguments = ("--dry-run", "--method", method, "--threads", "2", "--max-memory")
+    assert run(*arguments, "1") != 0
+    said = re.search(r"needs ([\d.]+ .B) with .* and 1 B are allowed", capsys.readouterr().err)
+    assert said is not None
+    assert run(*arguments, said[1].replace(" ", "")) == 0
