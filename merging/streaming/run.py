@@ -261,17 +261,17 @@ def _bytes(data: Tensor) -> memoryview:
 
 
 def _identity(state: StateDict) -> object:
-    found: set[tuple[str, tuple[int, ...]]] = set()
+    files: set[tuple[Path | str, tuple[int, ...]]] = set()
     digest = sha256()
     for name, spec in specs(state).items():
         region = state.region(name) if isinstance(state, LazyState) else None
         if region is not None:
-            where = str(region.path.resolve()) if region.remote is None else region.remote.shown
-            found.add((where, region.identity))
+            files.add((region.path if region.remote is None else region.remote.shown, region.identity))
         else:
             with suppress(KeyError):
                 flat = state[name].detach().cpu().contiguous().reshape(-1)
                 digest.update(repr((name, spec)).encode())
                 if flat.numel():
                     digest.update(flat.view(torch.uint8).numpy().data)
+    found = [(str(where.resolve()) if isinstance(where, Path) else where, identity) for where, identity in files]
     return sorted(found), digest.hexdigest()

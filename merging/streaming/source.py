@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _POPULATE_READ = 22
 _DONT_NEED = 4
+_TOGETHER = 32 << 20  # bytes of mapped pages that are let go in one call
 _AHEAD = 8 << 20  # bytes of each file that the system is told of in advance
 
 
@@ -55,6 +56,8 @@ class MappedFile:
         except OSError as error:
             raise _unreadable(path, error) from error
         self._map: mmap.mmap | None = None
+        self._lock = threading.Lock()
+        self._dropped = (0, 0)
         self._bytes: NDArray[np.uint8] | None = None
         self.address = 0
         try:
@@ -91,8 +94,21 @@ class MappedFile:
         return self.address + begin
 
     def drop(self, begin: int, end: int) -> None:
-        """Let go of mapped pages (the system keeps them while it has room), but for those that others may be using."""
-        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        """Let go of mapped pages (the system keeps them while it has room), but for those that others may be using.
+
+        Neighbouring pieces are let go together, some time later.
+        """
+        with self._lock:
+            first, last = self._dropped
+            if begin <= last and end >= first:
+                first, last = min(first, begin), max(last, end)
+                if last - first < _TOGETHER:
+                    self._dropped = first, last
+                    return
+                self._dropped = last, last
+            else:
+                self._dropped = begin, end
+        first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and last > first:
             with suppress(CheckpointError):
                 _advise(self, self.address + first, last - first, _DONT_NEED)
