@@ -23,6 +23,8 @@ def linear(
 ) -> None:
     """Write ``M = x_0 + (sum_i w_i Delta_i) * factor / divisor + shift x_0`` of one chunk into ``out``.
 
+    Four experts are read at a time, which keeps more of the memory's channels busy than one after the other.
+
     Args:
         out: shape ``(n,)``.
         base: address of the base's n float32 entries.
@@ -33,30 +35,41 @@ def linear(
         shift: multiple of the base that is added to the update; not applied if it is zero.
     """
     n = out.shape[0]
+    count = experts.shape[0]
+    scales = weights if weights.shape[0] > 0 else np.ones(count, np.float32)  # a product with one changes no bit
     origin = carray(float32_pointer(base), n)
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         size = stop - start
         o = out[start:stop]
-        b = origin[start:stop]
-        for i in range(experts.shape[0]):
-            x = carray(float32_pointer(experts[i]), n)[start:stop]
-            if weights.shape[0] == 0:
+        z = origin[start:stop]
+        i = 0
+        while i < count:
+            a = carray(float32_pointer(experts[i]), n)[start:stop]
+            p = scales[i]
+            if count - i >= 4:
+                b = carray(float32_pointer(experts[i + 1]), n)[start:stop]
+                c = carray(float32_pointer(experts[i + 2]), n)[start:stop]
+                d = carray(float32_pointer(experts[i + 3]), n)[start:stop]
+                q, r, s = scales[i + 1], scales[i + 2], scales[i + 3]
                 if i == 0:
                     for j in range(size):
-                        o[j] = x[j] - b[j]
+                        y = z[j]
+                        o[j] = (((a[j] - y) * p + (b[j] - y) * q) + (c[j] - y) * r) + (d[j] - y) * s
                 else:
                     for j in range(size):
-                        o[j] = o[j] + (x[j] - b[j])
+                        y = z[j]
+                        o[j] = (((o[j] + (a[j] - y) * p) + (b[j] - y) * q) + (c[j] - y) * r) + (d[j] - y) * s
+                i += 4
             else:
-                w = weights[i]
                 if i == 0:
                     for j in range(size):
-                        o[j] = (x[j] - b[j]) * w
+                        o[j] = (a[j] - z[j]) * p
                 else:
                     for j in range(size):
-                        o[j] = o[j] + (x[j] - b[j]) * w
-        finish(o, b, factor, divisor, shift)
+                        o[j] = o[j] + (a[j] - z[j]) * p
+                i += 1
+        finish(o, z, factor, divisor, shift)
 
 
 @njit(nogil=True, cache=True)
@@ -69,27 +82,36 @@ def linear_without_base(
 ) -> None:
     """:func:`linear` with a base of zeros."""
     n = out.shape[0]
+    count = experts.shape[0]
+    scales = weights if weights.shape[0] > 0 else np.ones(count, np.float32)
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         size = stop - start
         o = out[start:stop]
-        for i in range(experts.shape[0]):
-            x = carray(float32_pointer(experts[i]), n)[start:stop]
-            if weights.shape[0] == 0:
+        i = 0
+        while i < count:
+            a = carray(float32_pointer(experts[i]), n)[start:stop]
+            p = scales[i]
+            if count - i >= 4:
+                b = carray(float32_pointer(experts[i + 1]), n)[start:stop]
+                c = carray(float32_pointer(experts[i + 2]), n)[start:stop]
+                d = carray(float32_pointer(experts[i + 3]), n)[start:stop]
+                q, r, s = scales[i + 1], scales[i + 2], scales[i + 3]
                 if i == 0:
                     for j in range(size):
-                        o[j] = x[j]
+                        o[j] = ((a[j] * p + b[j] * q) + c[j] * r) + d[j] * s
                 else:
                     for j in range(size):
-                        o[j] = o[j] + x[j]
+                        o[j] = (((o[j] + a[j] * p) + b[j] * q) + c[j] * r) + d[j] * s
+                i += 4
             else:
-                w = weights[i]
                 if i == 0:
                     for j in range(size):
-                        o[j] = x[j] * w
+                        o[j] = a[j] * p
                 else:
                     for j in range(size):
-                        o[j] = o[j] + x[j] * w
+                        o[j] = o[j] + a[j] * p
+                i += 1
         if factor != np.float32(1.0):
             for j in range(size):
                 o[j] = o[j] * factor
