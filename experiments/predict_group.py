@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from experiments.measure.backbone import Backbone
 from experiments.models import DIGIT_ARCHITECTURES, build_model
-from experiments.tasks.files import InputFormat, LoadedImages, check_labels, load_images
+from experiments.tasks.files import LoadedImages, check_labels, load_images
+from experiments.tasks.form import InputFormat
 from merging.checkpoint import load_state_dict, read_metadata
 from merging.compatible import check_compatible, check_finite
 from merging.errors import CheckpointError

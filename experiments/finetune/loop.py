@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.inputs.training_data import TrainingData
 from experiments.models import head_prefix
-from experiments.tasks.types import Split
 from theory.errors import MergeboundError
 
 Sampling = Literal["reshuffle", "without_replacement", "with_replacement"]
@@ -98,7 +98,7 @@ def nested_subset(n: int, share: float, seed: int) -> np.ndarray:
 def finetune(
     model: nn.Module,
     start: Mapping[str, Tensor],
-    train: Split,
+    train: TrainingData,
     hyper: Hyperparameters,
     seed: int,
     *,
@@ -134,18 +134,20 @@ def finetune(
     buffer = torch.zeros_like(flat)
     rng = np.random.default_rng([seed, 0xBA7C])
     rows = nested_subset(len(train), hyper.data_share, seed)
-    images, labels = train.images[rows], train.labels[rows]
+    sample = train.take(rows)
+    drawn = 0
     log: list[tuple[float, float, float, float]] = []
     started = time.perf_counter()
     finite = True
     statistics = {n: b for n, b in model.named_buffers()}
     kept: dict[str, Tensor] = {}
     for step, batch in enumerate(batches(len(rows), hyper.batch_size, hyper.steps, hyper.sampling, rng)):
-        index = torch.from_numpy(batch)
-        x = images[index] if transform is None else transform(images[index], rng)
+        x, labels = sample.batch(batch, drawn // len(rows))
+        drawn += len(batch)
+        x = x if transform is None else transform(x, rng)
         gradient.zero_()
         kept = {name: tensor.clone() for name, tensor in statistics.items()}
-        loss = F.cross_entropy(model(x), labels[index])
+        loss = F.cross_entropy(model(x), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         if hyper.weight_decay:
             gradient.add_(flat, alpha=hyper.weight_decay)
@@ -193,7 +195,7 @@ def _release(model: nn.Module) -> None:
 def pretrain(
     model: nn.Module,
     start: Mapping[str, Tensor],
-    train: Split,
+    train: TrainingData,
     *,
     steps: int,
     learning_rate: float,
@@ -201,8 +203,9 @@ def pretrain(
     seed: int,
     weight_decay: float = 0.05,
     turns: float = 0.0,
+    views: bool = True,
 ) -> dict[str, Tensor]:
-    """Pretrain a base x_0 with AdamW, cosine decay and generic augmentation (:func:`random_views`).
+    """Pretrain a base x_0 with AdamW, cosine decay and generic augmentation (:func:`random_views`, unless ``views`` is off).
 
     ``steps = 0`` returns the random start.
     """
@@ -211,10 +214,12 @@ def pretrain(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     rng = np.random.default_rng([seed, 0xBA5E])
+    drawn = 0
     for batch in batches(len(train), min(batch_size, len(train)), steps, "reshuffle", rng):
-        index = torch.from_numpy(batch)
+        images, labels = train.batch(batch, drawn // len(train))
+        drawn += len(batch)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(random_views(train.images[index], rng, turns)), train.labels[index])
+        loss = F.cross_entropy(model(random_views(images, rng, turns) if views else images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()

@@ -25,6 +25,11 @@ class Split:
     def __len__(self) -> int:
         return int(self.labels.shape[0])
 
+    def batch(self, rows: np.ndarray, epoch: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of some rows; there is no augmentation, so ``epoch`` changes nothing."""
+        index = torch.as_tensor(np.asarray(rows, dtype=np.int64))
+        return self.images[index], self.labels[index]
+
     def take(self, rows: np.ndarray) -> Split:
         """The sub-split with the given row numbers."""
         index = torch.as_tensor(np.asarray(rows, dtype=np.int64))

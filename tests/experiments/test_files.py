@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.tasks.files import InputFormat, check_labels, load_images, subset
+from experiments.tasks.files import check_labels, load_images, subset
+from experiments.tasks.form import InputFormat
 from theory.errors import MergeboundError
 
 RGB = InputFormat(3, 8, 8, (0.1, 0.2, 0.3), (0.5, 0.4, 0.2))
