@@ -205,7 +205,7 @@ def pretrain(
     turns: float = 0.0,
     views: bool = True,
 ) -> dict[str, Tensor]:
-    """Pretrain a base x_0 with AdamW, cosine decay and generic augmentation (:func:`random_views`, unless ``views`` is off).
+    """Pretrain a base x_0 with AdamW and cosine decay, with generic augmentation (:func:`random_views`) if ``views``.
 
     ``steps = 0`` returns the random start.
     """
