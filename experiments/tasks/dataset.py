@@ -120,7 +120,7 @@ def split(
     for name in ("train", "validation", "test"):
         part, rows = pieces[name]
         digest.update(f"{name}:{part}".encode())
-        digest.update(np.ascontiguousarray(rows, dtype=np.int64))
+        digest.update(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
     views: dict[str, Images] = {
         name: data.parts[part] if len(rows) == len(data.parts[part]) else Subset(data.parts[part], rows)
         for name, (part, rows) in pieces.items()

@@ -69,8 +69,8 @@ class ArrayImages:
         """SHA-256 of shape, pixels and labels."""
         digest = hashlib.sha256(repr(self.array.shape).encode())
         for start in range(0, len(self.array), 4096):
-            digest.update(np.ascontiguousarray(self.array[start : start + 4096]))
-        digest.update(np.ascontiguousarray(self.labels))
+            digest.update(np.ascontiguousarray(self.array[start : start + 4096]).tobytes())
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -185,7 +185,7 @@ class Subset:
     def fingerprint(self) -> str:
         """SHA-256 of the whole's fingerprint and the rows."""
         digest = hashlib.sha256(self.whole.fingerprint.encode())
-        digest.update(np.ascontiguousarray(self.rows, dtype=np.int64))
+        digest.update(np.ascontiguousarray(self.rows, dtype=np.int64).tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:
