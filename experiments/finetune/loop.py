@@ -23,6 +23,7 @@ from experiments.models import head_prefix
 from theory.errors import MergeboundError
 
 Sampling = Literal["reshuffle", "without_replacement", "with_replacement"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def finetune(
     freeze_head: bool = False,
     transform: Callable[[Tensor, np.random.Generator], Tensor] | None = None,
     schedule: Callable[[int], float] | None = None,
+    precision: Precision = "float32",
 ) -> tuple[dict[str, Tensor], TrainingLog]:
     """Fine-tune ``model`` from ``start`` on ``train``.
 
@@ -116,6 +118,7 @@ def finetune(
         freeze_head: train the shared part only.
         transform: augmentation of a batch of images, given the run's generator.
         schedule: factor on the learning rate at step k; constant when absent.
+        precision: ``bfloat16`` runs the network under autocast (weights, gradients and updates stay as they are).
 
     Returns:
         The final state dict (detached copies) and the log; ``log.finite`` is False if the run left the finite numbers
@@ -147,7 +150,9 @@ def finetune(
         x = x if transform is None else transform(x, rng)
         gradient.zero_()
         kept = {name: tensor.clone() for name, tensor in statistics.items()}
-        loss = F.cross_entropy(model(x), labels)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = model(x)
+        loss = F.cross_entropy(logits if precision == "float32" else logits.float(), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         if hyper.weight_decay:
             gradient.add_(flat, alpha=hyper.weight_decay)
