@@ -3,6 +3,8 @@
 A loop over :func:`merging.merge.merge_flat` and :func:`merging.many.merge_many` take turns (A B A B ...) on one thread;
 medians of processor time and of wall time.  The loop makes a sample of the merges, and the result says of how many.
 Every sampled merge is compared bit by bit first.
+
+Run it as ``python -P benchmarks/merging_many.py``: without ``-P`` this folder's ``merging.py`` hides the package.
 """
 
 from __future__ import annotations
