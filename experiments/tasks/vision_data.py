@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from theory.errors import MergeboundError
@@ -52,7 +53,9 @@ class VisionData:
         class_names_from: where the names come from, in words.
         counts: images per official part (``train``, ``validation``, ``test``); a data set without its own split has
             only ``train``.
-        files: what must lie below the root, relative, with ``/``: files, or folders (ending in ``/``).
+        other_counts: counts of other official forms, such as without the files that make the usual split.
+        files: what must lie below the root, relative, with ``/``: files, or folders (ending in ``/``); alternatives
+            are separated by ``|``, the usual one first, and each file may have ``.gz`` appended.
         archives: what to download; empty where nothing may be downloaded automatically.
         manual: what to do by hand where ``archives`` is empty.
         licence: as the source states it, ``not stated`` where it states none.
@@ -74,6 +77,7 @@ class VisionData:
     homepage: str
     form: str
     class_names: tuple[str, ...] = ()
+    other_counts: tuple[Mapping[str, int], ...] = ()
     archives: tuple[Archive, ...] = ()
     manual: str = ""
     licence: str = "not stated"
@@ -94,6 +98,15 @@ class VisionData:
         sizes = [archive.size for archive in self.archives]
         return None if not sizes or None in sizes else sum(size for size in sizes if size is not None)
 
+    def missing(self, root: Path) -> tuple[str, ...]:
+        """What of ``files`` is not below the root (the first alternative of each); empty where all is there."""
+        return tuple(each.split("|")[0] for each in self.files if not any(_is_there(root, n) for n in each.split("|")))
+
     def advice(self, root: object = "DIR") -> str:
         """How to get the data: the command, or what to do by hand."""
         return self.manual or f"mergebound data get {self.name} --root {root}"
+
+
+def _is_there(root: Path, name: str) -> bool:
+    path = root / name
+    return path.is_dir() if name.endswith("/") else path.is_file() or path.with_name(f"{path.name}.gz").is_file()

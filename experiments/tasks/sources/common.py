@@ -19,20 +19,39 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".we
 def need(entry: VisionData, root: Path, *names: str) -> Path:
     """The first of some paths below the root that exists; a name that ends in ``/`` is a folder, others are files.
 
+    Args:
+        names: with ``/``, alternatives also as ``a|b`` (as in :attr:`VisionData.files`).
+
     Raises:
         MergeboundError: none does; names the first and says how to get the data set.
     """
-    for name in names:
+    every = [each for name in names for each in name.split("|")]
+    for name in every:
         path = root / name
         if path.is_dir() if name.endswith("/") else path.is_file():
             return path
-    raise MergeboundError(f"{root / names[0]}: {missing(entry, root, names[0])}")
+    raise MergeboundError(f"{root / every[0]}: {missing(entry, root, every[0])}")
 
 
-def missing(entry: VisionData, root: Path, name: str) -> str:
-    """The rest of a message about a missing file or folder: what it belongs to, and how to get it."""
+def located(entry: VisionData, root: Path) -> list[Path]:
+    """Where each of the entry's ``files`` is, in their order.
+
+    Raises:
+        MergeboundError: names the first missing one and says how to get the data set.
+    """
+    return [need(entry, root, name) for name in entry.files]
+
+
+def missing(entry: VisionData, root: Path | None, name: str) -> str:
+    """The rest of a message about a missing file or folder: what it belongs to, and how to get it.
+
+    Args:
+        root: of the data set, None where unknown.
+        name: with a ``/`` at its end if it is a folder.
+    """
     kind = "folder" if name.endswith("/") else "file"
-    how = f"by hand: {entry.manual}" if entry.manual else f"get it with: {entry.advice(root)}"
+    advice = entry.advice(root or "DIR")
+    how = f"by hand: {advice}" if entry.manual else f"get it with: {advice}"
     return f"there is no such {kind}, so {entry.title} is not here or incomplete; {how}"
 
 
@@ -99,7 +118,7 @@ def listed_images(
         if folder not in there:
             there[folder] = frozenset(_names(root / folder))
         if last not in there[folder]:
-            raise MergeboundError(f"{root / name}: {missing(entry, root, name)}")
+            raise MergeboundError(f"{root / name}: {missing(entry, None, name)}")
     return FileImages(root, tuple(files), np.asarray(labels, dtype=np.int64), grey)
 
 
@@ -121,33 +140,41 @@ def class_folders(
     for label, folder in enumerate(folders):
         here = base / folder
         if not here.is_dir():
-            raise MergeboundError(f"{here}: {missing(entry, base, folder + '/')}")
+            raise MergeboundError(f"{here}: {missing(entry, None, folder + '/')}")
         found = images_below(here, suffixes)
         if not found:
-            raise MergeboundError(f"{here}: no image of this class lies here; {missing(entry, base, folder + '/')}")
+            raise MergeboundError(f"{here}: no image of this class lies here; {missing(entry, None, folder + '/')}")
         files += [f"{folder}/{name}" for name in found]
         labels += [label] * len(found)
     return FileImages(base, tuple(files), np.asarray(labels, dtype=np.int64))
 
 
 def images_below(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[str]:
-    """Names of the image files below a folder, relative, with ``/``, sorted folder by folder; links are followed once.
+    """Names of the image files below a folder, relative, with ``/``, sorted folder by folder.
 
-    Hidden files (names that start with a dot, such as ``._a.jpg`` of macOS archives) are left out.
+    Hidden files and folders (names that start with a dot, such as ``._a.jpg`` of macOS archives) are left out, and
+    links to folders are not followed.
     """
     endings = tuple(suffixes)
     found: list[str] = []
-    for here, folders, names in sorted(os.walk(folder)):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for here, _, names in sorted(os.walk(folder)):
         relative = Path(here).relative_to(folder).as_posix()
+        if relative != "." and any(part.startswith((".", "__MACOSX")) for part in relative.split("/")):
+            continue
         prefix = "" if relative == "." else f"{relative}/"
         found += [prefix + name for name in sorted(names) if name.lower().endswith(endings) and name[0] != "."]
     return found
 
 
-def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones."""
-    return sorted(item.name for item in os.scandir(folder) if item.is_dir() and not item.name.startswith("."))
+def only_classes(base: Path, folders: Sequence[str], entry: VisionData) -> None:
+    """Check that a folder holds no folder but those of the classes (hidden ones apart).
+
+    Raises:
+        MergeboundError: names the first other folder.
+    """
+    for name in sorted(_names(base)):
+        if name not in folders and name[0] not in "._" and (base / name).is_dir():
+            raise damaged(base / name, f"it is none of the {len(folders)} class folders", entry)
 
 
 def checked_arrays(array: np.ndarray, labels: np.ndarray, path: Path, entry: VisionData) -> ArrayImages:
