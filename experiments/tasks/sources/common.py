@@ -100,7 +100,13 @@ def load_mat(path: Path, keys: Sequence[str], entry: VisionData, *, squeeze: boo
 
 
 def listed_images(
-    root: Path, files: Sequence[str], labels: Sequence[int] | np.ndarray, entry: VisionData, *, grey: bool = False
+    root: Path,
+    files: Sequence[str],
+    labels: Sequence[int] | np.ndarray,
+    entry: VisionData,
+    *,
+    listed_in: Path | None = None,
+    grey: bool = False,
 ) -> FileImages:
     """Images that an annotation file lists, all of which must be there (each folder is listed once, none is opened).
 
@@ -108,6 +114,7 @@ def listed_images(
         root: folder that ``files`` are relative to.
         files: with ``/``.
         labels: class of each file, from 0.
+        listed_in: the annotation file, for messages.
 
     Raises:
         MergeboundError: names the first missing file.
@@ -118,7 +125,8 @@ def listed_images(
         if folder not in there:
             there[folder] = frozenset(_names(root / folder))
         if last not in there[folder]:
-            raise MergeboundError(f"{root / name}: {missing(entry, None, name)}")
+            where = f"{listed_in} lists it, but " if listed_in else ""
+            raise MergeboundError(f"{root / name}: {where}{missing(entry, None, name)}")
     return FileImages(root, tuple(files), np.asarray(labels, dtype=np.int64), grey)
 
 

@@ -36,4 +36,4 @@ def _listed(images: Path, path: Path, entry: VisionData) -> FileImages:
         if folder not in number or not name or "/" in name:
             raise damaged(path, f"{line!r} is not one of the {entry.classes} classes, a slash and a file name", entry)
         labels.append(number[folder])
-    return listed_images(images, files, labels, entry)
+    return listed_images(images, files, labels, entry, listed_in=path)

@@ -31,7 +31,7 @@ def load(root: Path) -> DataSet:
         annotations = train / folder / f"GT-{folder}.csv"
         if annotations.is_file():
             listed = [f"{folder}/{name}" for (name,) in _columns(annotations, ("Filename",), entry)]
-            listed_images(train, listed, [0] * len(listed), entry)
+            listed_images(train, listed, [0] * len(listed), entry, listed_in=annotations)
     return DataSet(entry.name, entry.class_names, parts)
 
 
@@ -44,7 +44,7 @@ def _test(images: Path, table: Path, entry: VisionData) -> FileImages:
             raise damaged(table, f"ClassId of {name} is {label!r}, not in 0 to {entry.classes - 1}", entry)
         files.append(name)
         labels.append(int(label))
-    return listed_images(images, files, labels, entry)
+    return listed_images(images, files, labels, entry, listed_in=table)
 
 
 def _columns(path: Path, wanted: Sequence[str], entry: VisionData) -> list[tuple[str, ...]]:

@@ -60,4 +60,4 @@ def _listed(base: Path, path: Path, entry: VisionData) -> Images:
             raise damaged(path, f"{line!r} names none of the {entry.classes} classes", entry)
         files.append(f"{folder}/{last}")
         labels.append(number[folder])
-    return listed_images(base, files, labels, entry)
+    return listed_images(base, files, labels, entry, listed_in=path)

@@ -50,4 +50,4 @@ def _annotated(path: Path, images: Path, classes: int, entry: VisionData) -> Fil
             raise damaged(path, f"class of annotation {number} ({name}) is {label!r}, not in 1 to {classes}", entry)
         files.append(name)
         labels.append(label - 1)
-    return listed_images(images, files, labels, entry)
+    return listed_images(images, files, labels, entry, listed_in=path)

@@ -64,4 +64,4 @@ def _listed(base: Path, path: Path, number: dict[str, int], entry: VisionData) -
             raise damaged(path, f"{line!r} lies in none of the {len(number)} class folders", entry)
         files.append(line[1:])
         labels.append(number[folder])
-    return listed_images(base, files, labels, entry)
+    return listed_images(base, files, labels, entry, listed_in=path)
