@@ -105,9 +105,8 @@ def svhn(root: Path, rng: np.random.Generator) -> Tree:
 
 def eurosat(root: Path, rng: np.random.Generator) -> Tree:
     """One folder per class, two images in the first ones."""
-    names = (
-        "AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River SeaLake"
-    ).split()
+    names = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"]
+    names += ["Pasture", "PermanentCrop", "Residential", "River", "SeaLake"]
     train: Written = []
     for label, name in enumerate(names):
         for number in range(1, 3 if label < 6 else 2):

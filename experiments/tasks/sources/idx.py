@@ -59,5 +59,4 @@ def read_idx(path: Path, dimensions: int, entry: VisionData) -> np.ndarray:
     expected = header + int(np.prod(shape, dtype=np.int64))
     if len(raw) != expected:
         raise damaged(path, f"{len(raw)} bytes, but its header says {expected}", entry)
-    found: np.ndarray = raw[header:].reshape(shape)
-    return found
+    return np.asarray(raw)[header:].reshape(shape)

@@ -25,6 +25,8 @@ def load(root: Path) -> DataSet:
     if not all(isinstance(name, str) for name in names.tolist()):
         raise damaged(meta, f"class_names is {names.dtype} of shape {names.shape}, not names", entry)
     class_names = tuple(str(name).strip() for name in names)
+    if len(set(class_names)) != entry.classes:
+        raise damaged(meta, f"it names {len(set(class_names))} classes, not {entry.classes}", entry)
     parts = {
         "train": _annotated(train, train_images, len(class_names), entry),
         "test": _annotated(test, test_images, len(class_names), entry),

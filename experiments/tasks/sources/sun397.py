@@ -32,8 +32,9 @@ def load(root: Path) -> DataSet:
         if line[0] != "/" or line[2:3] != "/" or len(line) < 4:
             raise damaged(names, f"{line!r} is not like /a/abbey", entry)
     class_names = tuple(line[3:] for line in folders)
-    if len(set(class_names)) != len(class_names):
-        raise damaged(names, "a class is named twice", entry)
+    if len(set(class_names)) != len(class_names) or len(class_names) != entry.classes:
+        told = f"it names {len(set(class_names))} classes on {len(class_names)} lines, not {entry.classes}"
+        raise damaged(names, told, entry)
     found = {
         part: folder / name
         for part, name in _LISTS.items()
