@@ -7,16 +7,16 @@ sum_i p_i metric_i over the tasks, p_i equal unless given.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from experiments.evaluate.bootstrap import RESAMPLES, Floats, bootstrap_means, percentile
-from experiments.evaluate.metrics import BINS, Metrics, Scores, equal_width, join, score, summarise
+from experiments.evaluate.metrics import BINS, Scores, equal_width, join, score, summarise
 from experiments.evaluate.predictions import BATCH, Function, backbone_of, batches, device_of, evaluation_mode
+from experiments.evaluate.results import METRICS, Evaluation, EvaluationSet, JointEvaluation
 from experiments.inputs.training_data import TrainingData
 from experiments.measure.backbone import Readout
 from experiments.statistics import Estimate, mean_interval, membership
@@ -24,116 +24,6 @@ from theory.errors import MergeboundError
 
 Head = Readout | Function
 """A task's head: a linear readout, or a network or function of features (m, d) that gives logits (m, C)."""
-
-METRICS = ("accuracy", "loss", "brier", "ece")
-"""Metrics that have intervals and joint values."""
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """The test images of one task.
-
-    Attributes:
-        name: of the task.
-        data: images in evaluation form (no augmentation) and labels.
-        digest: identifies the split (``ImageTask.digest``); stored with every result.
-        seed: of the split.
-        source: (n,) numbers of the images in a source common to several tasks, where tasks may share images.
-    """
-
-    name: str
-    data: TrainingData
-    digest: str = ""
-    seed: int | None = None
-    source: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Measured performance on one task.
-
-    Attributes:
-        task: its name.
-        metrics: all numbers.
-        intervals: of each of :data:`METRICS`, over test images.
-        digest, split_seed: of the split.
-        seed: of the bootstrap.
-        path: how it was computed: ``fp32``, or the fast path.
-        scores: per image, for paired comparisons.
-        source: as in :class:`EvaluationSet`.
-    """
-
-    task: str
-    metrics: Metrics
-    intervals: Mapping[str, Estimate]
-    digest: str
-    split_seed: int | None
-    seed: int
-    path: str
-    scores: Scores = field(repr=False)
-    source: np.ndarray | None = field(default=None, repr=False)
-    tier: Literal["measured"] = "measured"
-
-    def to_row(self) -> dict[str, Any]:
-        """One row of a data frame."""
-        m = self.metrics
-        row: dict[str, Any] = {"task": self.task, "tier": self.tier, "n": m.n}
-        for name in METRICS:
-            row |= _columns(name, self.intervals[name])
-        row |= {"ece_mass": m.ece_mass, "confidence": m.confidence, "balanced_accuracy": m.balanced_accuracy}
-        row |= {"bins": m.bins, "nonfinite": m.nonfinite, "path": self.path, "split_digest": self.digest}
-        return row | {"split_seed": self.split_seed, "bootstrap_seed": self.seed}
-
-
-@dataclass(frozen=True)
-class JointEvaluation:
-    """Measured performance on several tasks.
-
-    Attributes:
-        tasks: in the order given.
-        weights: p_i, adding up to one.
-        joint: of each of :data:`METRICS`, with its interval over test images.
-        seed: of the bootstrap.
-    """
-
-    tasks: tuple[Evaluation, ...]
-    weights: tuple[float, ...]
-    joint: Mapping[str, Estimate]
-    seed: int
-    tier: Literal["measured"] = "measured"
-
-    def __getitem__(self, name: str) -> Evaluation:
-        for found in self.tasks:
-            if found.task == name:
-                return found
-        raise KeyError(name)
-
-    @property
-    def path(self) -> str:
-        """How it was computed."""
-        return ", ".join(dict.fromkeys(found.path for found in self.tasks))
-
-    def to_row(self) -> dict[str, Any]:
-        """One row of a data frame: joint values, and ``<metric>/<task>`` for each task."""
-        row: dict[str, Any] = {"tier": self.tier, "tasks": len(self.tasks)}
-        row |= {"n": sum(found.metrics.n for found in self.tasks)}
-        for name in METRICS:
-            row |= _columns(name, self.joint[name])
-        for name in METRICS:
-            row |= {f"{name}/{found.task}": found.intervals[name].value for found in self.tasks}
-        row |= {f"weight/{f.task}": p for f, p in zip(self.tasks, self.weights, strict=True)}
-        row |= {f"split_digest/{found.task}": found.digest for found in self.tasks}
-        return row | {"path": self.path, "bootstrap_seed": self.seed}
-
-    def to_rows(self) -> list[dict[str, Any]]:
-        """One row for each task."""
-        pairs = zip(self.tasks, self.weights, strict=True)
-        return [found.to_row() | {"weight": weight} for found, weight in pairs]
-
-
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-
 
 def evaluate(
     model: Function,
@@ -208,7 +98,7 @@ def predict(function: Function, data: EvaluationSet, *, head: Head | None = None
     with evaluation_mode(function):
         for images, labels in batches(data.data, batch_size):
             out = function(images.to(device, non_blocking=True))
-            parts.append(_scored(out if head is None else apply_head(head, out), labels, data.name))
+            parts.append(scored(out if head is None else apply_head(head, out), labels, data.name))
     return join(parts)
 
 
@@ -223,7 +113,8 @@ def apply_head(head: Head, features: Tensor) -> Tensor:
     return head(features)
 
 
-def _scored(logits: Tensor, labels: Tensor, task: str) -> Scores:
+def scored(logits: Tensor, labels: Tensor, task: str) -> Scores:
+    """Scores of a batch; errors name the task."""
     try:
         return score(logits, labels)
     except MergeboundError as error:
@@ -307,6 +198,10 @@ def task_weights(names: Sequence[str], weights: Mapping[str, float] | None) -> t
 def _with_intervals(
     tasks: Sequence[Evaluation], resamples: int, level: float, seed: int
 ) -> tuple[list[Evaluation], list[dict[str, Floats]]]:
+    if resamples == 0:
+        bare = [{name: percentile(getattr(one.metrics, name), np.empty(0)) for name in METRICS} for one in tasks]
+        none: dict[str, Floats] = {name: np.empty(0) for name in METRICS}
+        return [replace(one, intervals=own, seed=seed) for one, own in zip(tasks, bare, strict=True)], [none] * len(tasks)
     columns = [_columns_of(found.scores, found.metrics.bins) for found in tasks]
     means = bootstrap_means(columns, sources=[found.source for found in tasks], resamples=resamples, seed=seed)
     out, draws = [], []

@@ -57,6 +57,11 @@ class Scores:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def empty(self) -> Scores:
+        """Scores of no image, with the same number of classes."""
+        names = ("labels", "predicted", "correct", "loss", "confidence", "brier")
+        return Scores(*(getattr(self, name)[:0].copy() for name in names), self.classes)
+
 
 @dataclass(frozen=True)
 class Metrics:

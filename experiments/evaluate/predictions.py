@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.inputs.training_data import TrainingData
-from experiments.models import forward_backbone
+from experiments.models import features
 from theory.errors import MergeboundError
 
 BATCH = 256
@@ -79,12 +79,12 @@ class Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features before the head."""
-        return forward_backbone(self.model, images)
+        return features(self.model, images)
 
 
 def backbone_of(backbone: Function) -> Function:
     """The function that gives features: a timm network without its head; any other function is taken as it is."""
-    if isinstance(backbone, nn.Module) and hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head"):
+    if isinstance(backbone, nn.Module) and hasattr(backbone, "forward_head"):
         return Features(backbone)
     return backbone
 
