@@ -12,7 +12,6 @@ of the middle, as timm evaluates.  Nothing in a file is executed (``allow_pickle
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.tasks.fit import fit
+from experiments.tasks.folders import IMAGE_SUFFIXES, find_files, visible_folders
 from experiments.tasks.form import InputFormat
+from experiments.tasks.images import read_image
+from experiments.tasks.local import check_pairs
+from experiments.tasks.npz import read_array, read_headers, read_names
 from experiments.tasks.types import Split
 from theory.errors import MergeboundError
 
@@ -29,8 +33,6 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("calibration", "val", "valid", "validation", "test", "train")
 """Names of splits, in the order in which they are preferred: training images last."""
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -101,25 +103,11 @@ def subset(count: int, images: int, seed: int) -> np.ndarray:
 
 
 def _from_npz(path: Path, form: InputFormat, images: int, seed: int, split: str | None) -> LoadedImages:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            keys = tuple(archive.files)
-            x_key, y_key, name = _keys(path, keys, split)
-            x, y = archive[x_key], archive[y_key]
-            names = tuple(str(v) for v in archive["class_names"]) if "class_names" in keys else ()
-    except MergeboundError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise MergeboundError(
-            f"{path}: cannot be read as .npz ({reason}); save plain arrays with numpy.savez_compressed"
-        ) from error
-    if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise MergeboundError(f"{path}: {y_key} is {y.dtype} of shape {y.shape}; store integer labels of shape (n,)")
-    if len(x) != len(y):
-        raise MergeboundError(f"{path}: {x_key} has {len(x)} images but {y_key} has {len(y)} labels; make them match")
-    if not len(y):
-        raise MergeboundError(f"{path}: {x_key} holds no images; choose another split with --split or other data")
+    headers = read_headers(path)
+    x_key, y_key, name = _keys(path, tuple(headers), split)
+    check_pairs(path, x_key, headers[x_key].shape, headers[y_key])
+    x, y = read_array(path, x_key), read_array(path, y_key)
+    names = read_names(path, headers)
     rows = subset(len(y), images, seed)
     batch = _array_to_batch(path, x_key, x[rows], form)
     labels = torch.from_numpy(y[rows].astype(np.int64))
@@ -209,19 +197,14 @@ def _normalise(batch: Tensor, form: InputFormat) -> Tensor:
 
 
 def _from_folder(path: Path, form: InputFormat, images: int, seed: int, split: str | None) -> LoadedImages:
-    folders = _folders(path)
-    splits = [folder.name for folder in folders if folder.name in SPLITS and _folders(folder)]
+    folders = visible_folders(path)
+    splits = [folder.name for folder in folders if folder.name in SPLITS and visible_folders(folder)]
     root, name = path, ""
     if split is not None or (splits and len(splits) == len(folders)):
         name = _choose(path, splits if split is None else [folder.name for folder in folders], split)
         root = path / name
-    classes = _folders(root)
-    files = [
-        (file, label)
-        for label, folder in enumerate(classes)
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    ]
+    classes = visible_folders(root)
+    files = [(folder / file, label) for label, folder in enumerate(classes) for file in find_files(folder).images]
     if not files:
         raise MergeboundError(
             f"{root}: no images in class-named sub-folders; put them as {root.name}/<class>/<image> "
@@ -234,37 +217,21 @@ def _from_folder(path: Path, form: InputFormat, images: int, seed: int, split: s
     return LoadedImages(loaded, name, len(files), tuple(folder.name for folder in classes))
 
 
-def _folders(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return []
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
 def _read_photo(path: Path, form: InputFormat) -> Tensor:
     """One photograph, (channels, height, width) in [0, 1]: short side scaled, middle cut out."""
+    if form.channels == 1:
+        _check_grey(path)
+    image = fit(read_image(path, grey=form.channels == 1), form)
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255.0
+
+
+def _check_grey(path: Path) -> None:
     from PIL import Image
 
     try:
         with Image.open(path) as opened:
-            if form.channels == 1 and len(opened.getbands()) > 1:
-                raise MergeboundError(
-                    f"{path}: a {opened.mode} image, but the network takes one channel; convert the images to grey"
-                )
-            if opened.mode.startswith(("I", "F")):
-                raise MergeboundError(f"{path}: more than 8 bits per channel ({opened.mode}); convert it to 8 bits")
-            picture = opened.convert({1: "L", 3: "RGB"}.get(form.channels, "RGB"))
-    except MergeboundError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).partition("\n")[0].replace(str(path), path.name)
-        raise MergeboundError(f"{path}: not a readable image ({reason}); remove or replace the file") from error
-    scale = max(form.height / picture.height, form.width / picture.width) / form.crop
-    size = (max(form.width, round(picture.width * scale)), max(form.height, round(picture.height * scale)))
-    if size != picture.size:
-        filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-        picture = picture.resize(size, filters.get(form.interpolation, Image.Resampling.BICUBIC))
-    left, top = (size[0] - form.width) // 2, (size[1] - form.height) // 2
-    picture = picture.crop((left, top, left + form.width, top + form.height))
-    array = np.asarray(picture, dtype=np.float32) / 255.0
-    tensor = torch.from_numpy(array)
-    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+            bands, mode = len(opened.getbands()), opened.mode
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return  # reading the image says what is wrong with it
+    if bands > 1:
+        raise MergeboundError(f"{path}: a {mode} image, but the network takes one channel; convert the images to grey")
