@@ -31,11 +31,14 @@ LEGACY_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "params", "state_dict_ema", "model_ema")
 """Where training checkpoints keep the state dict, in the order of preference (plain weights before averaged ones)."""
 
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+"""Where they keep weights averaged over training (exponential moving average)."""
+
 _DEPTH = 3
 _log = logging.getLogger(__name__)
 
 
-def read_legacy(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], Identity]:
+def read_legacy(path: Path, *, mapped: bool = False, averaged: bool = False) -> tuple[dict[str, Tensor], Identity]:
     """Read a ``torch.save`` file; tensors that shared memory when saved still do.
 
     The state dict is the file's content, or what lies under one of the keys :data:`NESTED`, up to three levels deep.
@@ -43,9 +46,11 @@ def read_legacy(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor],
     Args:
         path: the file.
         mapped: map the file into memory where it allows that (not the format before torch 1.6, nor a tar file).
+        averaged: read what lies under one of the keys :data:`AVERAGED` instead of the plain weights.
 
     Raises:
-        CheckpointError: missing, damaged, needs more than plain tensors, or holds something else than a state dict.
+        CheckpointError: missing, damaged, needs more than plain tensors, or holds something else than a state dict; or
+            no averaged weights.
     """
     with opened(path) as (handle, identity):
         start = handle.read(8)
@@ -55,7 +60,7 @@ def read_legacy(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor],
             raise CheckpointError(f"{path}: the file is empty, so truncated or damaged: copy or save it again")
     records = _records(path) if start.startswith(b"PK") else None
     content = _load(path, mapped=mapped and records is not None)
-    state = _find(path, content)
+    state = _find(path, _averaged(path, content) if averaged else content)
     for name, tensor in state.items():
         _check_entry(path, name, tensor)
     tensors = {name: tensor.detach() for name, tensor in state.items()}
@@ -116,6 +121,13 @@ def _refused_global(error: Exception) -> str:
     """The class or function that torch's message names, if it names one."""
     found = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
     return found.group(1) if found else ""
+
+
+def _averaged(path: Path, content: Any) -> Any:
+    for key in AVERAGED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return content[key]
+    raise CheckpointError(f"{path}: holds no averaged weights (none of {', '.join(AVERAGED)}): read the plain ones")
 
 
 def _find(path: Path, content: Any) -> Mapping[Any, Any]:
