@@ -72,6 +72,8 @@ def unpack(archive: Path, folder: Path, *, most: int | None = None, lock: Path |
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MergeboundError(f"{archive}: cannot be unpacked into {folder} ({error.strerror})") from error
+    if not size:
+        raise MergeboundError(f"{archive}: is empty; remove it and get the data set again")
     room = shutil.disk_usage(folder).free - SPARE
     budget = _Budget(archive, most if most is not None else max(FREE, RATIO * size), room)
     hidden = folder / f".{archive.name}.unpacking"
