@@ -24,17 +24,9 @@ NAMES = [entry.name for entry in tasks.vision()]
 
 
 def build(name: str, root: Path) -> Tree:
-    """Write the tree of a data set; of the later twelve, the files to damage are those that the catalogue names."""
-    if name in vision_trees.BUILDERS:
-        return vision_trees.BUILDERS[name](root, np.random.default_rng([20, NAMES.index(name)]))
-    written = vision_trees_b.BUILDERS[name](root)
-    parts = {part: list(zip(each.images, each.labels, strict=True)) for part, each in written.items()}
-    data = tasks.load(name, root)
-    places = [data.parts[part].place(len(data.parts[part]) - 1) for part in data.parts]
-    files = {each for names in tasks.find(name).files for each in names.split("|") if (root / each).is_file()}
-    files |= {str(Path(place).relative_to(root)) for place in places if Path(place).is_file()}
-    exact = not any(root.rglob("*.jpg"))
-    return Tree(parts, data.class_names, exact, tuple(sorted(files)), tuple(sorted(files)))
+    """Write the tree of a data set."""
+    builders = {**vision_trees.BUILDERS, **vision_trees_b.BUILDERS}
+    return builders[name](root, np.random.default_rng([20, NAMES.index(name)]))
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,6 @@ ENTRIES: tuple[VisionData, ...] = (
         class_names=("Angry", "Disgust", "Fear", "Happy", "Sad", "Surprise", "Neutral"),
         spoken=("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"),
         counts={"train": 28709, "test": 7178},
-        other_counts=({"train": 28709},),
         files=("fer2013/fer2013.csv|fer2013/icml_face_data.csv|fer2013/train.csv",),
         manual=(
             "accept the rules at https://www.kaggle.com/c/challenges-in-representation-learning-facial-expression-"

@@ -41,5 +41,7 @@ def load(root: Path) -> DataSet:
             raise damaged(set_file, f"its {key} name an image that it has already named", entry)
         seen[numbers] = True
         files = [f"jpg/image_{number:05d}.jpg" for number in numbers.tolist()]
-        parts[part] = listed_images(root / FOLDER, files, labels[numbers - 1].astype(np.int64) - 1, entry)
+        parts[part] = listed_images(
+            root / FOLDER, files, labels[numbers - 1].astype(np.int64) - 1, entry, listed_in=set_file
+        )
     return DataSet(entry.name, entry.class_names, parts)

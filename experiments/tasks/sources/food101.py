@@ -32,7 +32,7 @@ def load(root: Path) -> DataSet:
             raise damaged(lists[part], f"class {unknown[0]!r} is not in train.json", entry)
         files = [f"images/{name}.jpg" for names in listed.values() for name in names]
         numbers = [label[name] for name, names in listed.items() for _ in names]
-        parts[part] = listed_images(root / FOLDER, files, numbers, entry)
+        parts[part] = listed_images(root / FOLDER, files, numbers, entry, listed_in=lists[part])
     return DataSet(entry.name, classes, parts)
 
 

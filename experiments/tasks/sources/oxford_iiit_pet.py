@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments.tasks.catalogue import find
 from experiments.tasks.dataset import DataSet
+from experiments.tasks.images import Images
 from experiments.tasks.sources.common import damaged, listed_images, need, text_lines
 from experiments.tasks.vision_data import VisionData
 
@@ -30,7 +31,7 @@ def load(root: Path) -> DataSet:
     }
     need(entry, root, f"{FOLDER}/images/")
     breeds: dict[int, str] = {}
-    parts = {}
+    parts: dict[str, Images] = {}
     for part, path in lists.items():
         rows = [_row(line, path, entry) for line in text_lines(path, entry) if not line.startswith("#")]
         for image, label in rows:
@@ -38,10 +39,11 @@ def load(root: Path) -> DataSet:
             if breeds.setdefault(label, breed) != breed:
                 raise damaged(path, f"class {label} is {breeds[label]!r} and, for {image}, {breed!r}", entry)
         files = [f"images/{image}.jpg" for image, _ in rows]
-        parts[part] = listed_images(root / FOLDER, files, [label - 1 for _, label in rows], entry)
-    absent = next((label for label in range(1, max(breeds) + 1) if label not in breeds), None)
+        parts[part] = listed_images(root / FOLDER, files, [label - 1 for _, label in rows], entry, listed_in=path)
+    trained = set(parts["train"].labels.tolist())
+    absent = next((label for label in range(entry.classes) if label not in trained), None)
     if absent is not None:
-        raise damaged(lists["train"], f"no image of class {absent}, but of class {max(breeds)}", entry)
+        raise damaged(lists["train"], f"no image of class {absent + 1} of 1 .. {entry.classes}", entry)
     names = tuple(" ".join(word.title() for word in breeds[label].split("_")) for label in sorted(breeds))
     return DataSet(entry.name, names, parts)
 

@@ -1,9 +1,10 @@
 """Pickles that hold plain data (numbers, text, bytes, lists, dicts, numeric arrays), read without running any code.
 
-A pickle is a program: it may name any function and call it.  Here three names only are known, those with which numpy
-writes arrays, and they stand for inert records of this module: numpy itself is called after the pickle has been read,
-on checked values.  Any other name is refused before it is looked up.  The machine is the one of the standard library
-in Python, not the one in C, whose table of remembered objects a 20-byte file can blow up to gigabytes.
+A pickle is a program: it may name any function and call it.  Here a few names only are known, those with which numpy
+writes arrays and Python 3 writes bytes, and they stand for inert records of this module: numpy itself is called after
+the pickle has been read, on checked values.  Any other name is refused before it is looked up.  The machine is the one
+of the standard library in Python, not the one in C, whose table of remembered objects a 20-byte file can blow up to
+gigabytes.
 
 The format of the CIFAR files: Python 2's protocol 2, text as bytes, arrays as ``numpy.core.multiarray._reconstruct``.
 """
@@ -82,10 +83,23 @@ class _Array:
         self.state = state
 
 
-class _Word:
-    """``_codecs.encode(text, 'latin1')``, as Python 3 writes bytes in old protocols."""
+class _Buffer(_Array):
+    """``_frombuffer(bytes, dtype, shape, order)``, as numpy writes arrays in protocol 5."""
 
     def __init__(self, *arguments: Any) -> None:
+        buffer, kind, shape, order = arguments[:4]
+        if type(buffer) not in (bytes, bytearray) or order not in ("C", "F"):
+            raise pickle.UnpicklingError("an array in another order than C or F")
+        self.state = (1, shape, kind, order == "F", bytes(buffer))
+
+
+class _Word:
+    """``_codecs.encode(text, 'latin1')`` and ``bytes()``, as Python 3 writes bytes in old protocols."""
+
+    def __init__(self, *arguments: Any) -> None:
+        if not arguments:
+            self.bytes = b""
+            return
         if len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] not in ("latin1", "latin-1", b"latin1"):
             raise pickle.UnpicklingError("bytes in another encoding than latin1")
         self.bytes = arguments[0].encode("latin1")
@@ -97,9 +111,11 @@ class _Word:
 _KNOWN = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.numeric", "_frombuffer"): _Buffer,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Kind,
     ("_codecs", "encode"): _Word,
+    ("__builtin__", "bytes"): _Word,
 }
 
 

@@ -27,7 +27,10 @@ def load(root: Path) -> DataSet:
         MergeboundError: names the file that is missing or damaged.
     """
     entry = find("stl10")
-    names = tuple(text_lines(need(entry, root, f"{FOLDER}/class_names.txt"), entry))
+    listed = need(entry, root, f"{FOLDER}/class_names.txt")
+    names = tuple(text_lines(listed, entry))
+    if len(names) != entry.classes:
+        raise damaged(listed, f"{len(names)} names for {entry.classes} classes", entry)
     return DataSet(entry.name, names, {part: _part(entry, root, part, len(names)) for part in ("train", "test")})
 
 
