@@ -8,12 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from experiments.measure.backbone import Backbone
-from experiments.models import DIGIT_ARCHITECTURES, build_model
+from experiments.models import DIGIT_ARCHITECTURES, build_model, input_format
 from experiments.tasks.files import LoadedImages, check_labels, load_images
 from experiments.tasks.form import InputFormat
 from merging.checkpoint import load_state_dict, read_metadata
@@ -352,35 +351,13 @@ def _input_format(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
 ) -> InputFormat:
-    convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = 3 if convolution is None else convolution.in_channels
+    if image_size is not None and image_size < 1:
+        raise MergeboundError(f"--image-size {image_size}: give a positive number of pixels")
     if architecture in DIGIT_ARCHITECTURES:
-        channels = 1
-        size: tuple[int, ...] = (8, 8)
-        config: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)}
-    else:
-        from timm.data import resolve_model_data_config
-
-        config = resolve_model_data_config(network)
-        built = getattr(getattr(network, "patch_embed", None), "img_size", None)
-        size = tuple(built) if built is not None else tuple(config["input_size"][1:])
-    if image_size is not None:
-        if image_size < 1:
-            raise MergeboundError(f"--image-size {image_size}: give a positive number of pixels")
-        size = (image_size, image_size)
-
-    def per_channel(values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(values) if len(values) in (1, channels) else (float(np.mean(values)),)
-
-    return InputFormat(
-        channels,
-        size[0],
-        size[1],
-        per_channel(config["mean"]) if mean is None else mean,
-        per_channel(config["std"]) if std is None else std,
-        str(config.get("interpolation", "bicubic")),
-        float(config.get("crop_pct") or 1.0),
-    )
+        size = 8 if image_size is None else image_size
+        half = (0.5,)
+        return InputFormat(1, size, size, half if mean is None else mean, half if std is None else std)
+    return input_format(network, image_size, mean=mean, std=std)
 
 
 def _outputs(network: Backbone, vector: Tensor, item: LoadedImages, architecture: str, path: Path) -> int:

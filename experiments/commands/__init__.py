@@ -6,13 +6,29 @@ from collections.abc import Callable
 
 import typer
 
-from experiments.commands import bound, collect, demo, design, diff, inspect, merge, methods, predict
+from experiments.commands import (
+    base,
+    bound,
+    collect,
+    data,
+    demo,
+    design,
+    diff,
+    inspect,
+    merge,
+    methods,
+    models,
+    predict,
+)
 
 COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (
     demo.register,
     predict.register,
     merge.register,
     methods.register,
+    models.register,
+    base.register,
+    data.register,
     collect.register,
     inspect.register,
     diff.register,
