@@ -61,6 +61,8 @@ def test_images_labels_and_order_are_those_of_torchvision(
     monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)  # it wants the md5 of the full files
     build(name, tmp_path)
     data = tasks.load(name, tmp_path)
+    for hidden in tmp_path.rglob("._*"):  # torchvision takes macOS's notes for images
+        hidden.unlink()
     assert set(data.parts) == set(TORCHVISION[name])
     for part, make in TORCHVISION[name].items():
         theirs = make(tmp_path)
@@ -194,7 +196,8 @@ def test_idx_files_are_read_as_they_were_written(
 def test_a_matlab_file_cut_anywhere_is_refused(name: str, tmp_path: Path) -> None:
     build("svhn", tmp_path)
     whole = (tmp_path / name).read_bytes()
-    for kept in (0, 1, 64, 127, 128, 132, 140, 500, len(whole) // 3, len(whole) - 200, len(whole) - 1):
+    padding = 8  # what lies behind the last label of a file that is not compressed says nothing
+    for kept in (0, 1, 64, 127, 128, 132, 140, 500, len(whole) // 3, len(whole) - 200, len(whole) - padding):
         (tmp_path / name).write_bytes(whole[:kept])
         refused("svhn", tmp_path, str(tmp_path / name))
 

@@ -151,7 +151,7 @@ def class_folders(
             raise MergeboundError(f"{here}: {missing(entry, None, folder + '/')}")
         found = images_below(here, suffixes)
         if not found:
-            raise MergeboundError(f"{here}: no image of this class lies here; {missing(entry, None, folder + '/')}")
+            raise damaged(here, f"no image of class {folder} lies here", entry)
         files += [f"{folder}/{name}" for name in found]
         labels += [label] * len(found)
     return FileImages(base, tuple(files), np.asarray(labels, dtype=np.int64))
