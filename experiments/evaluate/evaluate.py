@@ -25,6 +25,7 @@ from theory.errors import MergeboundError
 Head = Readout | Function
 """A task's head: a linear readout, or a network or function of features (m, d) that gives logits (m, C)."""
 
+
 def evaluate(
     model: Function,
     data: TrainingData | EvaluationSet,
@@ -85,7 +86,9 @@ def evaluate_tasks(
     found = []
     for data in tasks:
         if data.name not in heads:
-            raise MergeboundError(f"task {data.name!r} has no head; there are heads for {', '.join(heads) or 'nothing'}")
+            raise MergeboundError(
+                f"task {data.name!r} has no head; there are heads for {', '.join(heads) or 'nothing'}"
+            )
         scores = predict(features, data, head=heads[data.name], batch_size=batch_size)
         found.append(evaluation(data, scores, path_of(backbone), bins=bins, resamples=0, seed=seed))
     return combine(found, weights=weights, resamples=resamples, level=level, seed=seed)
@@ -169,7 +172,9 @@ def combine(
     joint = {}
     for name in METRICS:
         value = sum(p * one.intervals[name].value for p, one in zip(shares, found, strict=True))
-        joint[name] = percentile(value, np.sum([p * d[name] for p, d in zip(shares, draws, strict=True)], axis=0), level)
+        joint[name] = percentile(
+            value, np.sum([p * d[name] for p, d in zip(shares, draws, strict=True)], axis=0), level
+        )
     return JointEvaluation(tuple(found), shares, joint, seed)
 
 
@@ -201,7 +206,9 @@ def _with_intervals(
     if resamples == 0:
         bare = [{name: percentile(getattr(one.metrics, name), np.empty(0)) for name in METRICS} for one in tasks]
         none: dict[str, Floats] = {name: np.empty(0) for name in METRICS}
-        return [replace(one, intervals=own, seed=seed) for one, own in zip(tasks, bare, strict=True)], [none] * len(tasks)
+        return [replace(one, intervals=own, seed=seed) for one, own in zip(tasks, bare, strict=True)], [none] * len(
+            tasks
+        )
     columns = [_columns_of(found.scores, found.metrics.bins) for found in tasks]
     means = bootstrap_means(columns, sources=[found.source for found in tasks], resamples=resamples, seed=seed)
     out, draws = [], []
@@ -217,7 +224,9 @@ def _with_intervals(
 def _columns_of(scores: Scores, bins: int) -> Floats:
     """Quantities of each image whose means give every metric, (n, 3 + bins)."""
     gaps = np.zeros((len(scores), bins))
-    gaps[np.arange(len(scores)), equal_width(np.nan_to_num(scores.confidence), bins)] = scores.correct - scores.confidence
+    gaps[np.arange(len(scores)), equal_width(np.nan_to_num(scores.confidence), bins)] = (
+        scores.correct - scores.confidence
+    )
     return np.column_stack([scores.correct.astype(float), scores.loss, scores.brier, gaps])
 
 

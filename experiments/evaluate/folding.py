@@ -48,8 +48,9 @@ class Structure:
 def is_layer(module: nn.Module) -> bool:
     """A layer whose output is linear in its ``weight`` and ``bias``, and that has no hooks."""
     from timm.layers.conv2d_same import Conv2dSame
+    from timm.layers.linear import Linear
 
-    return type(module) in (*CONVOLUTIONS, Conv2dSame, nn.Linear) and not _hooked(module)
+    return type(module) in (*CONVOLUTIONS, Conv2dSame, nn.Linear, Linear) and not _hooked(module)
 
 
 def is_norm(module: nn.Module) -> bool:

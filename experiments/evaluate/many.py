@@ -60,7 +60,9 @@ def evaluate_many(
     """
     for data in tasks:
         if heads is not None and data.name not in heads:
-            raise MergeboundError(f"task {data.name!r} has no head; there are heads for {', '.join(heads) or 'nothing'}")
+            raise MergeboundError(
+                f"task {data.name!r} has no head; there are heads for {', '.join(heads) or 'nothing'}"
+            )
     if fast is not None and bool(fast.heads) != (heads is not None):
         raise MergeboundError("fast: made with heads for a network with its own head, or the reverse; make it alike")
     chosen = plain_evaluator(model, heads=tuple((heads or {}).values())) if fast is None else fast
@@ -129,6 +131,4 @@ def _prepare(
 
 def without_scores(joint: JointEvaluation) -> JointEvaluation:
     """The same numbers without the scores of each image."""
-    return replace(
-        joint, tasks=tuple(replace(one, scores=one.scores.empty(), source=None) for one in joint.tasks)
-    )
+    return replace(joint, tasks=tuple(replace(one, scores=one.scores.empty(), source=None) for one in joint.tasks))

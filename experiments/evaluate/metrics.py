@@ -1,7 +1,7 @@
 """Metrics of a classifier, from logits and labels.
 
-Everything is computed per image in float64 (:class:`Scores`) and summed afterwards in the order of the images, so any
-split into batches gives the same numbers.  Where all class probabilities are needed (:class:`ClasswiseBins`), sums are
+Everything is computed per image in float64 (:class:`Scores`) and summed afterwards in the order of the images, so the
+same logits give the same numbers in any split into batches.  Where all class probabilities are needed (:class:`ClasswiseBins`), sums are
 kept in fixed point, which adds without rounding, so the split into batches does not matter there either.
 
 Predictions with equal logits go to the class with the smallest number.  An image with a NaN or +inf logit counts as
@@ -121,7 +121,8 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
             "head that belongs to these labels"
         )
     parts = [
-        _score(logits[start : start + _CHUNK], wanted[start : start + _CHUNK]) for start in range(0, len(wanted), _CHUNK)
+        _score(logits[start : start + _CHUNK], wanted[start : start + _CHUNK])
+        for start in range(0, len(wanted), _CHUNK)
     ]
     return join(parts) if parts else _score(logits, wanted)
 

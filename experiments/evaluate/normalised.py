@@ -154,9 +154,7 @@ def _compare(
     return [*rows, replace(averaged, left_out=int((~good).sum()), **counts), replace(pooled, **counts)]
 
 
-def _row(
-    task: str, group: str, against: Against, values: Floats, draws: Floats, level: float, seed: int
-) -> Comparison:
+def _row(task: str, group: str, against: Against, values: Floats, draws: Floats, level: float, seed: int) -> Comparison:
     """A comparison of means (2,) with their draws (R, 2)."""
     ratio = float(_divide(values[0], values[1]))
     drawn = _divide(draws[:, 0], draws[:, 1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.inputs.training_data import TrainingData
-from experiments.models import features
+from experiments.models import features, forward_backbone, head_prefix
 from theory.errors import MergeboundError
 
 BATCH = 256
@@ -76,10 +76,14 @@ class Features(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        try:
+            self.direct = bool(head_prefix(model))
+        except MergeboundError:  # no single linear head: found through hooks, which is slower
+            self.direct = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Features before the head."""
-        return features(self.model, images)
+        return forward_backbone(self.model, images) if self.direct else features(self.model, images)
 
 
 def backbone_of(backbone: Function) -> Function:
