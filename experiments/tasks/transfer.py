@@ -186,7 +186,7 @@ def _open_http(source: str, offset: int, expected: Version, timeout: float, plai
                 said = f"{source}: the server has nothing after byte {offset}, the file has changed"
                 raise TransferError(said, passing=True, wait=0.0, anew=True) from error
             raise TransferError(
-                f"{source}: the server answered {error.code} ({error.reason})",
+                f"{source}: the server answered {error.code} ({_one_line(error.reason)})",
                 passing=error.code in PASSING,
                 wait=_seconds(error.headers.get("Retry-After")),
             ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -69,10 +69,8 @@ def serving(*answers: Answer) -> Iterator[Server]:
                 answer = record.next()
                 record.requests.append(dict(self.headers) | {"path": self.path})
             self.close_connection = True
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):
                 self._answer(answer)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
 
         def _answer(self, answer: Answer) -> None:
             start, status = 0, 200
