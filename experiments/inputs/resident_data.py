@@ -120,19 +120,21 @@ class Resident:
     def _batch_on_cpu(self, chosen: np.ndarray, epoch: int) -> Tensor:
         from experiments.inputs import kernels
 
-        shape = (len(chosen), self.form.channels, self.form.height, self.form.width)
+        spec, form = self.augmentation, self.form
+        shape = (len(chosen), form.channels, form.height, form.width)
         images = torch.empty(shape, dtype=self.dtype, memory_format=self._order)
         integers, unsigned = bits(self.dtype)
-        out, table = (each.view(integers).numpy().view(unsigned) for each in (images, self._table))
-        spec = self.augmentation
-        if spec.nothing:
-            kernels.look_up(self.store.numpy(), chosen, table, out)
-            return images
-        draws = draw(spec, self.store_source[chosen], epoch, *shape[2:], seed=self.seed, name=self.name)
-        fill = np.array(cutout_colour(self.form), dtype=np.uint8)
-        kernels.augmented(
-            self.store.numpy(), chosen, draws.table(), spec.pad == "reflect", spec.cutout, fill, table, out
-        )
+        table = self._table.view(integers).numpy().view(unsigned)
+        pixels = self.store.numpy()
+        if not spec.nothing:
+            draws = draw(spec, self.store_source[chosen], epoch, *shape[2:], seed=self.seed, name=self.name)
+            fill = np.array(cutout_colour(form), dtype=np.uint8)
+            stored, pixels = pixels, np.empty(shape, dtype=np.uint8)
+            kernels.augment(stored, chosen, draws.table(), spec.pad == "reflect", spec.cutout, fill, pixels)
+            chosen = np.arange(len(chosen))
+        steps = np.array([images.stride(0), images.stride(1), images.stride(3)], dtype=np.int64)
+        flat = torch.as_strided(images, (images.numel(),), (1,)).view(integers).numpy().view(unsigned)
+        kernels.look_up(pixels.reshape(*pixels.shape[:2], -1), chosen, table, flat, steps)
         return images
 
     def take(self, rows: np.ndarray) -> Resident:
