@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.inputs.order import with_epochs
+from experiments.inputs.prefetch import in_order
+from experiments.inputs.shares import nested_subset
 from experiments.inputs.training_data import TrainingData
 from experiments.models import head_prefix
 from theory.errors import MergeboundError
@@ -91,11 +94,6 @@ def batches(n: int, size: int, steps: int, sampling: Sampling, rng: np.random.Ge
             done += 1
 
 
-def nested_subset(n: int, share: float, seed: int) -> np.ndarray:
-    """Rows of a seeded subset of the share; subsets of one seed are nested (0.5 within 0.8 within 1.0)."""
-    return np.random.default_rng([seed, 0x5EED]).permutation(n)[: max(1, round(share * n))]
-
-
 def finetune(
     model: nn.Module,
     start: Mapping[str, Tensor],
@@ -138,15 +136,14 @@ def finetune(
     rng = np.random.default_rng([seed, 0xBA7C])
     rows = nested_subset(len(train), hyper.data_share, seed)
     sample = train.take(rows)
-    drawn = 0
     log: list[tuple[float, float, float, float]] = []
     started = time.perf_counter()
     finite = True
     statistics = {n: b for n, b in model.named_buffers()}
     kept: dict[str, Tensor] = {}
-    for step, batch in enumerate(batches(len(rows), hyper.batch_size, hyper.steps, hyper.sampling, rng)):
-        x, labels = sample.batch(batch, drawn // len(rows))
-        drawn += len(batch)
+    order = with_epochs(batches(len(rows), hyper.batch_size, hyper.steps, hyper.sampling, rng), len(rows))
+    loaded = in_order(sample, order, ahead=transform is None)  # a transform draws from rng between the batches
+    for step, (x, labels) in enumerate(loaded):
         x = x if transform is None else transform(x, rng)
         gradient.zero_()
         kept = {name: tensor.clone() for name, tensor in statistics.items()}
@@ -163,10 +160,11 @@ def finetune(
             for name, tensor in kept.items():  # the failed forward pass has moved BatchNorm's statistics
                 statistics[name].copy_(tensor)
             break
-        log.append((float(len(batch)), value, *norms))
+        log.append((float(len(labels)), value, *norms))
         buffer.mul_(hyper.momentum).add_(gradient)
         rate = hyper.learning_rate * (schedule(step) if schedule is not None else 1.0)
         flat.sub_(buffer, alpha=rate)
+    loaded.close()
     columns = np.ascontiguousarray(np.asarray(log, dtype=np.float64).reshape(-1, 4).T)
     seconds = time.perf_counter() - started
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -219,10 +217,8 @@ def pretrain(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     rng = np.random.default_rng([seed, 0xBA5E])
-    drawn = 0
-    for batch in batches(len(train), min(batch_size, len(train)), steps, "reshuffle", rng):
-        images, labels = train.batch(batch, drawn // len(train))
-        drawn += len(batch)
+    order = with_epochs(batches(len(train), min(batch_size, len(train)), steps, "reshuffle", rng), len(train))
+    for images, labels in in_order(train, order, ahead=not views):  # random_views draws from rng between the batches
         optimizer.zero_grad()
         loss = F.cross_entropy(model(random_views(images, rng, turns) if views else images), labels)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -200,10 +200,11 @@ class Subset:
         return self.whole.place(int(self.rows[row]))
 
 
-def read_image(path: Path, *, grey: bool = False) -> np.ndarray:
+def read_image(path: Path, *, grey: bool = False, at_least: tuple[int, int] | None = None) -> np.ndarray:
     """Decode one image file as uint8, (height, width, 1) or (height, width, 3).
 
-    Transparent pixels are put on black, as Pillow's ``convert`` does; 16-bit images are refused.
+    Transparent pixels are put on black, as Pillow's ``convert`` does; 16-bit images are refused.  A JPEG file may be
+    shrunk by 2, 4 or 8 while it is decoded if height and width stay ``at_least`` this large.
 
     Raises:
         MergeboundError: missing, not an image, cut short, or more than 8 bits a channel; names the file.
@@ -214,6 +215,8 @@ def read_image(path: Path, *, grey: bool = False) -> np.ndarray:
         with Image.open(path) as opened:
             if opened.mode.startswith(("I", "F")):
                 raise MergeboundError(f"{path}: more than 8 bits per channel ({opened.mode}); convert it to 8 bits")
+            if at_least is not None:
+                opened.draft(None, (at_least[1], at_least[0]))
             array = np.asarray(opened.convert("L" if grey else "RGB"))
     except MergeboundError:
         raise
