@@ -79,7 +79,7 @@ def _order(stage: str) -> int:
 
 
 @contextmanager
-def _one_thread_children() -> Iterator[None]:
+def one_thread_children() -> Iterator[None]:
     """Children inherit one thread per process; the parent's environment is restored."""
     saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
@@ -126,7 +126,7 @@ def run_validation(
         while len(results) < len(spec.architectures):
             while waiting and len(running) < limit:
                 name = waiting.pop(0)
-                with _one_thread_children():
+                with one_thread_children():
                     process = context.Process(
                         target=_work, args=(spec, name, place / name, channel), name=name, daemon=True
                     )

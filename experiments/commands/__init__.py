@@ -14,6 +14,7 @@ from experiments.commands import (
     demo,
     design,
     diff,
+    finetune,
     inspect,
     merge,
     methods,
@@ -23,6 +24,7 @@ from experiments.commands import (
 
 COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (
     demo.register,
+    finetune.register,
     predict.register,
     merge.register,
     methods.register,
