@@ -38,7 +38,9 @@ def normalisation_table(form: InputFormat, dtype: torch.dtype = torch.float32) -
     Returns:
         (channels, 256) of the given type, on the CPU; shared, not to be written to.
     """
-    mean, std = (np.broadcast_to(np.float64(each), form.channels)[:, None] for each in (form.mean, form.std))
+    mean, std = (
+        np.broadcast_to(np.asarray(each, dtype=np.float64), form.channels)[:, None] for each in (form.mean, form.std)
+    )
     return torch.from_numpy((np.arange(256) / 255 - mean) / std).to(dtype)
 
 

@@ -19,7 +19,16 @@ needs_data = pytest.mark.skipif(
     not os.environ.get(VARIABLE), reason=f"{VARIABLE} is not set to the folder of npz8's files"
 )
 
-DIGESTS = {}
+DIGESTS = {
+    "mnist": "10ecd54f72e803fed2fb82eb3e3132066817f8cf2ac72e6efb2d1abab91031bf",
+    "fashion_mnist": "5f60bfac56019be3978e804dd906b29905c151e59e4e9e032d51bfae2c5be178",
+    "notmnist": "ba2b846ae3cae59126bea1d0977c04b734ae2963f8f1931ee6fce99c804cab72",
+    "arabic_letters": "a36f484b7a437942336fcbd3ff74da4ab2681773f03e11c08768b636aaf72fb0",
+    "cifar10": "cd9a7c02698c71a45c896c374c4f75f7966d74975b323d25ab880a29feb6b5e2",
+    "gtsrb": "5aac025058edcbb54f8c7bcf4c1f1dea8ccaeeddab80c528080e038dcaa05281",
+    "ucmerced": "c7084c6119d246bf4e8b2eaf491ce6e04a8216681546c1ad3b7527fc4c5b4999",
+    "chars74k": "f4b607da8cc99c7a385c8b466aebbc6b8498d1f41e4b69e63cbda8cc4caa5e7a",
+}
 """Of the splits with seed 0: results that carry them were measured on the same images."""
 
 
