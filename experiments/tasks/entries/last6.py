@@ -52,7 +52,7 @@ ENTRIES: tuple[VisionData, ...] = (
         citation="Krizhevsky: Learning multiple layers of features from tiny images, technical report 2009",
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         form="32 x 32 colour",
-        aliases=("cifar-10", "cifar"),
+        aliases=("cifar",),
         note="Pickled files, read as plain data: no code in them runs.",
     ),
     VisionData(
@@ -77,7 +77,7 @@ ENTRIES: tuple[VisionData, ...] = (
         citation="Bossard, Guillaumin, Van Gool: Food-101, mining discriminative components, ECCV 2014",
         homepage="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
         form="colour photographs, long side at most 512 pixels",
-        aliases=("food", "food-101"),
+        aliases=("food",),
         note=(
             "Numbered as torchvision does, by sorted name: cheese_plate is 16 and cheesecake 17; classes.txt and some "
             "mirrors have these two the other way round."
@@ -130,7 +130,7 @@ ENTRIES: tuple[VisionData, ...] = (
         citation="Cohen et al.: EMNIST, extending MNIST to handwritten letters, IJCNN 2017, arXiv 1702.05373",
         homepage="https://www.nist.gov/itl/products-and-services/emnist-dataset",
         form="28 x 28 grey",
-        aliases=("emnist", "emnist-letters"),
+        aliases=("emnist",),
         note=(
             "Stored with rows and columns exchanged, handed out upright; labels 1 .. 26 become 0 .. 25. The paper's "
             "table counts 88,800 and 14,800 images, the files hold 124,800 and 20,800."
@@ -175,7 +175,7 @@ ENTRIES: tuple[VisionData, ...] = (
         citation="Radford et al.: Learning transferable visual models from natural language supervision, ICML 2021",
         homepage="https://github.com/openai/CLIP/blob/main/data/rendered-sst2.md",
         form="448 x 448 pictures of sentences",
-        aliases=("sst2", "rendered-sst2", "renderedsst2"),
+        aliases=("sst2",),
         note="The source gives the size as 131 MB; the sentences are those of Socher et al., EMNLP 2013.",
     ),
 )

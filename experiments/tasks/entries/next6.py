@@ -52,7 +52,7 @@ ENTRIES: tuple[VisionData, ...] = (
         citation="Nilsback, Zisserman: Automated flower classification over a large number of classes, ICVGIP 2008",
         homepage=f"{_OXFORD}/flowers/102/",
         form="colour photographs, short side 500 pixels",
-        aliases=("flowers", "oxford_flowers", "flowers-102", "oxford_flowers_102"),
+        aliases=("flowers", "oxford_flowers"),
         note=(
             "trnid trains (1,020 images), valid validates (1,020), tstid tests (6,149), as published; codes that train "
             "on tstid do not compare."
@@ -80,7 +80,7 @@ ENTRIES: tuple[VisionData, ...] = (
         citation="Veeling et al.: Rotation equivariant CNNs for digital pathology, MICCAI 2018, arXiv 1806.03962",
         homepage="https://github.com/basveeling/pcam",
         form="96 x 96 colour",
-        aliases=("patch_camelyon", "patchcamelyon"),
+        aliases=("patch_camelyon",),
         note="Reading it takes the extra 'pcam' (h5py).",
     ),
     VisionData(
@@ -102,7 +102,7 @@ ENTRIES: tuple[VisionData, ...] = (
             "https://www.kaggle.com/c/challenges-in-representation-learning-facial-expression-recognition-challenge"
         ),
         form="48 x 48 grey",
-        aliases=("fer", "fer_2013"),
+        aliases=("fer",),
         note="Test is PublicTest and PrivateTest together, as torchvision takes it.",
     ),
     VisionData(
@@ -159,7 +159,7 @@ ENTRIES: tuple[VisionData, ...] = (
         citation="Coates, Lee, Ng: An analysis of single-layer networks in unsupervised feature learning, AISTATS 2011",
         homepage="https://cs.stanford.edu/~acoates/stl10/",
         form="96 x 96 colour",
-        aliases=("stl", "stl-10"),
+        aliases=("stl",),
         note="The 100,000 images without labels are not used; the archive holds them, 2.8 GB when unpacked.",
     ),
     VisionData(
@@ -180,7 +180,6 @@ ENTRIES: tuple[VisionData, ...] = (
         citation="Krizhevsky: Learning multiple layers of features from tiny images, technical report 2009",
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         form="32 x 32 colour",
-        aliases=("cifar-100",),
         note="Pickled files, read as plain data: no code in them runs.",
     ),
 )

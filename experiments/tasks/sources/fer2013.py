@@ -8,6 +8,7 @@ train, ``PublicTest`` and ``PrivateTest`` rows test, as torchvision takes them).
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ def _read(path: Path, entry: VisionData, *, parts: bool) -> dict[str, Images]:
     pixels: dict[str, list[np.ndarray]] = {"train": [], "test": []}
     labels: dict[str, list[int]] = {"train": [], "test": []}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file, warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)
             table = csv.reader(file)
             header = [name.strip() for name in next(table, [])]
             columns = [header.index(name) for name in ("emotion", "pixels", *(["Usage"] if parts else []))]
@@ -71,8 +73,8 @@ def _read(path: Path, entry: VisionData, *, parts: bool) -> dict[str, Images]:
 def _pixels(text: str, line: int) -> np.ndarray:
     """The numbers 0 .. 255 of one image, (2304,) uint8."""
     try:
-        found = np.asarray(text.split(), dtype=np.int64)
-    except (ValueError, OverflowError) as error:
+        found = np.fromstring(text, dtype=np.int64, sep=" ")
+    except (ValueError, DeprecationWarning) as error:  # numpy warns of text that it has not read to its end
         raise ValueError(f"line {line}: its pixels are not whole numbers") from error
     if found.size != SIDE * SIDE or found.min() < 0 or found.max() > 255:
         raise ValueError(f"line {line}: {found.size} pixels, not {SIDE * SIDE} numbers from 0 to 255")

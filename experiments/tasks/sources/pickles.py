@@ -152,6 +152,6 @@ def _array(state: Any) -> np.ndarray:
         raw = raw.bytes
     if type(raw) is not bytes or type(shape) is not tuple or not all(type(n) is int and n >= 0 for n in shape):
         raise pickle.UnpicklingError("an array without bytes or shape")
-    found = np.frombuffer(raw, dtype=np.dtype(name).newbyteorder(kind.order))
+    found = np.frombuffer(raw, dtype=np.dtype(f"{kind.order.replace('|', '=')}{name}"))
     array: np.ndarray = found.reshape(shape, order="F" if columns_first else "C")
     return array

@@ -18,6 +18,10 @@ def load(root: Path) -> DataSet:
         MergeboundError: names the folder that is missing or empty.
     """
     entry = find("rendered_sst2")
-    bases = {part: need(entry, root, f"rendered-sst2/{folder}/") for part, folder in PARTS.items()}
-    parts = {part: class_folders(base, entry.class_names, entry, suffixes=(".png",)) for part, base in bases.items()}
+    for folder in entry.files:
+        need(entry, root, folder)
+    parts = {
+        part: class_folders(root / "rendered-sst2" / folder, entry.class_names, entry, suffixes=(".png",))
+        for part, folder in PARTS.items()
+    }
     return DataSet(entry.name, entry.class_names, parts)
