@@ -206,6 +206,15 @@ def test_pcam_rows_are_read_by_other_processes_and_after_pickling(tmp_path: Path
     np.testing.assert_array_equal(pickle.loads(raw).read(1), tree.parts["train"][1][0])
 
 
+def test_a_pcam_file_that_is_damaged_after_loading_is_named_when_it_is_read(tmp_path: Path) -> None:
+    build("pcam", tmp_path)
+    images = tasks.load("pcam", tmp_path).parts["test"]
+    path = tmp_path / "pcam/camelyonpatch_level_2_split_test_x.h5"
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(MergeboundError, match=r"split_test_x\.h5, image 1: cannot be read"):
+        images.read(1)
+
+
 def test_pcam_without_h5py_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("pcam", tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)

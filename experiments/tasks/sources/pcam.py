@@ -37,12 +37,15 @@ class H5Rows:
         self._opened: tuple[int, Any] | None = None
 
     def __call__(self, row: int) -> np.ndarray:
-        """Row ``row``."""
+        """Row ``row``; OSError, KeyError or IndexError where it cannot be read."""
         import h5py
 
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), h5py.File(self.path, "r")[self.key])
-        found: np.ndarray = self._opened[1][row]
+        try:
+            if self._opened is None or self._opened[0] != os.getpid():
+                self._opened = (os.getpid(), h5py.File(self.path, "r")[self.key])
+            found: np.ndarray = self._opened[1][row]
+        except RuntimeError as error:  # h5py's word for some damages
+            raise OSError(str(error)) from error
         return found
 
     def __getstate__(self) -> dict[str, Any]:
