@@ -54,8 +54,7 @@ def _stated(repository: str, revision: str | None, wanted: list[str]) -> tuple[i
     if not files:
         raise MergeboundError(f"{repository}: has no Parquet files of the wanted parts; it may have moved")
     sizes = [each.size for each in files]
-    card = info.card_data.to_dict() if info.card_data is not None else {}
-    licence = card.get("license") or "not stated"
+    licence = getattr(info.card_data, "license", None) or "not stated"
     return (
         None if None in sizes else sum(size for size in sizes if size is not None),
         ", ".join(licence) if isinstance(licence, list) else str(licence),

@@ -58,7 +58,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[VisionData, V
     made = tmp_path / "made"
     rng = np.random.default_rng([0, 0x5409])
     vision_trees.mnist(made, rng)
-    vision_trees.eurosat(made / "eurosat", rng) if not (made / "eurosat").exists() else None
+    vision_trees.eurosat(made, rng)
     goods = tmp_path / "shop"
     goods.mkdir()
     packed = []
@@ -69,8 +69,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[VisionData, V
         packed.append(archive(place, "MNIST/raw"))
     mnist = replace(catalogue.find("mnist"), archives=tuple(packed))
     real = catalogue.find("eurosat")
-    top = next(path for path in made.rglob("2750")).parent
-    shutil.make_archive(str(goods / "EuroSAT"), "zip", top, "2750")
+    shutil.make_archive(str(goods / "EuroSAT"), "zip", made / "eurosat", "2750")
     eurosat = replace(real, archives=(replace(archive(goods / "EuroSAT.zip"), into=real.archives[0].into),))
     entries = tuple({"mnist": mnist, "eurosat": eurosat}.get(each.name, each) for each in catalogue.vision())
     monkeypatch.setattr(catalogue, "vision", lambda count=20: entries[:count])
@@ -149,6 +148,13 @@ def test_what_is_got_loads_and_checks(
         assert [got.parts[part].read(row).tolist() for row in range(3)] == [
             made.parts[part].read(row).tolist() for row in range(3)
         ]
+    import torchvision
+
+    theirs = torchvision.datasets.MNIST(str(root), train=False, download=False)
+    assert np.array_equal(np.asarray(theirs[0][0])[..., None], got.parts["test"].read(0))
+    folder = torchvision.datasets.EuroSAT(str(root), download=False)
+    labels = sorted(label for path, label in folder.samples if not Path(path).name.startswith("._"))
+    assert labels == tasks.load("eurosat", root).parts["train"].labels.tolist()
     assert not list(root.rglob("*.zip"))
     assert not [path for path in (root / ".mergebound").rglob("*.gz")]
     capsys.readouterr()
