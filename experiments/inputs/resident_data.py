@@ -102,20 +102,17 @@ class Resident:
         labels = self.store_labels[self._index(chosen)]
         if self.store.device.type == "cpu":
             return self._batch_on_cpu(chosen, epoch), labels
-        pixels = self.store[self._index(chosen)].expand(-1, self.form.channels, -1, -1)
-        if not self.augmentation.nothing:
+        return self._batch_on_device(chosen, epoch), labels
+
+    def _batch_on_device(self, chosen: np.ndarray, epoch: int) -> Tensor:
+        spec, form = self.augmentation, self.form
+        pixels = self.store[self._index(chosen)].expand(-1, form.channels, -1, -1)
+        if not spec.nothing:
             draws = draw(
-                self.augmentation,
-                self.store_source[chosen],
-                epoch,
-                self.form.height,
-                self.form.width,
-                seed=self.seed,
-                name=self.name,
+                spec, self.store_source[chosen], epoch, form.height, form.width, seed=self.seed, name=self.name
             )
-            pixels = augment(pixels, self.augmentation, draws, cutout_colour(self.form))
-        images = look_up(pixels, self._table)
-        return images.contiguous(memory_format=self._order) if self.channels_last else images, labels
+            pixels = augment(pixels, spec, draws, cutout_colour(form))
+        return look_up(pixels, self._table).contiguous(memory_format=self._order)
 
     def _batch_on_cpu(self, chosen: np.ndarray, epoch: int) -> Tensor:
         from experiments.inputs import kernels

@@ -16,8 +16,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from experiments.finetune.loop import Hyperparameters, finetune
-from experiments.inputs.augment import PRESETS, Augmentation, Draws, augment, augmentation, draw
-from experiments.inputs.normalise import cutout_colour, look_up, normalisation_table
+from experiments.inputs.augment import PRESETS, Augmentation, Draws, augmentation, draw
 from experiments.inputs.resident import Resident, load_resident, residents
 from experiments.tasks.dataset import DataSet, split
 from experiments.tasks.fit import fit
@@ -95,12 +94,34 @@ def test_a_batch_is_exactly_the_literal_definition(spec: Augmentation, channels:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_whole_tensors_and_the_kernel_agree(spec: Augmentation) -> None:
-    data = load_resident(images_of(), FORM, seed=3, augment=spec)
-    rows = np.arange(40)
-    draws = draw(spec, rows, 5, 9, 12, seed=3)
-    pixels = data.images if spec.nothing else augment(data.images, spec, draws, cutout_colour(FORM))
-    torch.testing.assert_close(look_up(pixels, normalisation_table(FORM)), data.batch(rows, 5)[0], rtol=0, atol=0)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_tensors_and_the_kernels_agree(spec: Augmentation, channels: int, dtype: torch.dtype) -> None:
+    """What runs on other devices, run on the CPU."""
+    data = load_resident(images_of(channels=channels), FORM, seed=3, augment=spec, dtype=dtype)
+    rows = np.arange(39, -1, -1)
+    torch.testing.assert_close(data._batch_on_device(rows, 5), data.batch(rows, 5)[0], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_gpu_gives_the_same_bits(spec: Augmentation) -> None:
+    here = load_resident(images_of(), FORM, seed=3, augment=spec, channels_last=True)
+    there = load_resident(images_of(), FORM, seed=3, augment=spec, channels_last=True, device="cuda")
+    for one, other in zip(here.batch(np.arange(40), 1), there.batch(np.arange(40), 1), strict=True):
+        assert other.device.type == "cuda"
+        assert torch.equal(one, other.cpu())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 1), (3, 7)])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_odd_shapes_in_either_memory_order(size: tuple[int, int], channels: int, count: int) -> None:
+    images = images_of(4, *size, channels)
+    data = load_resident(images, InputFormat(channels, *size, (0.0,), (1.0,)), dtype=torch.float64)
+    expected = images.array[:count].transpose(0, 3, 1, 2) / 255
+    for one in (data, replace(data, channels_last=True)):
+        np.testing.assert_array_equal(one.batch(np.arange(count), 0)[0].numpy(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
