@@ -94,9 +94,13 @@ class VisionData:
 
     @property
     def size(self) -> int | None:
-        """Bytes to download, None where a part is unknown or nothing can be downloaded."""
-        sizes = [archive.size for archive in self.archives]
-        return None if not sizes or None in sizes else sum(size for size in sizes if size is not None)
+        """Bytes to download, None where that of an archive is unknown or nothing can be downloaded.
+
+        Single files of unknown size (lists of names) are not counted.
+        """
+        if not self.archives or any(archive.size is None for archive in self.archives if archive.unpack):
+            return None
+        return sum(archive.size or 0 for archive in self.archives)
 
     def missing(self, root: Path) -> tuple[str, ...]:
         """What of ``files`` is not below the root (the first alternative of each); empty where all is there."""

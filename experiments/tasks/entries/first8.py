@@ -84,6 +84,7 @@ ENTRIES: tuple[VisionData, ...] = (
                 _RESISC45 + "NWPU-RESISC45.zip",
                 "resisc45",
                 sha256="beeecd0b63656290ae6d65cf7763185b0c1c4c54a753ef8088d6fba3faaf1f53",
+                size=427_389_445,
             ),
             Archive(
                 _RESISC45 + "resisc45-train.txt",
@@ -104,6 +105,7 @@ ENTRIES: tuple[VisionData, ...] = (
                 sha256="e0927e80130b47317a2f18520d98382b6fc56f0d3edd3345140f7d02267c3805",
             ),
         ),
+        licence="CC BY-NC 4.0 (stated by the mirror)",
         citation="Cheng, Han, Lu: Remote Sensing Image Scene Classification: Benchmark and State of the Art, Proc. "
         "IEEE 2017",
         homepage="https://doi.org/10.1109/JPROC.2017.2675998",
