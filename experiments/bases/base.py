@@ -146,7 +146,11 @@ def tensors_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def check_fits(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: object, remedy: str = "", fits: str = "network"
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    source: object,
+    remedy: str = "",
+    fits: str = "the network",
 ) -> None:
     """Check that a state dict has exactly the tensors of a network.
 
@@ -168,7 +172,7 @@ def check_fits(
     message = mismatch([n for n in wanted if n not in state], [n for n in state if n not in wanted], shapes)
     if message:
         remedy = remedy or "check the architecture and its options (classes, img_size, in_chans)"
-        raise BaseError(f"{source}: does not fit the {fits}: {message}; {remedy}")
+        raise BaseError(f"{source}: does not fit {fits}: {message}; {remedy}")
 
 
 def mismatch(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str]) -> str:

@@ -8,7 +8,8 @@ with its projection, its head a linear layer on the normalised image embedding. 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,6 @@ from experiments.bases.sources import hub_file, url_file
 from experiments.tasks.form import InputFormat
 from merging.checkpoint import file_hash, load_state_dict
 from theory.errors import nearest
-
-_log = logging.getLogger(__name__)
 
 OPENAI_ONLY = ("input_resolution", "context_length", "vocab_size")
 """Entries of OpenAI's own state dicts, which also tell that the network uses QuickGELU."""
@@ -57,7 +56,7 @@ class ClipBase:
     @property
     def logit_scale(self) -> float:
         """The factor on cosines."""
-        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator,union-attr]
+        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
 
     @property
     def logit_bias(self) -> float | None:
@@ -80,9 +79,9 @@ class ClipBase:
             form=self.form,
         )
         with torch.no_grad():
-            found.head.weight.copy_(self.logit_scale * text)  # type: ignore[operator,union-attr]
+            found.head.weight.copy_(self.logit_scale * text)  # type: ignore[operator]
             if bias is not None:
-                found.head.bias.fill_(bias)  # type: ignore[operator,union-attr]
+                found.head.bias.fill_(bias)  # type: ignore[operator]
         return found.eval()
 
     def base(self, class_names: Sequence[str], *, data: str = "", cache: Path | None = None) -> Base:
@@ -212,16 +211,34 @@ def _config(open_clip: Any, name: str) -> Mapping[str, Any]:
 def _build(open_clip: Any, name: str, quick_gelu: bool, image_size: int | None) -> nn.Module:
     _config(open_clip, name)
     try:
-        model: nn.Module = open_clip.create_model(
-            name,
-            pretrained=None,
-            pretrained_hf=False,
-            force_quick_gelu=quick_gelu,
-            force_image_size=image_size,
-        )
+        with _without_advice():
+            model: nn.Module = open_clip.create_model(
+                name,
+                pretrained=None,
+                pretrained_hf=False,
+                force_quick_gelu=quick_gelu,
+                force_image_size=image_size,
+            )
     except (OSError, RuntimeError, ImportError, ValueError, TypeError) as error:
         raise BaseError(f"{name}: open_clip cannot build it ({' '.join(str(error).split())[:300]})") from error
     return model
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep quiet that the weights are random when a network is built: they are loaded afterwards."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "initialized randomly" not in record.getMessage()
+
+    loggers = (logging.getLogger(), logging.getLogger("open_clip.factory"))
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
@@ -254,7 +271,7 @@ def _form(open_clip: Any, model: nn.Module, given: Mapping[str, Any]) -> InputFo
     found = {**(open_clip.get_model_preprocess_cfg(model) or {})}
     found |= {key: given[key] for key in ("mean", "std", "interpolation") if given.get(key)}
     size = found.get("size") or model.visual.image_size  # type: ignore[union-attr]
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[arg-type]
     mean = tuple(float(v) for v in found.get("mean") or open_clip.OPENAI_DATASET_MEAN)
     std = tuple(float(v) for v in found.get("std") or open_clip.OPENAI_DATASET_STD)
     return InputFormat(3, int(height), int(width), mean, std, str(found.get("interpolation") or "bicubic"), 1.0)

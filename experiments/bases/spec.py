@@ -60,8 +60,8 @@ class BaseSpec(BaseModel):
             "class_names": ("clip",),
             "data": ("clip",),
         }
-        for name in self.model_fields_set & set(only):
-            if self.kind not in only[name] and getattr(self, name):
+        for name, kinds in only.items():
+            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: means nothing for a base of kind {self.kind}; leave it out")
         if self.kind == "clip" and self.classes not in (None, len(self.class_names)):
             raise ValueError(f"classes: {self.classes}, but there are {len(self.class_names)} class_names")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.bases.base import BaseError
-from experiments.finetune.loop import nested_subset
 from experiments.finetune.schedules import schedule
+from experiments.inputs.shares import nested_subset
 from experiments.inputs.training_data import TrainingData
 
 Quality = Literal["none", "weak", "strong"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,8 +24,8 @@ from experiments.bases.known_hashes import check_hash, read_record, remember, re
 from experiments.bases.reading import without_prefixes
 from experiments.bases.waiting import alone
 from experiments.models import build_model
-from experiments.tasks.digits8 import digits8
-from merging.checkpoint import save_state_dict
+from experiments.tasks.types import Split
+from merging.checkpoint import load_state_dict, save_state_dict
 from theory.errors import MergeboundError
 
 ARCHITECTURE = "resnet_bn"
@@ -275,12 +277,13 @@ def test_waiting_for_a_lock_has_a_limit_and_can_be_given_up(tmp_path: Path) -> N
 
 
 def test_a_specification_loads_each_simple_kind_and_measures(tmp_path: Path) -> None:
-    family = digits8(train_per_task=8, pretraining=60, calibration=20, calibration_per_task=10, test=20)
-    random = load_base(BaseSpec(kind="random", architecture="vit", classes=10, seed=4), validation=family.pretraining)
+    drawn = torch.Generator().manual_seed(0)
+    data = Split(torch.randn(60, 1, 8, 8, generator=drawn), torch.arange(60) % 10, np.arange(60))
+    random = load_base(BaseSpec(kind="random", architecture="vit", classes=10, seed=4), validation=data)
     assert same(dict(random.state), build_model("vit", seed=4).state_dict())
     model = random.model()
     with torch.no_grad():
-        right = (model(family.pretraining.images).argmax(1) == family.pretraining.labels).float().mean()
+        right = (model(data.images).argmax(1) == data.labels).float().mean()
     assert random.provenance.accuracy == pytest.approx(float(right))
     assert random.provenance.images == 60
     save_state_dict(tmp_path / "w.safetensors", trained())
@@ -317,3 +320,18 @@ def test_a_base_of_another_network_does_not_build() -> None:
         wrong.model()
     with pytest.raises(MergeboundError, match="depth_of_feeling"):
         random_base("test_resnet", classes=3, options={"depth_of_feeling": 4})
+
+
+@pytest.mark.skipif(
+    "MERGEBOUND_DATA" not in os.environ, reason="MERGEBOUND_DATA is not set: the real networks are needed"
+)
+def test_a_published_cifar_network_loads_whole() -> None:
+    path = Path(os.environ["MERGEBOUND_DATA"]) / "cifar10_resnets" / "resnet20-12fca82f.safetensors"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    hashed = "067e58d1f213d012fea54d151d17091064bd0debafb040f28a5c14e66845cf9a"
+    base = load_checkpoint_base("cifar_resnet20", path, classes=10, sha256=hashed, head="keep")
+    stored = load_state_dict(path)
+    assert all(torch.equal(tensor, base.state[name]) for name, tensor in stored.items())
+    assert {name.rpartition(".")[2] for name in set(base.state) - set(stored)} == {"num_batches_tracked"}
+    assert sum(tensor.numel() for name, tensor in base.model().named_parameters()) == 269_722

@@ -93,7 +93,7 @@ def test_a_file_with_another_head_or_none(held: int, tmp_path: Path) -> None:
     state = weights_of("test_resnet", path, classes=held)
     base = load_pretrained("test_resnet", weights=path, classes=4)
     assert base.state["fc.weight"].shape[0] == 4
-    assert torch.equal(base.state["conv1.weight"], state["conv1.weight"])
+    assert torch.equal(base.state["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
     if held:
         assert load_pretrained("test_resnet", weights=path).classes == 37
     else:
@@ -165,7 +165,7 @@ def test_a_file_in_the_hubs_cache_is_found_and_checked_against_its_published_has
     path, published = locate(name, cfg, download=False, cache=tmp_path / "hub")
     assert published == digest
     base = load_pretrained(name, classes=1000, cache=tmp_path / "hub", record=tmp_path / "r.json")
-    assert torch.equal(base.state["conv1.weight"], state["conv1.weight"])
+    assert torch.equal(base.state["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
     assert "the SHA-256 is the published one" in base.provenance.notes
     assert read_record(tmp_path / "r.json")[name]["sha256"] == digest
     path.resolve().write_bytes(content[:-4] + b"\0\0\0\1")
@@ -178,7 +178,7 @@ def test_a_local_file_that_changes_between_two_uses_is_noticed(tmp_path: Path) -
     state = weights_of("test_resnet", path)
     first = load_pretrained("test_resnet", weights=path, classes=3, record=record)
     assert any("trust on first use" in note for note in first.provenance.notes)
-    save_state_dict(path, state | {"conv1.weight": state["conv1.weight"] + 1})
+    save_state_dict(path, state | {"layer1.0.conv1.weight": state["layer1.0.conv1.weight"] + 1})
     with pytest.raises(MergeboundError, match="but on"):
         load_pretrained("test_resnet", weights=path, classes=3, record=record)
     right = sha256(path.read_bytes()).hexdigest()

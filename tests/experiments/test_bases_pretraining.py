@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from experiments.bases import read_base
 from experiments.bases.pretraining import accuracy_of, digest_of, pretrain_base
 from experiments.bases.training import QUALITIES, PretrainSpec, order, train
-from experiments.finetune.loop import nested_subset
 from experiments.finetune.schedules import schedule
+from experiments.inputs.shares import nested_subset
 from experiments.models import build_model
 from experiments.tasks.digits8 import digits8
 from experiments.tasks.types import Split
@@ -34,12 +34,16 @@ SPEC = PretrainSpec(steps=12, share=0.5, batch_size=16, learning_rate=2e-3, warm
 CHILD = """
 import sys, time
 from pathlib import Path
+import numpy as np
 import torch
 torch.set_num_threads(1)
-from tests_of_pretraining import SPEC, sample
 from experiments.bases.pretraining import pretrain_base
-pretrain_base("resnet_bn", sample()[0], SPEC, seed=5, cache=Path(sys.argv[1]), every=0.0,
-              report=lambda *_: time.sleep(0.1))
+from experiments.bases.training import PretrainSpec
+from experiments.tasks.types import Split
+stored = np.load(sys.argv[1])
+data = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]), np.arange(len(stored["labels"])))
+spec = PretrainSpec.model_validate_json(sys.argv[3])
+pretrain_base("resnet_bn", data, spec, seed=5, cache=Path(sys.argv[2]), every=0.0, report=lambda *_: time.sleep(0.1))
 """
 
 
@@ -153,10 +157,11 @@ def test_the_generator_of_the_process_is_left_alone() -> None:
 def test_killed_pretraining_leaves_nothing_complete_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     data, _ = sample()
     truth = pretrain_base("resnet_bn", data, SPEC, seed=5)
-    (tmp_path / "tests_of_pretraining.py").write_text(Path(__file__).read_text())
+    np.savez(tmp_path / "data.npz", images=data.images.numpy(), labels=data.labels.numpy())
     place = tmp_path / "cache"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()]), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(place)], env=environment)
+    arguments = [str(tmp_path / "data.npz"), str(place), SPEC.model_dump_json()]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment)
     stop = int(np.random.default_rng([5, 0x51C]).integers(1, 6))
     try:
         until = time.monotonic() + 120
@@ -215,14 +220,14 @@ def test_better_grades_measure_better() -> None:
     data, validation = sample()
     reached = []
     for grade in ("none", "weak", "strong"):
-        spec = QUALITIES[grade].model_copy(update={"steps": QUALITIES[grade].steps // 25, "batch_size": 40})  # type: ignore[index]
-        base = pretrain_base("resnet_gn", data, spec, validation=validation)
+        smaller = {"steps": QUALITIES[grade].steps // 15, "batch_size": 40, "learning_rate": 5e-3}  # type: ignore[index]
+        spec = QUALITIES[grade].model_copy(update=smaller)  # type: ignore[index]
+        base = pretrain_base("vit", data, spec, validation=validation)
         reached.append(base.provenance.accuracy or 0.0)
     assert reached[0] < 0.3
-    assert reached[0] + 0.05 < reached[1] + 0.05 < reached[2]
-    assert reached[2] > 0.6
-    none = pretrain_base("resnet_gn", data, "none", seed=2)
-    assert same(dict(none.state), build_model("resnet_gn", seed=2).state_dict())
+    assert reached[0] + 0.05 < reached[1] < reached[2] - 0.1
+    none = pretrain_base("vit", data, "none", seed=2)
+    assert same(dict(none.state), build_model("vit", seed=2).state_dict())
     assert none.provenance.quality == "none"
 
 
@@ -301,7 +306,7 @@ def test_the_digest_of_data_sees_images_labels_and_augmentation() -> None:
         digest_of(Split(other, data.labels, data.source)),
         digest_of(Split(data.images, labels, data.source)),
         digest_of(Augmented(data.images, data.labels, data.source)),
-        digest_of(data.take(np.arange(len(data))[::-1])),
+        digest_of(data.take(np.arange(len(data))[::-1].copy())),
     ]
     assert len(set(digests)) == 5
     assert digest_of(Split(data.images.clone(), data.labels, data.source)) == digests[0]
