@@ -155,14 +155,12 @@ def sources(
                     photographs, form, views=views, workers=count, kind=kind
                 ),
             )
-    yield (
-        "streamed, draft",
-        224,
-        "none",
-        "float32",
-        "1 threads",
-        lambda: stream(photographs, form, workers=1, draft=True),
-    )
+    for decode in ("fast", "draft"):
+        for views in ("none", "crop_flip"):
+            yield (
+                *(f"streamed, {decode}", 224, views, "float32", "1 threads"),
+                lambda decode=decode, views=views: stream(photographs, form, views=views, workers=1, decode=decode),
+            )
     cached(photographs, form, folder)
     for views in ("none", "flip_shift"):
         yield (
@@ -190,7 +188,7 @@ def networks() -> dict[str, tuple[int, Callable[[], nn.Module]]]:
 
     return {
         "mlp": (32, mlp),
-        "resnet-1M": (32, lambda: small_stem(ResNet(BasicBlock, [1] * 4, 10, channels=(32, 64, 128, 256)), 32)),
+        "resnet-1M": (32, lambda: small_stem(ResNet(BasicBlock, [1] * 4, 10, channels=(32, 64, 128, 256)), 64)),
         "resnet18": (32, lambda: small_stem(timm.create_model("resnet18", num_classes=10), 64)),
         "vit-tiny, patch 4": (
             32,

@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments.inputs.prefetch import WAIT_S, ordered
 from experiments.inputs.processes import ThreadReader
-from experiments.inputs.reader import Reader
+from experiments.inputs.reader import Decode, Reader
 from experiments.tasks.form import InputFormat
 from experiments.tasks.images import Images
 from theory.errors import MergeboundError
@@ -37,19 +37,19 @@ _STALE_S = 86400.0
 _SPARE = 64 << 20
 
 
-def cache_file(images: Images, form: InputFormat, folder: Path, *, draft: bool = False) -> Path:
+def cache_file(images: Images, form: InputFormat, folder: Path, *, decode: Decode = "exact") -> Path:
     """Where the cache of some images lies or would lie."""
-    shape = (_VERSION, form.channels, form.height, form.width, form.interpolation, form.crop, draft, len(images))
+    shape = (_VERSION, form.channels, form.height, form.width, form.interpolation, form.crop, decode, len(images))
     key = hashlib.sha256(f"{images.fingerprint}\n{shape!r}".encode()).hexdigest()
     return Path(folder) / f"{key[:32]}.npy"
 
 
-def open_cache(images: Images, form: InputFormat, folder: Path, *, draft: bool = False) -> np.ndarray | None:
+def open_cache(images: Images, form: InputFormat, folder: Path, *, decode: Decode = "exact") -> np.ndarray | None:
     """The cached pixels, uint8 (n, stored, height, width), mapped copy-on-write; ``None`` if there are none.
 
     A file that is not what its name says (cut short, overwritten) is removed with a warning.
     """
-    path = cache_file(images, form, folder, draft=draft)
+    path = cache_file(images, form, folder, decode=decode)
     shapes = [(len(images), stored, form.height, form.width) for stored in (1, form.channels)]
     try:
         mapped: np.ndarray = np.load(path, mmap_mode="c", allow_pickle=False)
@@ -71,7 +71,7 @@ def cached(
     *,
     workers: int = 2,
     limit_s: float = WAIT_S,
-    draft: bool = False,
+    decode: Decode = "exact",
 ) -> np.ndarray:
     """The resized pixels of some images, from the cache in ``folder``, which is made if it is not there.
 
@@ -81,7 +81,7 @@ def cached(
         folder: where caches lie; made if needed.
         workers: threads that decode.
         limit_s: seconds that any wait may take.
-        draft: see :class:`experiments.inputs.reader.Reader`.
+        decode: see :class:`experiments.inputs.reader.Reader`.
 
     Returns:
         uint8, (n, stored, height, width), mapped copy-on-write: writing to it changes no file.
@@ -89,10 +89,10 @@ def cached(
     Raises:
         MergeboundError: an image cannot be read (names it), or the folder cannot be written or has too little room.
     """
-    found = open_cache(images, form, folder, draft=draft)
+    found = open_cache(images, form, folder, decode=decode)
     if found is not None:
         return found
-    path = cache_file(images, form, folder, draft=draft)
+    path = cache_file(images, form, folder, decode=decode)
     stored = min(int(images.read(0).shape[2]), form.channels) if len(images) else form.channels
     needed = len(images) * stored * form.height * form.width
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.part")
@@ -107,7 +107,7 @@ def cached(
             )
         _log.info("%s: caching %d resized images (%.2f GB)", path, len(images), needed / 1e9)
         with open(temporary, "xb") as handle:
-            _write(handle, Reader(images, form, draft=draft), stored, workers, limit_s)
+            _write(handle, Reader(images, form, decode=decode), stored, workers, limit_s)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -119,7 +119,7 @@ def cached(
     finally:
         with suppress(OSError):
             temporary.unlink()
-    found = open_cache(images, form, folder, draft=draft)
+    found = open_cache(images, form, folder, decode=decode)
     if found is None:
         raise MergeboundError(f"{path}: the cache vanished while it was made; keep others from cleaning its folder")
     return found

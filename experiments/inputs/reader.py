@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from experiments.inputs.fast import fit_fast
 from experiments.inputs.transforms import Views, training_view, view_generator
 from experiments.tasks.fit import fit
 from experiments.tasks.form import InputFormat
-from experiments.tasks.images import FileImages, Images, Subset
+from experiments.tasks.images import FileImages, Images, Subset, read_image
 from theory.errors import MergeboundError
+
+Decode = Literal["exact", "fast", "draft"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class Reader:
         views: what training views are drawn from; ``None`` for evaluation's view.
         seed, name: name the draws.
         source: (n,) the number that names each image's draws; by default its row.
-        draft: let the JPEG decoder shrink large photographs by 2, 4 or 8 while it decodes (:func:`read_draft`).
+        decode: ``exact`` (Pillow: timm's pixels), ``fast`` (resized by torchvision: half of the time, pixels within
+            two grey levels: :mod:`experiments.inputs.fast`) or ``draft`` (Pillow's decoder shrinks JPEG photographs by
+            2, 4 or 8 where they stay large enough: a few grey levels at edges).
     """
 
     images: Images
@@ -34,11 +40,13 @@ class Reader:
     seed: int = 0
     name: str = ""
     source: np.ndarray | None = None
-    draft: bool = False
+    decode: Decode = "exact"
 
     def __post_init__(self) -> None:
         if self.form.channels not in (1, 3):
             raise MergeboundError(f"channels = {self.form.channels}: image files have 1 or 3 channels")
+        if self.decode not in ("exact", "fast", "draft"):
+            raise MergeboundError(f"decode = {self.decode!r}: give 'exact', 'fast' or 'draft'")
 
     def view(self, row: int, epoch: int) -> np.ndarray:
         """Pixels of one sample in one epoch, uint8 (form.height, form.width, channels); channels is 1 for grey images.
@@ -47,17 +55,17 @@ class Reader:
             MergeboundError: the image cannot be read or has the wrong channels; names the file.
         """
         try:
-            image = read_draft(self.images, row, self._least()) if self.draft else self.images.read(row)
+            image = self._read(row)
             if image.shape[-1] > self.form.channels:
                 raise MergeboundError(
                     f"{self.images.place(row)}: a colour image, but the network takes one channel; convert the images "
                     "to grey"
                 )
             if self.views is None:
-                return fit(image, self.form)
+                return fit(image, self.form) if self.decode != "fast" else fit_fast(image, self.form)
             number = row if self.source is None else int(self.source[row])
             rng = view_generator(self.seed, epoch, number, self.name)
-            return training_view(image, self.form, self.views, rng)
+            return training_view(image, self.form, self.views, rng, fast=self.decode == "fast")
         except MergeboundError:
             raise
         except Exception as error:  # whatever a decoder throws at a damaged file
@@ -81,6 +89,10 @@ class Reader:
                 )
             pixels[index] = view.transpose(2, 0, 1)
 
+    def _read(self, row: int) -> np.ndarray:
+        path, grey = _file(self.images, row) if self.decode == "draft" else (None, False)
+        return self.images.read(row) if path is None else read_image(path, grey=grey, at_least=self._least())
+
     def _least(self) -> tuple[int, int]:
         """Height and width that a decoded photograph must have at least: those of the resized one before its crop,
         and for random crops those that leave the smallest crop as large as the target."""
@@ -95,21 +107,6 @@ def source_rows(images: Images) -> np.ndarray:
         rows = np.asarray(images.rows, dtype=np.int64)[rows]
         images = images.whole
     return rows
-
-
-def read_draft(images: Images, row: int, least: tuple[int, int]) -> np.ndarray:
-    """One image, decoded at 1/2, 1/4 or 1/8 of its size where it is a JPEG file that stays at least this large.
-
-    The decoder leaves out high frequencies instead of averaging pixels, so the result differs from decoding in full
-    and resizing, by a few grey levels at edges.
-
-    Args:
-        least: height and width.
-    """
-    from experiments.tasks.images import read_image
-
-    path, grey = _file(images, row)
-    return images.read(row) if path is None else read_image(path, grey=grey, at_least=least)
 
 
 def _file(images: Images, row: int) -> tuple[Path | None, bool]:

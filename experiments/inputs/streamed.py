@@ -15,7 +15,7 @@ from experiments.inputs.augment import PRESETS, Augmentation, augmentation
 from experiments.inputs.order import shuffled
 from experiments.inputs.prefetch import WAIT_S, Batch, Order, ordered
 from experiments.inputs.processes import START_S, ThreadReader, WorkerProcess
-from experiments.inputs.reader import Reader, source_rows
+from experiments.inputs.reader import Decode, Reader, source_rows
 from experiments.inputs.resident_data import Resident
 from experiments.inputs.transforms import Views, views_by_name
 from experiments.tasks.form import InputFormat
@@ -55,7 +55,7 @@ class Streamed:
             each :meth:`loader`; they outlive what kills a decoder and do not share an interpreter).
         ahead_bytes: decoded pixels held for batches to come, at most; a chunk of eight images per worker always.
         limit_s: seconds that any wait may take.
-        draft: see :class:`experiments.inputs.reader.Reader`.
+        decode: see :class:`experiments.inputs.reader.Reader`.
         device, dtype, channels_last: of the batches.
         rows: (n,) int64 rows of ``images`` that are the samples; default all of them in order.
     """
@@ -71,7 +71,7 @@ class Streamed:
     kind: Kind = "threads"
     ahead_bytes: int = 64 << 20
     limit_s: float = WAIT_S
-    draft: bool = False
+    decode: Decode = "exact"
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
@@ -128,7 +128,7 @@ class Streamed:
             MergeboundError: as :meth:`batch`, and where a worker process ended.
         """
         form = self.form
-        reader = Reader(self.images, form, self.views, self.seed, self.name, self.source, self.draft)
+        reader = Reader(self.images, form, self.views, self.seed, self.name, self.source, self.decode)
         calls: list[ThreadReader] | list[WorkerProcess]
         if self.kind == "threads":
             calls, limit = [ThreadReader(reader) for _ in range(self.workers)], self.limit_s
@@ -254,7 +254,7 @@ def stream(
     workers: int = 2,
     kind: Kind = "threads",
     limit_s: float = WAIT_S,
-    draft: bool = False,
+    decode: Decode = "exact",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
@@ -267,7 +267,7 @@ def stream(
             (:data:`experiments.inputs.transforms.VIEWS`); default evaluation's view.
         augment: light augmentation of the view, or a preset's name; default nothing.
         first_row: added to the source rows, as in :func:`experiments.inputs.resident.load_resident`.
-        seed, name, workers, kind, limit_s, draft, device, dtype, channels_last: see :class:`Streamed`.
+        seed, name, workers, kind, limit_s, decode, device, dtype, channels_last: see :class:`Streamed`.
 
     Raises:
         MergeboundError: a bad argument.
@@ -283,7 +283,7 @@ def stream(
         workers,
         kind,
         limit_s=limit_s,
-        draft=draft,
+        decode=decode,
         device=device,
         dtype=dtype,
         channels_last=channels_last,

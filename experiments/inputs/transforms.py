@@ -17,6 +17,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
+from experiments.inputs.fast import resize_fast
 from experiments.tasks.form import InputFormat
 from theory.errors import MergeboundError, nearest
 
@@ -87,7 +88,9 @@ def views_by_name(name: str | None) -> Views | None:
     return VIEWS[name]
 
 
-def training_view(image: np.ndarray, form: InputFormat, views: Views, rng: np.random.Generator) -> np.ndarray:
+def training_view(
+    image: np.ndarray, form: InputFormat, views: Views, rng: np.random.Generator, *, fast: bool = False
+) -> np.ndarray:
     """A random view.
 
     Args:
@@ -95,14 +98,18 @@ def training_view(image: np.ndarray, form: InputFormat, views: Views, rng: np.ra
         form: size and ``interpolation``.
         views: what is drawn.
         rng: the sample's generator (:func:`view_generator`).
+        fast: resample with :func:`experiments.inputs.fast.resize_fast`.
 
     Returns:
         uint8, (form.height, form.width, channels).
     """
-    picture = Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
-    top, left, height, width = draw_crop(picture.height, picture.width, views, rng)
-    picture = picture.crop((left, top, left + width, top + height))
-    picture = picture.resize((form.width, form.height), _FILTERS.get(form.interpolation, Image.Resampling.BICUBIC))
+    top, left, height, width = draw_crop(image.shape[0], image.shape[1], views, rng)
+    image = image[top : top + height, left : left + width]
+    if fast:
+        picture = _picture(resize_fast(image, form.height, form.width, form.interpolation))
+    else:
+        chosen = _FILTERS.get(form.interpolation, Image.Resampling.BICUBIC)
+        picture = _picture(image).resize((form.width, form.height), chosen)
     if rng.random() < views.flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if views.policy != "none":
@@ -123,6 +130,10 @@ def training_view(image: np.ndarray, form: InputFormat, views: Views, rng: np.ra
         mean = np.rint(255 * np.broadcast_to(np.asarray(form.mean), form.channels)).astype(np.uint8)
         pixels[top : top + height, left : left + width] = mean if pixels.shape[2] == len(mean) else round(mean.mean())
     return pixels
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
 def view_generator(seed: int, epoch: int, row: int, name: str = "") -> np.random.Generator:

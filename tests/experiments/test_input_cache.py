@@ -80,7 +80,7 @@ def test_other_images_sizes_or_crops_have_other_files(tmp_path: Path) -> None:
     images = watched()
     forms = [FORM, InputFormat(3, 16, 20), InputFormat(3, 16, 16), InputFormat(3, 16, 16, interpolation="bilinear")]
     names = {cache_file(images, form, tmp_path).name for form in forms}
-    names.add(cache_file(images, FORM, tmp_path, draft=True).name)
+    names.add(cache_file(images, FORM, tmp_path, decode="draft").name)
     names.add(cache_file(watched(seed=1), FORM, tmp_path).name)
     assert len(names) == 6
     same = InputFormat(3, 16, 16, (0.1,), (0.2,), crop=0.9)  # normalisation comes after

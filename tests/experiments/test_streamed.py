@@ -22,14 +22,14 @@ from experiments.finetune.loop import Hyperparameters, finetune, pretrain
 from experiments.inputs.augment import Augmentation
 from experiments.inputs.order import epoch_order, shuffled, with_epochs
 from experiments.inputs.prefetch import InputTimeout, background, in_order, ordered
-from experiments.inputs.reader import Reader, read_draft
+from experiments.inputs.reader import Reader
 from experiments.inputs.resident import load_resident
 from experiments.inputs.streamed import CHUNK, Streamed, stream
 from experiments.inputs.transforms import VIEWS, Views, training_view, view_generator
 from experiments.models import build_model
 from experiments.tasks.fit import fit
 from experiments.tasks.form import InputFormat
-from experiments.tasks.images import ArrayImages, FileImages, ReadImages, Subset
+from experiments.tasks.images import ArrayImages, FileImages, ReadImages, Subset, read_image
 from theory.errors import MergeboundError
 
 FORM = InputFormat(3, 24, 20, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bilinear", 0.9)
@@ -357,14 +357,46 @@ def test_draft_decoding_is_close(tmp_path: Path) -> None:
     image = np.stack([127 + 100 * np.sin(x / 17), 127 + 100 * np.cos(y / 23), (x + y) / 3], -1).astype(np.uint8)
     Image.fromarray(image).save(tmp_path / "large.jpg", quality=90)
     images = Subset(FileImages(tmp_path, ("large.jpg",), np.zeros(1, dtype=np.int64)), np.asarray([0]))
-    assert read_draft(images, 0, (150, 150)).shape == (150, 200, 3)
-    assert read_draft(images, 0, (151, 150)).shape == (300, 400, 3)
+    assert read_image(tmp_path / "large.jpg", at_least=(150, 150)).shape == (150, 200, 3)
+    assert read_image(tmp_path / "large.jpg", at_least=(151, 150)).shape == (300, 400, 3)
     form = InputFormat(3, 64, 64)
-    exact, draft = Reader(images, form).view(0, 0), Reader(images, form, draft=True).view(0, 0)
+    exact, draft = Reader(images, form).view(0, 0), Reader(images, form, decode="draft").view(0, 0)
     difference = np.abs(exact.astype(int) - draft)
     assert difference.mean() < 1.5
     assert difference.max() < 24
-    assert Reader(images, form, VIEWS["crop_flip"], draft=True).view(0, 0).shape == (64, 64, 3)
+    assert Reader(images, form, VIEWS["crop_flip"], decode="draft").view(0, 0).shape == (64, 64, 3)
+
+
+def test_fast_decoding_is_within_two_grey_levels(files: FileImages, tmp_path: Path) -> None:
+    y, x = np.mgrid[0:300, 0:260]
+    rng = np.random.default_rng([0, 0xFA57])
+    waves = np.stack([127 + 100 * np.sin(x / 7), 127 + 100 * np.cos(y / 13), (x + y) / 3], -1)
+    image = Image.fromarray(np.clip(waves + rng.normal(0, 9, waves.shape), 0, 255).astype(np.uint8))
+    image.save(tmp_path / "a.jpg", quality=90)
+    image.convert("L").save(tmp_path / "grey.jpeg")
+    image.save(tmp_path / "b.png")
+    whole = FileImages(tmp_path, ("a.jpg", "grey.jpeg", "b.png"), np.zeros(3, dtype=np.int64))
+    for form in (InputFormat(3, 64, 48, crop=0.9), InputFormat(3, 128, 128, interpolation="bilinear")):
+        for views in (None, VIEWS["crop_flip"]):
+            for row in range(3):
+                exact = Reader(whole, form, views).view(row, 0)
+                fast = Reader(whole, form, views, decode="fast").view(row, 0)
+                assert int(np.abs(exact.astype(int) - fast).max()) <= 2
+    grey = replace(whole, grey=True)
+    one = InputFormat(1, 64, 64)
+    for row in (1, 2):
+        assert (
+            np.abs(Reader(grey, one).view(row, 0).astype(int) - Reader(grey, one, decode="fast").view(row, 0)).max()
+            <= 2
+        )
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-3000])
+    (tmp_path / "text.jpg").write_text("no image")
+    for name, wanted in (("cut.jpg", "not a readable"), ("text.jpg", "not a readable"), ("none.jpg", "no such file")):
+        broken = FileImages(tmp_path, (name,), np.zeros(1, dtype=np.int64))
+        with pytest.raises(MergeboundError, match=f"{name}: .*{wanted}"):
+            Reader(broken, FORM, decode="fast").view(0, 0)
+    data = stream(files, FORM, decode="fast", views="trivial", seed=2)
+    assert torch.equal(data.batch(np.arange(9), 1)[0], replace(data, workers=1).batch(np.arange(9), 1)[0])
 
 
 def test_wrong_settings_are_named(files: FileImages) -> None:
