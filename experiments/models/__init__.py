@@ -8,14 +8,12 @@ from experiments.models.build import build_model, list_models
 from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.counting import count_flops, count_parameters
 from experiments.models.digits import DIGIT_ARCHITECTURES, digit_resnet, digit_vit
+from experiments.models.extraction import feature_dim, features, head_logits
 from experiments.models.families import FamilyMember, closest, describe_family, resnet_family, vit_family
 from experiments.models.form import input_format
 from experiments.models.norms import NormLayer, normalisation_layers, statistics_advice
 from experiments.models.parts import (
-    feature_dim,
-    features,
     forward_backbone,
-    head_logits,
     head_prefix,
     head_tensors,
     join_state,

@@ -31,13 +31,14 @@ def count_flops(model: nn.Module, image_size: int | None = None) -> int:
     form = input_format(model, image_size)
     shape = (1, form.channels, form.height, form.width)
     mode = model.training
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
-        return _counted(without_numbers(model).eval(), torch.empty(shape, device="meta"))
+        return _counted(without_numbers(model).eval(), torch.empty(shape, device="meta", dtype=kind))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AssertionError):
         pass  # a layer that needs numbers, or images that do not fit: the real forward pass says which
     try:
         place = next((p.device for p in model.parameters()), torch.device("cpu"))
-        return _counted(model.eval(), torch.zeros(shape, device=place))
+        return _counted(model.eval(), torch.zeros(shape, device=place, dtype=kind))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise MergeboundError(

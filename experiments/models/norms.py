@@ -80,7 +80,9 @@ def _kind(module: nn.Module) -> str | None:
             return kind
     for ancestor in type(module).__mro__:
         for pattern, kind in _NAMES:
-            if re.match(rf"(?:{pattern})", ancestor.__name__) and not re.search(r"Block|Head|Attn|Mlp", ancestor.__name__):
+            if re.match(rf"(?:{pattern})", ancestor.__name__) and not re.search(
+                r"Block|Head|Attn|Mlp", ancestor.__name__
+            ):
                 return kind
     return None
 

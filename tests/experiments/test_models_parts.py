@@ -20,15 +20,17 @@ from experiments.models import (
     replace_head,
     split_state,
 )
+from experiments.models.build import build_shapes
 from experiments.models.parts import without_numbers
 from theory.errors import MergeboundError
 
-LINEAR = (
+CASES: tuple[tuple[str, int, dict[str, int], str | tuple[str, ...]], ...] = (
     ("vit", 8, {}, "head."),
     ("resnet_bn", 8, {}, "fc."),
     ("cifar_resnet20", 16, {}, "linear."),
     ("vit_s1", 16, {"img_size": 16}, "head."),
     ("test_vit", 32, {"img_size": 32}, "head."),
+    ("test_vit2", 32, {"img_size": 32}, "head."),
     ("test_resnet", 32, {}, "fc."),
     ("test_efficientnet", 32, {}, "classifier."),
     ("test_byobnet", 32, {}, "head.fc."),
@@ -36,27 +38,22 @@ LINEAR = (
     ("test_mambaout", 32, {}, "head.fc."),
     ("test_nfnet", 32, {}, "head.fc."),
     ("mobilenetv3_small_050", 32, {}, "classifier."),
-    ("densenet121", 32, {}, "classifier."),
     ("regnetx_002", 32, {}, "head.fc."),
     ("legacy_seresnet18", 32, {}, "last_linear."),
-    ("mixer_s32_224", 64, {"img_size": 64}, "head."),
-    ("hrnet_w18_small", 32, {}, "classifier."),
-)
-"""Name, image side, options, prefix of the linear head."""
-
-ODD = (
+    ("pit_ti_224", 64, {"img_size": 64}, "head."),
+    ("efficientvit_b0", 64, {}, "head.classifier.4."),
     ("dla46x_c", 32, {}, ("fc",)),
-    ("levit_128s", 224, {}, ("head",)),
-    ("levit_conv_128s", 224, {}, ("head",)),
+    ("levit_128s", 224, {}, ("head", "head_dist")),
     ("efficientvit_m0", 64, {"img_size": 64}, ("head",)),
     ("repvit_m0_9", 32, {}, ("head",)),
     ("deit_tiny_distilled_patch16_224", 32, {"img_size": 32}, ("head", "head_dist")),
-    ("crossvit_tiny_240", 48, {"img_size": 48}, ("head.0", "head.1")),
-    ("efficientformer_l1", 64, {}, ("head", "head_dist")),
+    ("pit_ti_distilled_224", 64, {"img_size": 64}, ("head", "head_dist")),
+    ("crossvit_tiny_240", 120, {"img_size": 120}, ("head.0", "head.1")),
+    ("swiftformer_xs", 64, {}, ("head", "head_dist")),
 )
-"""Heads that are not one linear layer: name, image side, options, classifiers."""
+"""Name, image side, options, and the prefix of a linear head or the classifiers of another one."""
 
-CASES = [(name, size, options) for name, size, options, _ in (*LINEAR, *ODD)]
+Case = tuple[nn.Module, Tensor, str | tuple[str, ...]]
 
 
 def network(name: str, size: int, options: dict[str, int], classes: int = 7) -> tuple[nn.Module, Tensor]:
@@ -73,14 +70,13 @@ def network(name: str, size: int, options: dict[str, int], classes: int = 7) -> 
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[case[0] for case in CASES])
-def case(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Tensor]:
-    name, size, options = request.param
-    model, images = network(name, size, options)
-    return name, model, images
+def case(request: pytest.FixtureRequest) -> Case:
+    name, size, options, head = request.param
+    return (*network(name, size, options), head)
 
 
-def test_the_head_on_the_features_is_the_network(case: tuple[str, nn.Module, Tensor]) -> None:
-    _, model, images = case
+def test_the_head_on_the_features_is_the_network(case: Case) -> None:
+    model, images, _ = case
     model.train()
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = features(model, images, batch=2)
@@ -98,8 +94,8 @@ def test_the_head_on_the_features_is_the_network(case: tuple[str, nn.Module, Ten
     assert feature_dim(model) == rows.shape[1]
 
 
-def test_resetting_the_classifier_changes_the_heads_tensors_and_no_others(case: tuple[str, nn.Module, Tensor]) -> None:
-    _, model, images = case
+def test_resetting_the_classifier_changes_the_heads_tensors_and_no_others(case: Case) -> None:
+    model, images, _ = case
     own = set(head_tensors(model))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     backbone, head = split_state(model, before)
@@ -123,42 +119,31 @@ def test_resetting_the_classifier_changes_the_heads_tensors_and_no_others(case: 
     assert mixed[1].keys() == own
 
 
-@pytest.mark.parametrize(("name", "size", "options", "prefix"), LINEAR, ids=[entry[0] for entry in LINEAR])
-def test_linear_heads_are_found_whatever_their_name(name: str, size: int, options: dict[str, int], prefix: str) -> None:
-    model = build_model(name, 7, **options).eval()
-    assert head_prefix(model) == prefix
-    assert set(head_tensors(model)) == {prefix + "weight", prefix + "bias"}
-    images = torch.randn(2, 1 if name in ("vit", "resnet_bn") else 3, size, size)
+def test_linear_heads_are_found_and_others_refused(case: Case) -> None:
+    model, images, head = case
+    if isinstance(head, tuple):
+        assert all(name.startswith(tuple(f"{unit}." for unit in head)) for name in head_tensors(model))
+        with pytest.raises(MergeboundError, match="no single linear classifier") as caught:
+            head_prefix(model)
+        assert (f"{len(head)} classifiers" if len(head) > 1 else f"its head '{head[0]}' is") in str(caught.value)
+        return
+    assert head_prefix(model) == head
+    assert set(head_tensors(model)) == {head + "weight", head + "bias"}
+    state = model.state_dict()
     with torch.no_grad():
-        pooled = forward_backbone(model, images)
-        state = model.state_dict()
-        logits = pooled @ state[prefix + "weight"].T + state[prefix + "bias"]
-        torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "size", "options", "units"), ODD, ids=[entry[0] for entry in ODD])
-def test_other_heads_are_refused_where_a_linear_one_is_needed(
-    name: str, size: int, options: dict[str, int], units: tuple[str, ...]
-) -> None:
-    model = build_model(name, 7, **options)
-    assert {tensor for tensor in head_tensors(model) if not tensor.startswith(tuple(f"{u}." for u in units))} == set()
-    with pytest.raises(MergeboundError, match="no single linear classifier") as caught:
-        head_prefix(model)
-    assert (f"{len(units)} classifiers" if len(units) > 1 else f"its head '{units[0]}' is") in str(caught.value)
+        logits = forward_backbone(model.eval(), images) @ state[head + "weight"].T + state[head + "bias"]
+        torch.testing.assert_close(logits, model(images), rtol=1e-9, atol=1e-10)
 
 
 # --- what is refused, and the borders --------------------------------------------------------------------------------
 
 
 def test_a_head_that_reads_more_than_the_features_is_refused() -> None:
-    model = build_model("volo_d1_224", 4, img_size=32)
+    model = build_shapes("volo_d1_224", 4, img_size=32)
     assert set(head_tensors(model)) == {"head.weight", "head.bias", "aux_head.weight", "aux_head.bias"}
     with pytest.raises(MergeboundError, match="use_aux_head=False"):
         head_logits(model, torch.zeros(1, 384))
-    plain = build_model("volo_d1_224", 4, img_size=32, use_aux_head=False).eval()
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(head_logits(plain, features(plain, images)), plain(images))
+    assert head_prefix(build_shapes("volo_d1_224", 4, img_size=32, use_aux_head=False)) == "head."
 
 
 def test_networks_without_classes() -> None:
@@ -171,7 +156,7 @@ def test_networks_without_classes() -> None:
         head_prefix(model)
     maps = build_model("test_resnet", 0, global_pool="")
     with pytest.raises(MergeboundError, match="not one row per image"):
-        features(maps, images)
+        features(maps, torch.randn(2, 3, 96, 96))
 
 
 def test_networks_that_are_not_timms() -> None:
@@ -209,8 +194,8 @@ def test_states_that_do_not_fit_are_refused_by_name() -> None:
         split_state(model, {**state, "extra": torch.zeros(1)})
     with pytest.raises(MergeboundError, match=r"'fc\.bias' of the backbone belongs to the head"):
         join_state(model, {**backbone, "fc.bias": head["fc.bias"]}, head)
-    with pytest.raises(MergeboundError, match=r"'conv1\.weight' of the head is not one"):
-        join_state(model, backbone, {**head, "conv1.weight": backbone["conv1.weight"]})
+    with pytest.raises(MergeboundError, match=r"'extra' of the head is not one"):
+        join_state(model, backbone, {**head, "extra": torch.zeros(1)})
     with pytest.raises(MergeboundError, match=r"'fc\.weight' of ResNet is missing"):
         join_state(model, backbone, {"fc.bias": head["fc.bias"]})
     with pytest.raises(MergeboundError, match="classes = 0"):
