@@ -1,0 +1,186 @@
+"""Experts of tasks: what is measured is recomputed by hand, finished experts are kept, bad input stops before work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from experiments.bases.base import Base, random_base
+from experiments.cli import build_app
+from experiments.finetune.loop import finetune
+from experiments.finetune.many_tasks import finetune_tasks
+from experiments.finetune.schedules import schedule
+from experiments.finetune.task_expert import FinetuneSpec, finetune_task, identity, save_expert, start_from
+from experiments.tasks.named import expand, open_task
+from experiments.tasks.types import Split
+from merging.checkpoint import load_state_dict
+from theory.errors import MergeboundError
+
+SPEC = FinetuneSpec(steps=12, batch_size=16, augment="none", data_share=0.5, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small grey tasks: digits, and digits turned."""
+    from sklearn.datasets import load_digits
+
+    place = tmp_path_factory.mktemp("tasks")
+    raw = load_digits()
+    images, labels = (raw.images[:300] * 15).astype(np.uint8), raw.target[:300]
+    for name, x in (("upright", images), ("turned", np.rot90(images, 1, (1, 2)))):
+        np.savez(
+            place / f"{name}.npz",
+            x_train=x[:200],
+            y_train=labels[:200],
+            x_test=x[200:],
+            y_test=labels[200:],
+            class_names=np.array([str(k) for k in range(10)]),
+        )
+    return place
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return random_base("resnet_bn", classes=10, seed=1)
+
+
+def test_what_is_measured_is_what_the_expert_does(folder: Path, base: Base) -> None:
+    task = open_task(str(folder / "upright.npz"))
+    expert = finetune_task(base, task, SPEC, resamples=50)
+    network = base.model()
+    network.load_state_dict(dict(expert.state))
+    with np.load(folder / "upright.npz") as file:
+        x = (torch.from_numpy(file["x_test"].astype(np.float32))[:, None] / 255 - 0.5) / 0.5
+        y = torch.from_numpy(file["y_test"])
+    row = expert.row
+    with torch.no_grad():
+        logits = network.eval()(x)
+    assert row["accuracy"] == pytest.approx(float((logits.argmax(1) == y).double().mean()))
+    assert row["loss"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-4)
+    assert row["n"] == 100
+    assert row["split_digest"] == task.digest
+
+
+def test_an_expert_is_what_the_loop_makes_of_the_same_images(folder: Path, base: Base) -> None:
+    task = open_task(str(folder / "turned.npz"))
+    expert = finetune_task(base, task, SPEC, resamples=0)
+    network, start = start_from(base, 10, SPEC.seed)
+    x = np.stack([task.train.read(row) for row in range(len(task.train))]).transpose(0, 3, 1, 2)
+    images = (torch.from_numpy(x.astype(np.float32)) / 255 - 0.5) / 0.5
+    split = Split(images, torch.from_numpy(np.asarray(task.train.labels)), np.arange(len(images)))
+    hyper = SPEC.hyperparameters(len(split))
+    state, _ = finetune(network, start, split, hyper, SPEC.seed, schedule=schedule("cosine", 12))
+    for name, tensor in state.items():  # batches differ in their last bits: (x / 255 - mean) / std is one product there
+        torch.testing.assert_close(expert.state[name], tensor, rtol=0.01, atol=1e-3)
+    moved = max(float((state[name] - start[name]).abs().max()) for name in state if "weight" in name)
+    assert moved > 0.02
+
+
+def test_epochs_become_steps() -> None:
+    assert FinetuneSpec(epochs=3, batch_size=16).hyperparameters(50).steps == 3 * 4
+    assert FinetuneSpec(epochs=3, batch_size=16, data_share=0.5).hyperparameters(50).steps == 3 * 2
+    assert FinetuneSpec(epochs=3, steps=7).hyperparameters(50).steps == 7
+
+
+def test_a_new_head_is_seeded_and_the_backbone_is_the_base(base: Base) -> None:
+    _, first = start_from(base, 7, 0)
+    _, again = start_from(base, 7, 0)
+    _, other = start_from(base, 7, 1)
+    head = {name for name in first if first[name].shape != base.state[name].shape}
+    assert head
+    assert all(torch.equal(first[name], base.state[name]) for name in first if name not in head)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in head)
+
+
+def test_finished_experts_are_kept_and_changed_ones_made_again(folder: Path, base: Base, tmp_path: Path) -> None:
+    names = [str(folder / "upright.npz"), str(folder / "turned.npz")]
+    told: list[tuple[str, bool]] = []
+    rows = finetune_tasks(
+        base, names, SPEC, tmp_path, workers=2, watch=lambda row, kept: told.append((row["task"], kept))
+    )
+    assert sorted(told) == [("turned", False), ("upright", False)]
+    bits = {name: (tmp_path / f"{name}.safetensors").read_bytes() for name in ("upright", "turned")}
+    told.clear()
+    (tmp_path / "turned.json").unlink()  # killed between the weights and their record: not complete
+    again = finetune_tasks(
+        base, names, SPEC, tmp_path, workers=1, watch=lambda row, kept: told.append((row["task"], kept))
+    )
+    assert sorted(told) == [("turned", False), ("upright", True)]
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
+    assert bits == {name: (tmp_path / f"{name}.safetensors").read_bytes() for name in bits}
+
+
+def test_identity_changes_with_everything_that_changes_bits(folder: Path, base: Base) -> None:
+    task, other = open_task(str(folder / "upright.npz")), open_task(str(folder / "upright.npz"), seed=1)
+    ids = {
+        identity(base, task, SPEC),
+        identity(base, other, SPEC),
+        identity(random_base("resnet_bn", classes=10, seed=2), task, SPEC),
+        identity(base, task, FinetuneSpec(steps=13, batch_size=16, augment="none", data_share=0.5, seed=3)),
+    }
+    assert len(ids) == 4
+
+
+def test_a_saved_expert_is_read_by_the_merging_library(folder: Path, base: Base, tmp_path: Path) -> None:
+    expert = finetune_task(base, open_task(str(folder / "upright.npz")), SPEC, resamples=0)
+    path = save_expert(tmp_path, "upright", expert)
+    stored = load_state_dict(path)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in expert.state.items())
+    record = json.loads((tmp_path / "upright.json").read_text())
+    assert record["spec"]["steps"] == 12
+    assert len(record["log"]["batch_loss"]) == 12
+
+
+def test_command_line(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "experts"
+    result = CliRunner().invoke(
+        build_app(),
+        [
+            "finetune",
+            str(folder / "upright.npz"),
+            *("--model", "resnet_bn", "--steps", "5", "--batch-size", "8", "--workers", "1", "--out", str(out)),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(out / "experts.csv")
+    assert list(table["task"]) == ["upright"]
+    assert table["tier"].item() == "measured"
+    assert table["steps"].item() == 5
+    assert len(table["split_digest"].item()) == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch_size": 999}, "batch_size = 999 is larger than the 90 training images"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"epochs": 0.0, "steps": None}, "epochs"),
+        ({"augment": "heavy"}, "heavy"),
+        ({"precision": "float8"}, "precision"),
+        ({"schedule": "steps"}, "schedule"),
+    ],
+)
+def test_bad_input_stops_before_work(
+    folder: Path, base: Base, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    content = {"steps": 12, "batch_size": 16, "data_share": 0.5, **change}
+    with pytest.raises(MergeboundError, match=said):
+        finetune_tasks(base, [str(folder / "upright.npz")], FinetuneSpec(**content), tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_tasks() -> None:
+    assert expand(["npz8"])[0] == "npz8:mnist"
+    assert len(expand(["npz8"])) == 8
+    with pytest.raises(MergeboundError, match="twice"):
+        expand(["npz8", "npz8:mnist"])
+    with pytest.raises(MergeboundError, match="no task"):
+        expand([])
