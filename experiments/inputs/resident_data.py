@@ -131,7 +131,7 @@ class Resident:
             chosen = np.arange(len(chosen))
         steps = np.array([images.stride(0), images.stride(1), images.stride(3)], dtype=np.int64)
         flat = torch.as_strided(images, (images.numel(),), (1,)).view(integers).numpy().view(unsigned)
-        kernels.look_up(pixels.reshape(*pixels.shape[:2], -1), chosen, table, flat, steps)
+        kernels.look_up(pixels.reshape(*pixels.shape[:2], shape[2] * shape[3]), chosen, table, flat, steps)
         return images
 
     def take(self, rows: np.ndarray) -> Resident:

@@ -122,6 +122,8 @@ def test_odd_shapes_in_either_memory_order(size: tuple[int, int], channels: int,
     expected = images.array[:count].transpose(0, 3, 1, 2) / 255
     for one in (data, replace(data, channels_last=True)):
         np.testing.assert_array_equal(one.batch(np.arange(count), 0)[0].numpy(), expected)
+        flipped = replace(one, augmentation=Augmentation(flip=1.0)).batch(np.arange(count), 0)[0].numpy()
+        np.testing.assert_array_equal(flipped, expected[..., ::-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
