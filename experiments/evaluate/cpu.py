@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +45,7 @@ def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Cpu:
     except OSError:
         pass
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     detected = {name for name, there in found.items() if there is True}
     # a flag of the system counts only where PyTorch, if it can tell, sees the unit as well: kernels may not use it
     units = tuple(name for name in UNITS if (name in detected if found else name in flags))

@@ -11,6 +11,7 @@ A path is named by its parts, such as ``bf16+fold+channels_last``:
 ``fold``             BatchNorm folded into the layer before it (:mod:`experiments.evaluate.folding`)
 ``channels_last``    memory layout of convolutions
 ``unfused``          attention written out instead of the fused kernel
+``chunk32``          32 images at a time, so that activations of convolutional networks stay in the processor's cache
 
 Closeness, on the probe: with d the largest absolute difference of a logit and s the root mean square of the float32
 logits about each image's mean, d / s is at most 1e-4 in float32 and 0.1 in bf16, and at least 95 % of the images have
@@ -31,14 +32,14 @@ from torch import Tensor, nn
 from experiments.evaluate.cpu import cpu
 from experiments.evaluate.evaluate import Head, apply_head
 from experiments.evaluate.folding import Pair, refill, structure
-from experiments.evaluate.paths import build, paths, prepared, race, seconds_of
+from experiments.evaluate.paths import Chunks, build, paths, prepared, race, seconds_of
 from experiments.evaluate.predictions import Features, device_of
 from experiments.models import head_tensors
 from theory.errors import MergeboundError
 
 _log = logging.getLogger(__name__)
 
-ALLOWED = ("fold", "bf16", "channels_last")
+ALLOWED = ("fold", "bf16", "channels_last", "chunk")
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest difference of a logit over the spread of the logits."""
 AGREEMENT = 0.95
@@ -129,7 +130,8 @@ class FastModel:
         """
         load_into(self.plain, state)
         if self.model is not self.plain:
-            refill(self.model, self.plain, self.pairs)
+            inner = self.model.model if isinstance(self.model, Chunks) else self.model
+            refill(inner, self.plain, self.pairs)
 
     def check(self) -> Closeness:
         """How close the path is to plain float32 with the present weights, on the probe."""
@@ -194,7 +196,7 @@ def fast_evaluator(
         model: gives logits, or features where ``heads`` are given; it is copied, and stays as it is.
         sample: (n, channels, height, width) probe images, float32: real ones if there are any, since closeness is
             checked on them, and about as many as a batch.
-        allow: of ``fold``, ``bf16`` and ``channels_last``.
+        allow: of :data:`ALLOWED`.
         heads: with heads, the network's features are used and closeness is measured on the heads' logits.
         seconds: about what the timing may take, without the first pass of each candidate.
 

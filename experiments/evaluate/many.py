@@ -115,15 +115,14 @@ def _prepare(
     ready: dict[str, list[tuple[Tensor, Tensor]]] = {}
     left = memory
     for data in tasks:
-        kept: list[tuple[Tensor, Tensor]] | None = []
+        kept: list[tuple[Tensor, Tensor]] = []
         used = 0
         for images, labels in _fresh(fast, data, batch_size):
             used += images.numel() * images.element_size()
             if used > left:
-                kept = None
                 break
             kept.append((images, labels))
-        if kept is not None:
+        else:
             ready[data.name] = kept
             left -= used
     return ready

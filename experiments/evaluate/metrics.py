@@ -1,8 +1,9 @@
 """Metrics of a classifier, from logits and labels.
 
 Everything is computed per image in float64 (:class:`Scores`) and summed afterwards in the order of the images, so the
-same logits give the same numbers in any split into batches.  Where all class probabilities are needed (:class:`ClasswiseBins`), sums are
-kept in fixed point, which adds without rounding, so the split into batches does not matter there either.
+same logits give the same numbers in any split into batches.  Where all class probabilities are needed
+(:class:`ClasswiseBins`), sums are kept in fixed point, which adds without rounding, so the split into batches does not
+matter there either.
 
 Predictions with equal logits go to the class with the smallest number.  An image with a NaN or +inf logit counts as
 wrong, with infinite loss; its confidence and Brier score are NaN, and so are then the metrics that use them.
@@ -15,8 +16,9 @@ bins of the confidence, which is the largest softmax probability.  *Equal width*
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,8 +61,7 @@ class Scores:
 
     def empty(self) -> Scores:
         """Scores of no image, with the same number of classes."""
-        names = ("labels", "predicted", "correct", "loss", "confidence", "brier")
-        return Scores(*(getattr(self, name)[:0].copy() for name in names), self.classes)
+        return _assembled(lambda name: getattr(self, name)[:0].copy(), self.classes)
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,19 @@ def join(parts: Sequence[Scores]) -> Scores:
         raise MergeboundError(
             f"batches with {sorted(classes)} classes cannot be joined; score at least one batch, all with one head"
         )
-    names = ("labels", "predicted", "correct", "loss", "confidence", "brier")
-    return Scores(*(np.concatenate([getattr(part, name) for part in parts]) for name in names), classes.pop())
+    return _assembled(lambda name: np.concatenate([getattr(part, name) for part in parts]), classes.pop())
+
+
+def _assembled(column: Callable[[str], Any], classes: int) -> Scores:
+    return Scores(
+        column("labels"),
+        column("predicted"),
+        column("correct"),
+        column("loss"),
+        column("confidence"),
+        column("brier"),
+        classes,
+    )
 
 
 def summarise(scores: Scores, *, bins: int = BINS) -> Metrics:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.evaluate.bootstrap import RESAMPLES, Floats, bootstrap_means, percentile
-from experiments.evaluate.evaluate import Evaluation, JointEvaluation
+from experiments.evaluate.results import Evaluation, JointEvaluation
 from experiments.evaluate.transfer import Transfer
 from experiments.statistics import Estimate
 from theory.errors import MergeboundError
@@ -150,8 +150,8 @@ def _compare(
     undefined = float(np.isnan(drawn).mean()) if len(drawn) else 0.0
     ratio = _interval(mean, drawn, undefined, level)
     averaged = replace(pooled, task="mean_of_ratios", ratio=ratio, undefined=undefined)
-    counts = {"n": total, "tasks": len(pairs)}
-    return [*rows, replace(averaged, left_out=int((~good).sum()), **counts), replace(pooled, **counts)]
+    averaged = replace(averaged, left_out=int((~good).sum()), n=total, tasks=len(pairs))
+    return [*rows, averaged, replace(pooled, n=total, tasks=len(pairs))]
 
 
 def _row(task: str, group: str, against: Against, values: Floats, draws: Floats, level: float, seed: int) -> Comparison:
@@ -182,7 +182,8 @@ def _interval(value: float, draws: Floats, undefined: float, level: float) -> Es
 def _divide(top: Floats, bottom: Floats) -> Floats:
     """top / bottom, NaN where the denominator is not positive."""
     shape = np.broadcast(top, bottom).shape
-    return np.divide(top, bottom, out=np.full(shape, np.nan), where=np.asarray(bottom) > 0)
+    found: Floats = np.divide(top, bottom, out=np.full(shape, np.nan), where=np.asarray(bottom) > 0)
+    return found
 
 
 def _paired(one: Scored, other: Scored) -> Floats:

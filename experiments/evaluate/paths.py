@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,21 @@ from experiments.evaluate.cpu import cpu
 from experiments.evaluate.folding import Pair, fold
 
 _ROUNDS = (3, 15)
+CHUNK = 32
+"""Images that a convolutional network takes at a time so that its activations stay in the processor's cache."""
+
+
+class Chunks(nn.Module):
+    """A network that is given a few images at a time."""
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Outputs of all images, joined."""
+        return torch.cat([self.model(part) for part in torch.split(images, self.size)])
 
 
 def prepared(images: Tensor, path: str) -> Tensor:
@@ -32,6 +48,8 @@ def paths(model: nn.Module, allow: Sequence[str], foldable: bool, device: torch.
     folds = "+fold" if "fold" in allow and foldable else ""
     out = [f"fp32{folds}"] if folds else []
     out += [f"fp32{folds}{layout}" for layout in layouts]
+    if "chunk" in allow and len(convolutions) > 1 and device.type == "cpu":
+        out.append(f"fp32{folds}{''.join(layouts)}+chunk{CHUNK}")
     processor = cpu()
     if "bf16" in allow and (device.type != "cpu" or processor.bf16 or not processor.known):
         half = [f"bf16{folds}", *(f"bf16{folds}{layout}" for layout in layouts)]
@@ -50,13 +68,15 @@ def build(plain: nn.Module, path: str, pairs: Sequence[Pair], last: str) -> nn.M
         _to_bfloat16(twin, last)
     if "unfused" in parts:
         for module in twin.modules():
+            attention: Any = module
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False  # type: ignore[assignment]
+                attention.fused_attn = False
     if "channels_last" in parts:
         for module in twin.modules():
             if isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return twin
+                module.to(memory_format=torch.channels_last)
+    size = next((int(part.removeprefix("chunk")) for part in parts if part.startswith("chunk")), 0)
+    return Chunks(twin, size) if size else twin
 
 
 def _to_bfloat16(model: nn.Module, last: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from experiments.evaluate import fast as module
 from experiments.evaluate.cpu import cpu
 from experiments.evaluate.evaluate import evaluate, evaluate_tasks
-from experiments.evaluate.fast import Closeness, closeness, fast_evaluator, plain_evaluator, reuse
+from experiments.evaluate.fast import ALLOWED, Closeness, closeness, fast_evaluator, plain_evaluator, reuse
 from experiments.evaluate.many import evaluate_many
 from experiments.evaluate.paths import build, paths, prepared
 from experiments.evaluate.predictions import Features
@@ -85,6 +85,16 @@ def test_the_fastest_close_path_is_taken(quick: dict[str, float], images: Tensor
     assert found.machine == str(cpu())
 
 
+def test_chunks_take_other_weights_too(quick: dict[str, float], images: Tensor) -> None:
+    quick |= {"fp32+fold+channels_last+chunk32": 2.0}
+    first, second = (statistics(build_model("resnet_bn", seed=seed), seed) for seed in (0, 1))
+    found = fast_evaluator(first, images[:50])
+    assert torch.allclose(found(images), first(images), atol=1e-4)
+    found.load(second.state_dict())
+    assert torch.allclose(found(images), second(images), atol=1e-4)
+    assert torch.allclose(reuse(found, first)(images[:33]), first(images[:33]), atol=1e-4)
+
+
 def test_plain_where_nothing_is_faster(quick: dict[str, float], images: Tensor) -> None:
     quick |= {"fp32+fold": 1.02, "fp32+fold+channels_last": 0.7}
     found = fast_evaluator(build_model("resnet_bn"), images)
@@ -130,9 +140,9 @@ def test_a_real_race_is_never_lost(images: Tensor) -> None:
 
 def test_candidates() -> None:
     cpu_device = torch.device("cpu")
-    conv = paths(build_model("resnet_bn"), ("fold", "bf16", "channels_last"), True, cpu_device)
-    assert conv[:2] == ["fp32+fold", "fp32+fold+channels_last"]
-    assert conv[2:] == (["bf16+fold", "bf16+fold+channels_last"] if HAVE else [])
+    conv = paths(build_model("resnet_bn"), ALLOWED, True, cpu_device)
+    assert conv[:3] == ["fp32+fold", "fp32+fold+channels_last", "fp32+fold+channels_last+chunk32"]
+    assert conv[3:] == (["bf16+fold", "bf16+fold+channels_last"] if HAVE else [])
     assert paths(build_model("resnet_bn"), ("channels_last",), True, cpu_device) == ["fp32+channels_last"]
     assert paths(build_model("vit"), ("fold", "channels_last"), False, cpu_device) == []
     assert "bf16" in paths(nn.Linear(2, 2), ("bf16",), False, torch.device("cuda"))
@@ -200,14 +210,14 @@ def sets() -> list[EvaluationSet]:
 
 def test_many_networks_are_those_evaluated_one_by_one(quick: dict[str, float], images: Tensor) -> None:
     quick |= {"fp32+fold+channels_last": 2.0}
-    models = [statistics(build_model("resnet_bn", seed=seed), seed) for seed in range(3)]
+    models = [statistics(build_model("resnet_bn", seed=seed), seed) for seed in range(2)]
     own, tasks = heads(), sets()
     states = [{n: t for n, t in m.state_dict().items() if not n.startswith("fc.")} for m in models]
     before = {n: t.clone() for n, t in models[0].state_dict().items()}
     chosen = fast_evaluator(models[0], images, heads=tuple(own.values()))
     assert isinstance(chosen.plain, Features)
     for fast in (None, chosen):
-        for memory in (1 << 30, 150_000, 0):
+        for memory in (1 << 30, 150_000):
             found = list(evaluate_many(states, models[0], tasks, heads=own, fast=fast, memory=memory, batch_size=64))
             for one, model in zip(found, models, strict=True):
                 wanted = evaluate_tasks(model, own, tasks, resamples=0)
