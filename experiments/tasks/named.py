@@ -1,4 +1,4 @@
-"""Tasks as a command line names them: a published data set, one of ``npz8``, or a path."""
+"""Tasks as a command line names them: embedded digits, one of ``npz8``, a published data set, or a path."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from experiments.tasks.catalogue import find
 from experiments.tasks.dataset import ImageTask, split
+from experiments.tasks.digits8 import EIGHT
+from experiments.tasks.digits_images import digits_task
 from experiments.tasks.loading import load
 from experiments.tasks.local import load_local
 from experiments.tasks.npz8 import NAMES, VARIABLE, load_one, npz8_root
@@ -14,12 +16,13 @@ from theory.errors import MergeboundError
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
-    """``npz8`` alone stands for its eight data sets (``npz8:mnist``, ...); everything else is kept.
+    """``npz8`` and ``digits8`` alone stand for their eight tasks (``npz8:mnist``, ...); everything else is kept.
 
     Raises:
         MergeboundError: a task is named twice, or none is.
     """
-    found = [one for name in names for one in ([f"npz8:{k}" for k in NAMES] if name == "npz8" else [name])]
+    families = {"npz8": NAMES, "digits8": EIGHT}
+    found = [one for name in names for one in ([f"{name}:{k}" for k in families[name]] if name in families else [name])]
     if not found:
         raise MergeboundError("no task is named; give a data set (see mergebound data list), npz8:NAME or a path")
     twice = next((name for name in found if found.count(name) > 1), None)
@@ -32,13 +35,15 @@ def open_task(name: str, root: str | Path | None = None, *, seed: int = 0) -> Im
     """One task.
 
     Args:
-        name: ``npz8:NAME``; an ``.npz`` file or a folder of images; else a data set of ``mergebound data list``.
+        name: ``digits8:NAME`` (embedded) or ``npz8:NAME``; an ``.npz`` file or a folder of images; else a data set of ``mergebound data list``.
         root: folder of the data sets; default: what ``MERGEBOUND_DATA`` names.
         seed: names the split.
 
     Raises:
         MergeboundError: unknown name, or data that are missing or damaged; names the file.
     """
+    if name.startswith("digits8:"):
+        return digits_task(name.removeprefix("digits8:"), seed=seed)
     if name.startswith("npz8:"):
         return split(load_one(root, name.removeprefix("npz8:")), seed=seed)
     path = Path(name)

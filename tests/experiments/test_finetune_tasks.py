@@ -18,6 +18,7 @@ from experiments.finetune.loop import finetune
 from experiments.finetune.many_tasks import finetune_tasks
 from experiments.finetune.schedules import schedule
 from experiments.finetune.task_expert import FinetuneSpec, finetune_task, identity, save_expert, start_from
+from experiments.tasks.digits8 import digits8
 from experiments.tasks.named import expand, open_task
 from experiments.tasks.types import Split
 from merging.checkpoint import load_state_dict
@@ -175,6 +176,19 @@ def test_bad_input_stops_before_work(
     with pytest.raises(MergeboundError, match=said):
         finetune_tasks(base, [str(folder / "upright.npz")], FinetuneSpec(**content), tmp_path / "out")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_embedded_digits_are_the_images_of_digits8() -> None:
+    family = digits8(seed=2)
+    for name in ("rotate90", "checkerboard"):
+        task, known = open_task(f"digits8:{name}", seed=2), family.tasks[name]
+        for part, split in ((task.train, known.train), (task.test, known.test)):
+            pixels = np.stack([part.read(row)[..., 0] for row in range(len(part))])
+            levels = (split.images[:, 0].double() * 0.5 + 0.5).numpy()  # v / 16
+            np.testing.assert_array_equal(pixels, np.rint(255 * levels).astype(np.uint8))
+            np.testing.assert_array_equal(part.labels, split.labels.numpy())
+    with pytest.raises(MergeboundError, match="rotate90"):
+        open_task("digits8:rotate9")
 
 
 def test_names_of_tasks() -> None:
