@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -38,15 +40,12 @@ def hub_file(
     owner, _, revision = repository.partition("@")
     for name in names:
         try:
-            found = Path(
-                hf_hub_download(
-                    owner,
-                    name,
-                    revision=revision or None,
-                    cache_dir=cache,
-                    local_files_only=not download,
+            with _errors_only():
+                found = Path(
+                    hf_hub_download(
+                        owner, name, revision=revision or None, cache_dir=cache, local_files_only=not download
+                    )
                 )
-            )
         except LocalEntryNotFoundError as error:
             if download:  # it was asked for, and there is no connection
                 raise BaseError(f"{repository}: {name} could not be downloaded ({_line(error)}); try later") from error
@@ -82,6 +81,18 @@ def url_file(url: str, *, download: bool, command: str, cache: Path | None = Non
         fetch(url, target)
     digits = _HASH.search(name)
     return target, digits[1] if digits else None
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep the hub's library from telling of each attempt; the last failure is told."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _line(error: Exception) -> str:

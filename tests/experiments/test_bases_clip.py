@@ -155,6 +155,7 @@ def test_a_clip_base_is_stored_read_back_and_split_like_a_timm_model(
 ) -> None:
     from experiments.bases.clip import load_clip
     from experiments.models import forward_backbone, head_prefix
+    from experiments.models.form import input_format
 
     path = written(truth, tmp_path / "w.safetensors")
     spec = BaseSpec(kind="clip", architecture=NAME, weights=path, class_names=CLASSES, data="mnist")
@@ -164,6 +165,9 @@ def test_a_clip_base_is_stored_read_back_and_split_like_a_timm_model(
     save_base(tmp_path / "base.safetensors", base)
     model = read_base(tmp_path / "base.safetensors").model()
     assert head_prefix(model) == "head."
+    form = input_format(model)
+    assert (form.channels, form.height, form.width) == (3, 32, 32)
+    assert (form.mean, form.std) == (library.OPENAI_DATASET_MEAN, library.OPENAI_DATASET_STD)
     assert {name.partition(".")[0] for name in base.state} == {"visual", "head"}
     clip = load_clip(NAME, path)
     names = prompt_names("mnist", CLASSES)
