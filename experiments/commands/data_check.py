@@ -23,6 +23,7 @@ from theory.errors import MergeboundError
 IMAGES = 32
 """Images of each part that ``data check`` reads."""
 
+Hub = Annotated[bool, typer.Option("--hub", help="What `data get --hub` brought, in place of a folder.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Names the split, and the images that are read.")]
 
 
@@ -44,6 +45,7 @@ def check_command(
     root: Root = None,
     images: Annotated[int, typer.Option("--images", min=0, help="Images of each part to read.")] = IMAGES,
     seed: Seed = 0,
+    hub: Hub = False,
     as_json: AsJson = False,
 ) -> None:
     """Load data sets, compare class names and counts with the source's, read some images, show each split's digest.
@@ -52,7 +54,7 @@ def check_command(
     classes, told in one line each.
     """
     records, failed = [], 0
-    for source in sources(names, benchmark, root):
+    for source in sources(names, benchmark, root, hub):
         try:
             records.append(checked(source, images, seed))
         except MergeboundError as error:
@@ -78,12 +80,13 @@ def split_command(
     validation: Annotated[
         float, typer.Option("--validation", help="Share of the training part, or a number of images from 1 on.")
     ] = VALIDATION_SHARE,
+    hub: Hub = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the training, validation and test images that a seed makes of data sets, with their digest."""
     share: float | int = int(validation) if validation >= 1 and validation == int(validation) else validation
     records = [
-        described(split(source.load(), seed=seed, validation=share)) for source in sources(names, benchmark, root)
+        described(split(source.load(), seed=seed, validation=share)) for source in sources(names, benchmark, root, hub)
     ]
     if as_json:
         typer.echo(json.dumps(records, indent=2, ensure_ascii=False))
@@ -91,12 +94,14 @@ def split_command(
     _show(records)
 
 
-def sources(names: list[str] | None, benchmark: str | None, root: Path | None) -> list[Source]:
+def sources(names: list[str] | None, benchmark: str | None, root: Path | None, hub: bool = False) -> list[Source]:
     """What was asked for: a benchmark, names of the catalogue, or paths.
 
     Raises:
         MergeboundError: unknown name, no root, neither or both given.
     """
+    if hub:
+        return [_on_the_hub(entry.name) for entry in chosen(names, benchmark, default=None)]
     if benchmark == "npz8":
         if names:
             raise MergeboundError("give names of data sets or --benchmark, not both")
@@ -195,6 +200,18 @@ def _published(name: str, root: Path) -> Source:
     from experiments.tasks.loading import check, load
 
     return Source(name, lambda: load(name, root), lambda data: [(each.level, each.message) for each in check(data)])
+
+
+def _on_the_hub(name: str) -> Source:
+    from experiments.tasks.hub import load_published
+    from experiments.tasks.loading import check
+
+    def findings(data: DataSet) -> list[tuple[str, str]]:
+        """Names are spelt otherwise there, so that only numbers are errors."""
+        found = [(each.level, each.message) for each in check(data)]
+        return [("warning" if ": class " in message else level, message) for level, message in found]
+
+    return Source(name, lambda: load_published(name), findings)
 
 
 def _own(path: Path) -> Source:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.tasks.catalogue import find
 from experiments.tasks.dataset import DataSet
 from experiments.tasks.hub_columns import (
     Rows,
@@ -26,6 +27,7 @@ from experiments.tasks.hub_columns import (
     raw_labels,
     read_schema,
 )
+from experiments.tasks.hub_names import HUB
 from experiments.tasks.images import Images
 from theory.errors import MergeboundError, nearest
 
@@ -102,6 +104,34 @@ def load_hub(
     where = stored.folder
     columns = image_column(where, image, types, features), label_column(where, label, types, features)
     return _assemble(name or source.rstrip("/").rpartition("/")[2], where, files, columns, features)
+
+
+def load_published(name: str, *, token: str | None = None, download: bool = False) -> DataSet:
+    """A data set of the catalogue from its place on the hub (:data:`experiments.tasks.hub_names.HUB`).
+
+    Class names are those that the hub's copy states (numbers where it states none); splits are the copy's own.
+
+    Args:
+        name: in any usual spelling.
+        token, download: as for :func:`load_hub`.
+
+    Raises:
+        MergeboundError: unknown name; or as :func:`load_hub`.
+    """
+    entry = find(name)
+    place = HUB[entry.name]
+    return load_hub(
+        place.repository,
+        image=place.image,
+        label=place.label,
+        train=place.train,
+        test=place.test,
+        config=place.config or None,
+        revision=place.revision,
+        token=token,
+        download=download,
+        name=entry.name,
+    )
 
 
 def _assemble(

@@ -1,4 +1,4 @@
-"""Unpacking archives from elsewhere: nothing leaves the folder, links are refused, a half never looks like a whole.
+"""Unpacking archives from elsewhere: nothing leaves the folder, no link leads out, a half never looks like a whole.
 
 Everything is unpacked into a hidden folder beside its destination and renamed into place when the archive has been
 read to its end: what was interrupted leaves a hidden folder, which the next call removes.
@@ -33,7 +33,17 @@ MEMBERS = 3_000_000
 """Most files in one archive."""
 LOCK_SECONDS = 3600.0
 
-_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError)
+_BROKEN = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    KeyError,
+    ValueError,
+)
 
 
 def kind(name: str) -> str | None:
@@ -61,8 +71,9 @@ def unpack(archive: Path, folder: Path, *, most: int | None = None, lock: Path |
         Names of the top entries, relative to ``folder``.
 
     Raises:
-        MergeboundError: damaged, cut short or another format; a member that is a link or device, or that would lie
-            outside; more bytes than ``most`` or than the disk has room for.  Names the archive; nothing is left.
+        MergeboundError: damaged, cut short or another format; a member that is a symbolic link or device, or
+            that would lie outside; more bytes than ``most`` or than the disk has room for.  Names the archive; nothing
+            is left.
     """
     suffix = kind(archive.name)
     if suffix is None:
@@ -85,6 +96,8 @@ def unpack(archive: Path, folder: Path, *, most: int | None = None, lock: Path |
                 _gzip(archive, inside, budget)
             else:
                 _tar(archive, inside, budget)
+        except MergeboundError:
+            raise
         except tarfile.FilterError as error:
             raise MergeboundError(f"{archive}: {_one_line(error)}; do not use this archive") from error
         except _BROKEN as error:
@@ -163,7 +176,9 @@ def _tar(archive: Path, inside: Path, budget: _Budget) -> None:
     with tarfile.open(archive, "r:*") as opened:
         while (member := opened.next()) is not None:
             _inside(archive, member.name)
-            if member.issym() or member.islnk():
+            if member.islnk():  # to a member that lies inside: there are no other links that could lead out
+                _inside(archive, member.linkname)
+            if member.issym():
                 raise MergeboundError(f"{archive}: its member {member.name!r} is a link; do not use this archive")
             budget.take(member.size, 1)
             if member.name.strip("./"):

@@ -307,6 +307,15 @@ def test_own_files_are_checked_by_path_and_split_by_seed(tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out)[0]["digest"] == record["digest"]
 
 
+def test_ctrl_c_says_how_to_go_on(shop: Any, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.tasks.getting.download", stopped)
+    assert run("get", "mnist", "--root", str(tmp_path / "root"), "--yes") == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
 def test_the_root_is_the_option_then_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MERGEBOUND_DATA", "/there")
     assert find_root(None) == Path("/there")

