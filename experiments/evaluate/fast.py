@@ -2,7 +2,8 @@
 
 :func:`fast_evaluator` builds candidates from a network, checks each against plain float32 on a probe of images, times
 those that are close (in turns with plain float32, medians) on this machine, and keeps the fastest, or plain float32 if
-none is faster.  So nothing is slower where a processor lacks the units, and nothing that drifts is used.
+none is faster in the median and in three of four turns.  So nothing is slower where a processor lacks the units, and
+nothing that drifts is used.
 
 A path is named by its parts, such as ``bf16+fold+channels_last``:
 
@@ -293,5 +294,7 @@ def _timed(candidate: Candidate, times: Mapping[str, list[float]]) -> Candidate:
     own = times.get(candidate.path)
     if not own:
         return candidate
-    ratio = statistics.median(plain / mine for plain, mine in zip(times["fp32"], own, strict=True))
-    return replace(candidate, seconds=statistics.median(own), ratio=ratio)
+    ratios = [plain / mine for plain, mine in zip(times["fp32"], own, strict=True)]
+    steady = sum(ratio > 1.0 for ratio in ratios) >= 0.75 * len(ratios)
+    dropped = "" if steady else "not faster in three of four turns"
+    return replace(candidate, seconds=statistics.median(own), ratio=statistics.median(ratios), dropped=dropped)
