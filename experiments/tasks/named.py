@@ -35,7 +35,8 @@ def open_task(name: str, root: str | Path | None = None, *, seed: int = 0) -> Im
     """One task.
 
     Args:
-        name: ``digits8:NAME`` (embedded) or ``npz8:NAME``; an ``.npz`` file or a folder of images; else a data set of ``mergebound data list``.
+        name: ``digits8:NAME`` (embedded) or ``npz8:NAME``; an ``.npz`` file or a folder of images; else a data set of
+            ``mergebound data list``.
         root: folder of the data sets; default: what ``MERGEBOUND_DATA`` names.
         seed: names the split.
 
