@@ -32,6 +32,7 @@ from experiments.tasks.form import InputFormat
 from experiments.tasks.images import ArrayImages, FileImages, ReadImages, Subset, read_image
 from theory.errors import MergeboundError
 
+needs_fifo = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 FORM = InputFormat(3, 24, 20, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bilinear", 0.9)
 COUNT = 21
 
@@ -120,6 +121,7 @@ def test_processes_give_the_same_and_name_the_damaged_file(files: FileImages, tm
     assert multiprocessing.active_children() == []
 
 
+@needs_fifo
 def test_a_killed_process_is_an_error_that_names_the_image(tmp_path: Path) -> None:
     """A named pipe stands for a file that never comes: the worker waits in its ``open``."""
     os.mkfifo(tmp_path / "slow.jpg")
@@ -139,6 +141,7 @@ def test_a_killed_process_is_an_error_that_names_the_image(tmp_path: Path) -> No
     killer.join(10)
 
 
+@needs_fifo
 def test_a_stuck_process_is_ended_at_the_limit(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "stuck.jpg")
     data = stream(
@@ -153,6 +156,7 @@ def test_a_stuck_process_is_ended_at_the_limit(tmp_path: Path) -> None:
     assert multiprocessing.active_children() == []
 
 
+@needs_fifo
 def test_a_stuck_thread_is_an_error_at_the_limit(tmp_path: Path, files: FileImages) -> None:
     os.mkfifo(tmp_path / "stuck.png")
     (tmp_path / "good.jpg").write_bytes((files.root / "1.jpg").read_bytes())
