@@ -206,6 +206,25 @@ def test_pcam_rows_are_read_by_other_processes_and_after_pickling(tmp_path: Path
     np.testing.assert_array_equal(pickle.loads(raw).read(1), tree.parts["train"][1][0])
 
 
+def test_pcam_files_are_opened_anew_in_a_forked_process(tmp_path: Path) -> None:
+    tree = build("pcam", tmp_path)
+    images = tasks.load("pcam", tmp_path).parts["train"]
+    images.read(0)  # open here, so the child inherits the open file
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def child() -> None:
+        answers.put((images.read(1), images.reader._opened[0] == os.getpid()))
+
+    process = context.Process(target=child)
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 0
+    found, own = answers.get()
+    np.testing.assert_array_equal(found, tree.parts["train"][1][0])
+    assert own
+
+
 def test_a_pcam_file_that_is_damaged_after_loading_is_named_when_it_is_read(tmp_path: Path) -> None:
     build("pcam", tmp_path)
     images = tasks.load("pcam", tmp_path).parts["test"]
