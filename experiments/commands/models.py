@@ -162,13 +162,13 @@ def _build(name: str, image_size: int | None, channels: int | None, classes: int
     return _made(name, classes, in_chans=channels), image_size
 
 
-def _made(name: str, classes: int, **options: int | None) -> nn.Module:
+def _made(name: str, classes: int, **options: Any) -> nn.Module:
     from experiments.models.build import build_model, build_shapes
 
     try:
         return build_shapes(name, classes, **options)
     except MergeboundError as error:
-        if "cannot build it" not in str(error):
+        if "cannot build it" not in str(error) or "there is no option" in str(error):
             raise
     return build_model(name, classes, **options)  # a few constructors need numbers
 

@@ -189,7 +189,8 @@ def _why(architecture: str, options: Mapping[str, Any], error: Exception) -> str
     takes = timm_options(architecture)
     any_size = unknown[1] == "img_size" and "img_size" not in takes
     remark = "it runs on images of many sizes without being told; leave 'img_size' out; " if any_size else ""
-    return f"{architecture}: there is no option {unknown[1]!r}; {remark}it takes {', '.join(takes) or 'others'}"
+    wrong = f"{architecture}: timm cannot build it: there is no option {unknown[1]!r}"
+    return f"{wrong}; {remark}it takes {', '.join(takes) or 'others'}"
 
 
 def timm_options(architecture: str) -> tuple[str, ...]:

@@ -132,8 +132,8 @@ class CifarResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(n, in_chans, h, w) to (n, 64, ceil(h / 4), ceil(w / 4))."""
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer3(self.layer2(self.layer1(out)))
-        return out
+        maps: Tensor = self.layer3(self.layer2(self.layer1(out)))
+        return maps
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(n, 64, h, w) to logits (n, num_classes); with ``pre_logits`` to pooled features (n, 64)."""

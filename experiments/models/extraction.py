@@ -92,7 +92,8 @@ def _combined(model: nn.Module, outputs: list[Tensor]) -> Tensor:
     fusing = [getattr(model, name, None) for name in ("weights", "weights_dist")]
     weights = [w.softmax(-1) for w in fusing if isinstance(w, nn.Parameter)]
     if len(outputs) > 1 and weights and sum(len(w) for w in weights) == len(outputs):
-        return torch.tensordot(torch.cat(weights), torch.stack(outputs), 1) / len(weights)
+        fused: Tensor = torch.tensordot(torch.cat(weights), torch.stack(outputs), 1) / len(weights)
+        return fused
     return torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0]
 
 

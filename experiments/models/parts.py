@@ -69,7 +69,7 @@ def head_tensors(model: nn.Module) -> tuple[str, ...]:
 def _tensors_of_classifier(model: nn.Module) -> tuple[str, ...]:
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     for name, module in model.named_modules():
-        if module is classifier and name:
+        if classifier is not None and module is classifier and name:
             return tuple(f"{name}.{key}" for key in module.state_dict())
     raise MergeboundError(
         f"{type(model).__name__}: no classifier found; use a timm model, or give the class get_classifier()"
