@@ -18,6 +18,8 @@ class Answer:
         content: the file at that time.
         status: another status than 200 or 206, with no body.
         ranges: whether Range is honoured.
+        conditions: whether If-Range is.
+        shift: the part that is sent begins so many bytes earlier than asked for.
         cut: the connection ends after so many bytes of the body.
         etag, modified: validators, empty for none.
         length: whether Content-Length is sent.
@@ -31,6 +33,8 @@ class Answer:
     content: bytes = b""
     status: int = 0
     ranges: bool = True
+    conditions: bool = True
+    shift: int = 0
     cut: int | None = None
     etag: str = ""
     modified: str = ""
@@ -86,8 +90,8 @@ def serving(*answers: Answer) -> Iterator[Server]:
             wanted = self.headers.get("Range")
             if wanted and answer.ranges:
                 condition = self.headers.get("If-Range")
-                if condition is None or condition in (answer.etag, answer.modified):
-                    start, status = int(wanted.removeprefix("bytes=").removesuffix("-")), 206
+                if condition is None or not answer.conditions or condition in (answer.etag, answer.modified):
+                    start, status = int(wanted.removeprefix("bytes=").removesuffix("-")) - answer.shift, 206
             if status == 206 and start >= len(answer.content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(answer.content)}")

@@ -91,11 +91,30 @@ def test_pieces_of_two_versions_are_never_put_together(tmp_path: Path) -> None:
     with serving(Answer(OTHER, cut=9_000, etag='"a"'), Answer(CONTENT, etag='"b"')) as server:
         target = download(server.url, tmp_path / "data.bin", limits=QUICK)
     assert target.read_bytes() == CONTENT
+    # a server that sends the rest of another version all the same
+    with serving(Answer(OTHER, cut=9_000, etag='"a"'), Answer(CONTENT, etag='"b"', conditions=False)) as server:
+        target = download(server.url, tmp_path / "rude.bin", limits=QUICK)
+    assert target.read_bytes() == CONTENT
+    # another address, whose validators mean nothing here
+    with (
+        serving(Answer(OTHER, cut=9_000, etag='"1"'), Answer(status=404)) as one,
+        serving(Answer(CONTENT, etag='"1"')) as two,
+    ):
+        target = download([one.url, two.url], tmp_path / "mirror.bin", limits=QUICK)
+    assert target.read_bytes() == CONTENT
     # no validator, same length: only the checksum tells, and the file is fetched anew
     with serving(Answer(OTHER, cut=9_000), Answer(CONTENT)) as server:
         target = download(server.url, tmp_path / "again.bin", limits=QUICK, md5=MD5)
     assert target.read_bytes() == CONTENT
     assert [request.get("Range") for request in server.requests] == [None, "bytes=9000-", None]
+
+
+def test_another_part_than_asked_for_is_not_appended(tmp_path: Path) -> None:
+    wrong = Answer(CONTENT, etag='"a"', shift=10)
+    with serving(Answer(CONTENT, etag='"a"', cut=7_000), wrong, Answer(CONTENT, etag='"a"')) as server:
+        assert download(server.url, tmp_path / "data.bin", limits=QUICK).read_bytes() == CONTENT
+    with serving(Answer(CONTENT, etag='"a"', cut=7_000), wrong) as server:
+        assert "wrong part" in refused(lambda: download(server.url, tmp_path / "never.bin", limits=QUICK))
 
 
 def test_a_wrong_checksum_leaves_nothing_and_says_so(tmp_path: Path) -> None:
@@ -291,6 +310,8 @@ answers = st.builds(
     ranges=st.booleans(),
     cut=st.sampled_from([None, 0, 1, 6_000, 13_000, 19_999]),
     etag=st.sampled_from(["", '"a"', 'W/"a"']),
+    conditions=st.booleans(),
+    shift=st.sampled_from([0, 0, 0, 5]),
     chunked=st.booleans(),
     length=st.sampled_from([True, True, False]),
 )
