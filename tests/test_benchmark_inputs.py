@@ -13,19 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.inputs import (
-    Loading,
-    Plan,
-    Training,
-    bf16_units,
-    main,
-    networks,
-    rate,
-    report,
-    training,
-    write,
-    write_photographs,
-)
+from benchmarks.input_speed.loading import rate, write_photographs
+from benchmarks.input_speed.main import main
+from benchmarks.input_speed.tables import Loading, Plan, Training, bf16_units, report, write
+from benchmarks.input_speed.training import networks, training
 
 LOADING = [
     Loading("resident", 32, "none", "float32", "0", 123456.7),

@@ -38,6 +38,15 @@ def _of_group() -> int | None:
     try:
         most = (_GROUP / "memory.max").read_text(encoding="ascii").strip()
         used = (_GROUP / "memory.current").read_text(encoding="ascii")
-        return None if most == "max" else max(0, int(most) - int(used))
+        return None if most == "max" else max(0, int(most) - int(used) + _old_files())
     except (OSError, ValueError):
         return None
+
+
+def _old_files() -> int:
+    """Bytes of files that the group keeps in memory and gives back when it needs room; they count as used."""
+    try:
+        lines = (_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, ValueError):
+        return 0

@@ -10,6 +10,7 @@ import torch
 
 from experiments.inputs.augment import Augmentation, augmentation
 from experiments.inputs.cache import cached
+from experiments.inputs.memory import available_bytes
 from experiments.inputs.prefetch import WAIT_S
 from experiments.inputs.reader import source_rows
 from experiments.inputs.resident import load_resident
@@ -62,7 +63,7 @@ def open_inputs(
         MergeboundError: an image cannot be read (names it), or a bad argument.
     """
     needed = len(images) * form.channels * form.height * form.width
-    limit = memory_room() if memory_limit is None else memory_limit
+    limit = memory_room(device) if memory_limit is None else memory_limit
     size = f"{len(images)} images of {form.channels} x {form.height} x {form.width} ({needed / 1e6:.1f} MB)"
     if views is None or views == "none":
         if limit is None or needed <= limit:
@@ -114,24 +115,7 @@ def open_inputs(
     )
 
 
-def memory_room() -> int | None:
-    """Bytes that images may take without a stated limit, of this machine and of a container's limit (cgroup version
-    2); ``None`` where nothing is known."""
-    free: list[int] = []
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-    except (OSError, ValueError):
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        most = (group / "memory.max").read_text(encoding="ascii").strip()
-        if most != "max":
-            used = int((group / "memory.current").read_text(encoding="ascii"))
-            lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-            cached_files = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-            free.append(max(0, int(most) - used + cached_files))
-    except (OSError, ValueError):
-        pass
-    return int(MEMORY_SHARE * min(free)) if free else None
+def memory_room(device: str | torch.device = "cpu") -> int | None:
+    """Bytes that images may take without a stated limit; ``None`` where nothing is known."""
+    free = available_bytes(torch.device(device))
+    return None if free is None else int(MEMORY_SHARE * free)

@@ -1,0 +1,1 @@
+"""What ``benchmarks/inputs.py`` consists of."""
