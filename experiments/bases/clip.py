@@ -113,6 +113,7 @@ def load_clip(
     tag: str | None = None,
     sha256: str | None = None,
     image_size: int | None = None,
+    quick_gelu: bool | None = None,
     cache: Path | None = None,
     record: Path | None = None,
 ) -> ClipBase:
@@ -125,6 +126,9 @@ def load_clip(
         tag: open_clip's name of the weights (``laion2b_s34b_b79k``, ``openai``), where no ``weights`` are given.
         sha256: expected SHA-256 of the file (its beginning is enough).
         image_size: another size; position embeddings are resized, as open_clip does it.
+        quick_gelu: whether the weights were trained with OpenAI's QuickGELU, which no tensor tells; default: what the
+            tag says, or yes for a state dict that OpenAI wrote, or what ``name`` says.  For a local copy of OpenAI's
+            weights under open_clip's names take a name that ends in ``-quickgelu``, or say so here.
         cache: where downloads are kept.
         record: where hashes are recorded.
 
@@ -147,7 +151,7 @@ def load_clip(
             note = "the SHA-256 is the given one"
     state = load_state_dict(path)
     openai = any(key in state for key in OPENAI_ONLY)
-    quick = openai or bool(normalisation.get("quick_gelu", False))
+    quick = (openai or bool(normalisation.get("quick_gelu", False))) if quick_gelu is None else quick_gelu
     model = _build(open_clip, name, quick, image_size)
     _fill(model, state, path, name)
     notes = [note] if note else []

@@ -72,10 +72,10 @@ def load_pretrained(
         "pretrained",
         source,
         sha256=found[0],
-        licence=cfg.license,
+        licence=cfg.license if weights is None else None,
         seed=seed,
         notes=(found[1], *(["averaged (EMA) weights"] if ema else []), *notes),
-        details={"timm": _version(), "tag": cfg.tag or "", "url": cfg.hf_hub_id or cfg.url or ""},
+        details={"timm": _version()} | ({"url": cfg.hf_hub_id or cfg.url} if weights is None else {}),
     )
     return make_base(kept, name, wanted, options or {}, provenance)
 

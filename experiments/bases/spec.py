@@ -139,6 +139,9 @@ def _load(
         from experiments.bases.clip import load_clip
 
         name = spec.architecture.removeprefix(CLIP_PREFIX)
+        wrong = sorted(set(spec.options) - {"image_size", "quick_gelu"})
+        if wrong:
+            raise BaseError(f"{name}: option {wrong[0]!r} is unknown; a CLIP base takes image_size and quick_gelu")
         clip = load_clip(name, spec.weights, download, tag=spec.tag, sha256=spec.sha256, record=record, **spec.options)
         return clip.base(spec.class_names, data=spec.data, cache=cache)
     if spec.kind == "pretrain":

@@ -196,6 +196,12 @@ def test_openais_own_state_dict_brings_quickgelu(library: Any, tmp_path: Path) -
     theirs.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     with torch.no_grad():
         assert torch.equal(clip.model.encode_image(images()), theirs.encode_image(images()))  # type: ignore[operator]
+    path = written(theirs, tmp_path / "renamed.safetensors")
+    for chosen in (True, False):
+        again = load_clip(NAME, path, quick_gelu=chosen)
+        with torch.no_grad():
+            equal = torch.equal(again.model.encode_image(images()), theirs.encode_image(images()))  # type: ignore[operator]
+        assert equal is chosen
     base = clip.base(CLASSES)
     assert base.options == {"quick_gelu": True}
     with torch.no_grad():
@@ -250,6 +256,9 @@ def test_what_is_wrong_is_named(library: Any, truth: nn.Module, tmp_path: Path) 
     save_state_dict(tmp_path / "short.safetensors", short)
     with pytest.raises(MergeboundError, match=r"short\.safetensors: does not fit .*: missing ln_final\.weight"):
         load_clip(NAME, tmp_path / "short.safetensors")
+    spec = BaseSpec(kind="clip", architecture=NAME, weights=path, class_names=CLASSES, options={"img_size": 32})
+    with pytest.raises(MergeboundError, match="option 'img_size' is unknown; a CLIP base takes image_size"):
+        load_base(spec)
     clip = load_clip(NAME, path)
     with pytest.raises(MergeboundError, match=r"template 'a photo' needs exactly one \{\}"):
         text_head(clip, CLASSES, templates=("a photo",))
