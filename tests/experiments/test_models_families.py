@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -15,13 +16,19 @@ from experiments.models import (
     build_model,
     closest,
     count_flops,
+    count_parameters,
     describe_family,
     resnet_family,
     vit_family,
 )
 from experiments.models.build import build_shapes
-from experiments.models.families import SPACING, FamilyMember, head_size, patch_of
+from experiments.models.families import SPACING, Described, FamilyMember, head_size, patch_of
 from theory.errors import MergeboundError
+
+
+@cache
+def described(kind: str) -> tuple[Described, ...]:
+    return describe_family(kind)
 
 
 def vit_parameters(member: FamilyMember, patch: int, tokens: int, channels: int, classes: int) -> int:
@@ -58,7 +65,7 @@ def resnet_numbers(member: FamilyMember, side: int, channels: int, classes: int)
 
 def test_members_are_spaced_geometrically_and_grow_both_ways() -> None:
     for kind, members in (("vit", vit_family()), ("resnet", resnet_family())):
-        rows = describe_family(kind)
+        rows = described(kind)
         assert [row.member for row in rows] == list(members)
         assert len(members) == 7
         for row, member in zip(rows, members, strict=True):
@@ -75,15 +82,26 @@ def test_members_are_spaced_geometrically_and_grow_both_ways() -> None:
     assert [m.depth for m in resnet_family()] == [math.ceil(k / 2) for k in range(1, 8)]
 
 
+def test_parameters_and_operations_in_closed_form() -> None:
+    for row in described("vit"):
+        assert row.parameters == vit_parameters(row.member, 4, 64, 3, 10)
+        assert row.flops == vit_flops(row.member, 4, 64, 3, 10)
+    for row in described("resnet"):
+        assert (row.parameters, row.flops) == resnet_numbers(row.member, 32, 3, 10)
+
+
 @pytest.mark.parametrize(("size", "channels", "classes"), [(8, 1, 4), (64, 3, 100)])
-def test_parameters_and_operations_in_closed_form(size: int, channels: int, classes: int) -> None:
-    options = {"img_size": size, "in_chans": channels, "classes": classes}
-    for row in describe_family("vit", **options):
-        patch = patch_of(size)
-        assert row.parameters == vit_parameters(row.member, patch, (size // patch) ** 2, channels, classes)
-        assert row.flops == vit_flops(row.member, patch, (size // patch) ** 2, channels, classes)
-    for row in describe_family("resnet", norm="gn" if size == 8 else "bn", **options):
-        assert (row.parameters, row.flops) == resnet_numbers(row.member, size, channels, classes)
+def test_closed_forms_for_other_images_and_norms(size: int, channels: int, classes: int) -> None:
+    for k in (0, 3):
+        patch, member = patch_of(size), vit_family()[k]
+        model = build_shapes(member.name, classes, img_size=size, in_chans=channels)
+        assert count_parameters(model) == vit_parameters(member, patch, (size // patch) ** 2, channels, classes)
+        assert count_flops(model) == vit_flops(member, patch, (size // patch) ** 2, channels, classes)
+        member = resnet_family()[k]
+        for norm in ("bn", "gn"):
+            model = build_shapes(member.name, classes, img_size=size, in_chans=channels, norm=norm)
+            truth = resnet_numbers(member, size, channels, classes)
+            assert (count_parameters(model), count_flops(model)) == truth
 
 
 def test_operations_do_not_depend_on_how_they_are_counted() -> None:
