@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.finetune.loop import TrainingLog, finetune, nested_subset, pretrain
+from experiments.finetune.loop import TrainingLog, finetune, pretrain
+from experiments.inputs.shares import nested_subset
 from experiments.models import build_model
 from experiments.pool import PlannedExpert
 from experiments.report import write_atomically
