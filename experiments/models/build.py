@@ -15,6 +15,7 @@ from torch import nn
 from experiments.models.cifar_resnet import CIFAR_DEPTHS, CifarResNet
 from experiments.models.digits import DIGIT_ARCHITECTURES, digit_resnet, digit_vit
 from experiments.models.families import KINDS, build_member, family
+from experiments.models.mlp import MLP_EXAMPLES, is_mlp, mlp
 from theory.errors import MergeboundError
 
 _CIFAR = re.compile(r"cifar_resnet(\d+)(_gn)?")
@@ -32,7 +33,8 @@ def build_model(architecture: str, classes: int = 10, seed: int = 0, **options: 
     Args:
         architecture: ``vit``, ``resnet_gn``, ``resnet_bn`` (embedded digits, 8x8 grey); ``cifar_resnet20`` (32, 44,
             56); ``vit_s1`` ... ``vit_s7`` and ``resnet_s1`` ... ``resnet_s7`` (:mod:`experiments.models.families`);
-            ``_gn`` at the end of a ResNet's name replaces BatchNorm by GroupNorm; or any architecture of timm.
+            ``_gn`` at the end of a ResNet's name replaces BatchNorm by GroupNorm; ``logistic``, ``mlp_64``,
+            ``mlp_128_64_tanh`` (:mod:`experiments.models.mlp`); or any architecture of timm.
         classes: outputs of the head; 0 for none.
         seed: names the initial weights.
         options: ``img_size``, ``in_chans`` and whatever else the architecture takes; ``None`` leaves the default.
@@ -82,7 +84,7 @@ def own_models() -> tuple[str, ...]:
     cifar = [f"cifar_resnet{depth}{end}" for end in ("", "_gn") for depth in CIFAR_DEPTHS]
     members = [member.name for kind in KINDS for member in family(kind)]
     grouped = [f"{member.name}_gn" for member in family("resnet")]
-    return (*DIGIT_ARCHITECTURES, *cifar, *members, *grouped)
+    return (*DIGIT_ARCHITECTURES, *MLP_EXAMPLES, *cifar, *members, *grouped)
 
 
 Maker = Callable[[dict[str, Any]], nn.Module]
@@ -90,6 +92,10 @@ Maker = Callable[[dict[str, Any]], nn.Module]
 
 def _own(architecture: str, classes: int) -> Maker | None:
     """How a network of the toolkit's own is made; nothing if it is not one."""
+    if is_mlp(architecture):
+        return _checked(
+            architecture, lambda options: mlp(architecture, classes, **_squared(options)), "in_chans", "img_size"
+        )
     if architecture not in own_models():
         return None
     if architecture == "vit":

@@ -1,0 +1,1 @@
+"""Many experts of one architecture trained together, with the numbers of the reference loop."""
