@@ -60,8 +60,19 @@ class Hyperparameters:
 class TrainingLog:
     """What a run leaves behind besides its weights; arrays have one entry per step.
 
-    ``gradient_norm_shared`` and ``gradient_norm_head`` are Euclidean norms of the batch gradient with decay, as
-    theory.md 6(d) needs them.
+    Attributes:
+        batch_size: samples of each batch.
+        batch_loss: mean of the loss that is differentiated, before the step: with smoothed labels where they are
+            smoothed (theory.md 5 and 6(d) need the loss whose gradient is taken), without decay; of ``sam`` at x_k.
+        gradient_norm_shared, gradient_norm_head: Euclidean norms of the batch gradient before clipping, with coupled
+            decay (none of ``adamw``), as theory.md 6(d) needs them; of ``sam`` the gradient at the worst neighbour,
+            with decay at x_k; of ``low_rank`` the gradient by the factors, which bounds their drift, not the merged
+            matrices'.
+        seconds: of training.
+        finite: whether the run stayed within the finite numbers.
+        clip_factor: what the batch gradient without decay was multiplied by, in (0, 1]; ``None`` without clipping.
+        used_norm_shared, used_norm_head: norms of what enters the momentum buffer, that is of the clipped gradient with
+            decay: under clipping theory.md 6(d) holds with these; ``None`` without clipping, where nothing differs.
     """
 
     batch_size: np.ndarray
@@ -70,6 +81,9 @@ class TrainingLog:
     gradient_norm_head: np.ndarray
     seconds: float
     finite: bool
+    clip_factor: np.ndarray | None = None
+    used_norm_shared: np.ndarray | None = None
+    used_norm_head: np.ndarray | None = None
 
 
 def batches(n: int, size: int, steps: int, sampling: Sampling, rng: np.random.Generator) -> Iterator[np.ndarray]:
