@@ -13,7 +13,7 @@ from experiments.cli import build_app
 from experiments.commands.methods import markdown_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/merging.md", "docs/theory.md")
+PAGES = ("README.md", "docs/merging.md", "docs/tasks-and-models.md", "docs/theory.md")
 """Pages whose Python blocks are run, in order and in one namespace each."""
 
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
@@ -47,6 +47,17 @@ def test_the_page_on_theory_runs(capsys: pytest.CaptureFixture[str]) -> None:
         "widened most by: photos.learning_rate",
     ):
         assert words in printed, words
+
+
+def test_the_page_on_tasks_and_models_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, object] = {}
+    for number, code in enumerate(blocks("python", "docs/tasks-and-models.md")):
+        exec(compile(code, f"docs/tasks-and-models.md block {number}", "exec"), scope)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("['sun397', 'stanford_cars'")
+    assert lines[2].split()[:3] == ["108", "12", "40"]
+    assert lines[4] == "True"  # half of the data lies within four fifths of them
+    assert lines[2].split()[3] == lines[7].split()[2]  # the split's digest comes with the expert
 
 
 def test_calculators_named_on_the_page_on_theory_are_exported() -> None:
