@@ -21,7 +21,8 @@ class BaseSpec(BaseModel):
     ``pretrained``: timm's weights of ``architecture`` (``weights``: a local file instead of timm's source);
     ``checkpoint``: the local file ``weights`` for any architecture; ``pretrain``: made on the spot at a ``quality``;
     ``clip``: open_clip's ``architecture`` from ``weights`` or ``tag``, with a zero-shot head of ``class_names``;
-    ``random``: the seeded start.
+    ``random``: the seeded start.  ``data`` names the task whose class names a CLIP base has, or (in grids) the task
+    that a base is pretrained on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,7 +59,7 @@ class BaseSpec(BaseModel):
             "quality": ("pretrain",),
             "tag": ("clip",),
             "class_names": ("clip",),
-            "data": ("clip",),
+            "data": ("clip", "pretrain"),
         }
         for name, kinds in only.items():
             if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:

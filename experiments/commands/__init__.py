@@ -15,6 +15,7 @@ from experiments.commands import (
     design,
     diff,
     finetune,
+    grid,
     inspect,
     merge,
     methods,
@@ -25,6 +26,7 @@ from experiments.commands import (
 COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (
     demo.register,
     finetune.register,
+    grid.register,
     predict.register,
     merge.register,
     methods.register,

@@ -1,0 +1,321 @@
+"""From a grid's specification to its runs: counted first, then made, always in the same order.
+
+Axes are multiplied (each value with each); tied axes and joint designs count as one axis whose points have several
+coordinates.  Where a ``when`` matches, its axes take the place of the grid's.  Then overrides are set, expressions get
+their numbers, checkpoints are laid, excluded runs are left out, and runs that became the same are merged.
+
+Order: by the fields of ``order``, then ``base``, ``task``, and hyperparameters in the order of
+:class:`~experiments.grid.run_spec.RunSpec`; earlier ones vary slower; values in the order in which they are listed.
+The order of keys in the file does not matter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from experiments.bases.spec import BaseSpec
+from experiments.grid.axes import Axis, points, resolved, size
+from experiments.grid.checks import ORDERABLE, all_bases, all_tasks, check_lengths
+from experiments.grid.designs import design
+from experiments.grid.errors import GridError, Place
+from experiments.grid.matching import checked, matches, unit_field
+from experiments.grid.run_spec import RunSpec
+from experiments.grid.spec import Every, GridSpec
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Fields that vary together.
+
+    Attributes:
+        fields: their names.
+        points: one value per field each.
+    """
+
+    fields: tuple[str, ...]
+    points: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What a grid is made of.
+
+    Attributes:
+        runs: in order, without duplicates.
+        notes: what was left out or merged, in words.
+    """
+
+    runs: tuple[RunSpec, ...]
+    notes: tuple[str, ...] = ()
+
+
+def expand(spec: GridSpec) -> tuple[RunSpec, ...]:
+    """The runs of a grid, in order, without duplicates.
+
+    Raises:
+        GridError: too many, or a combination that cannot be run.
+    """
+    return expansion(spec).runs
+
+
+def count(spec: GridSpec) -> int:
+    """How many combinations a grid has, before exclusions and merging, without making them.
+
+    Raises:
+        GridError: more than ``most_runs``.
+    """
+    sizes = _sizes(spec)
+    outer = _outer_fields(spec)
+    least = math.prod(number for fields, number in sizes.items() if set(fields) & outer)
+    if not spec.when:
+        _check_number(spec, least * math.prod(n for fields, n in sizes.items() if not set(fields) & outer), sizes)
+    else:
+        _check_number(spec, least, sizes, "at least ")
+    total = 0
+    kept: dict[tuple[int, ...], int] = {}
+    whens = _matches(spec, "when")
+    bases, tasks = all_bases(spec), all_tasks(spec)
+    for values, _ in _combinations(_units(spec, spec.axes(), bases, tasks, only=outer)):
+        active = tuple(k for k, each in enumerate(whens) if matches(each, {**_defaults(), **values}))
+        if active not in kept:
+            axes = _replaced(spec, active)
+            rough = _inner_sizes(spec, axes, outer)
+            _check_number(spec, total + math.prod(rough.values()), {**sizes, **rough}, "at least ")
+            kept[active] = math.prod(len(u.points) for u in _units(spec, axes, bases, tasks, without=outer))
+        total += kept[active]
+        _check_number(spec, total, sizes, "at least ")
+    return total
+
+
+def expansion(spec: GridSpec) -> Expansion:
+    """The runs of a grid, and what was left out or merged.
+
+    Raises:
+        GridError: too many runs, none, an entry that is for no run, or a combination that cannot be run.
+    """
+    total = count(spec)
+    overrides, excludes, whens = (_matches(spec, kind) for kind in ("overrides", "exclude", "when"))
+    used: dict[str, set[int]] = {"when": set(), "overrides": set(), "exclude": set()}
+    rank = {name: k for k, name in enumerate(dict.fromkeys((*spec.order, *ORDERABLE)))}
+    outer = _outer_fields(spec)
+    bases, tasks = all_bases(spec), all_tasks(spec)
+    sorted_records: list[tuple[tuple[int, ...], Record, tuple[int, ...]]] = []
+    for first, first_index in _combinations(_units(spec, spec.axes(), bases, tasks, only=outer)):
+        active = tuple(k for k, each in enumerate(whens) if matches(each, {**_defaults(), **first}))
+        used["when"] |= set(active)
+        for rest, rest_index in _combinations(_units(spec, _replaced(spec, active), bases, tasks, without=outer)):
+            index = {**first_index, **rest_index}
+            key = tuple(index.get(name, 0) for name in rank)
+            sorted_records.append((key, {**first, **rest}, active))
+    sorted_records.sort(key=lambda item: item[0])
+    runs: dict[str, RunSpec] = {}
+    excluded = 0
+    for _, record, active in sorted_records:
+        found = [k for k, match in enumerate(overrides) if matches(match, {**_defaults(), **record})]
+        used["overrides"] |= set(found)
+        for k in found:
+            record |= spec.overrides[k].set
+        run = _run(spec, record, active, found)
+        out = [k for k, match in enumerate(excludes) if matches(match, _as_record(run))]
+        used["exclude"] |= set(out)
+        if out:
+            excluded += 1
+            continue
+        runs.setdefault(_key(run), run)
+    for kind, seen in used.items():
+        for k in range(len(getattr(spec, kind))):
+            if k not in seen:
+                raise GridError("no run of the grid is matched; correct or remove the entry", (kind, k))
+    if not runs:
+        raise GridError("every run is excluded; relax an exclusion", ("exclude",))
+    merged = total - excluded - len(runs)
+    notes = [f"{excluded:,} of {total:,} combinations are excluded"] * bool(excluded)
+    notes += [f"{merged:,} of {total:,} combinations became the same as others and are merged"] * bool(merged)
+    return Expansion(tuple(runs.values()), tuple(notes))
+
+
+# --- axes ------------------------------------------------------------------------------------------------------------
+
+
+def _outer_fields(spec: GridSpec) -> set[str]:
+    """Fields that conditions read, with all that vary with them."""
+    fields = {unit_field(key) for each in spec.when for key in each.match}
+    together = [set(group) for group in spec.tie] + [set(j.axes) for j in (*spec.sobol, *spec.random)]
+    for group in together:
+        if fields & group:
+            fields |= group
+    return fields
+
+
+def _replaced(spec: GridSpec, active: Sequence[int]) -> dict[str, Axis]:
+    axes = spec.axes()
+    for k in active:
+        axes |= spec.when[k].set
+    return axes
+
+
+def _units(
+    spec: GridSpec,
+    axes: Mapping[str, Axis],
+    bases: tuple[BaseSpec, ...],
+    tasks: tuple[str, ...],
+    *,
+    only: set[str] | None = None,
+    without: set[str] | None = None,
+) -> list[Unit]:
+    """The units whose fields are (or are not) among some."""
+
+    chosen = (without if only is None else only) or set()
+
+    def wanted(fields: Sequence[str]) -> bool:
+        return bool(set(fields) & chosen) == (only is not None)
+
+    found = []
+    if wanted(("base",)):
+        found.append(Unit(("base",), tuple((base,) for base in bases)))
+    if wanted(("task",)):
+        found.append(Unit(("task",), tuple((task,) for task in tasks)))
+    for k, group in enumerate(spec.tie):
+        if wanted(group):
+            columns = [points(name, axes[name], spec.draw_seed) for name in group]
+            check_lengths(group, [len(column) for column in columns], ("tie", k))
+            found.append(Unit(tuple(group), tuple(zip(*columns, strict=True))))
+    tied = {name for group in spec.tie for name in group}
+    for name, axis in axes.items():
+        if name not in tied and wanted((name,)):
+            found.append(Unit((name,), tuple((value,) for value in points(name, axis, spec.draw_seed))))
+    for kind in ("sobol", "random"):
+        for number, joint in enumerate(getattr(spec, kind)):
+            if wanted(tuple(joint.axes)):
+                names, rows = design(kind, number, joint, spec.draw_seed)
+                found.append(Unit(names, rows))
+    return found
+
+
+def _combinations(units: Sequence[Unit]) -> Iterator[tuple[Record, dict[str, int]]]:
+    """Every combination: values by field, and the position of each field's unit."""
+    for chosen in itertools.product(*(range(len(unit.points)) for unit in units)):
+        values: Record = {}
+        index: dict[str, int] = {}
+        for unit, k in zip(units, chosen, strict=True):
+            values.update(zip(unit.fields, unit.points[k], strict=True))
+            index.update(dict.fromkeys(unit.fields, k))
+        yield values, index
+
+
+def _sizes(spec: GridSpec) -> dict[tuple[str, ...], int]:
+    """Numbers of points by the fields that vary together, for the grid without conditions; nothing is made."""
+    return {
+        ("base",): len(all_bases(spec)),
+        ("task",): len(all_tasks(spec)),
+        **_inner_sizes(spec, spec.axes(), set()),
+    }
+
+
+def _inner_sizes(spec: GridSpec, axes: Mapping[str, Axis], outer: set[str]) -> dict[tuple[str, ...], int]:
+    found: dict[tuple[str, ...], int] = {("base",): len(all_bases(spec)), ("task",): len(all_tasks(spec))}
+    tied = {name for group in spec.tie for name in group}
+    found |= {tuple(group): min(size(axes[name]) for name in group) for group in spec.tie}
+    found |= {(name,): size(axis) for name, axis in axes.items() if name not in tied}
+    found |= {tuple(joint.axes): joint.count for joint in (*spec.sobol, *spec.random)}
+    return {fields: number for fields, number in found.items() if not set(fields) & outer}
+
+
+def _check_number(spec: GridSpec, number: int, sizes: Mapping[tuple[str, ...], int], least: str = "") -> None:
+    if number <= spec.most_runs:
+        return
+    varied = {fields: n for fields, n in sizes.items() if n > 1}
+    said = " x ".join(f"{'+'.join(fields)} {n:,}" for fields, n in varied.items())
+    largest = max(varied, key=lambda fields: varied[fields], default=("",))[0]
+    place: Place = (largest,) if largest in spec.axes() and largest in type(spec).model_fields else ()
+    if largest == "seed" and spec.seeds is not None:
+        place = ("seeds",)
+    raise GridError(
+        f"the grid has {least}{number:,} runs ({said}), more than most_runs = {spec.most_runs:,}; shorten the axes, or "
+        "draw from them with sobol",
+        place,
+    )
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def _matches(spec: GridSpec, kind: str) -> list[dict[str, Any]]:
+    bases, tasks = all_bases(spec), all_tasks(spec)
+    entries = getattr(spec, kind)
+    return [checked(each if kind == "exclude" else each.match, tasks, bases, empty=True) for each in entries]
+
+
+def _as_record(run: RunSpec) -> Record:
+    return {name: getattr(run, name) for name in type(run).model_fields}
+
+
+def _key(run: RunSpec) -> str:
+    return run.model_dump_json()
+
+
+def _run(spec: GridSpec, record: Record, active: Sequence[int], found: Sequence[int]) -> RunSpec:
+    stated = {k: v for k, v in record.items() if k not in ("task", "base", "checkpoints")}
+    try:
+        values = resolved({**_defaults(), **stated})
+        steps = int(values["steps"])
+        marks = laid(record.get("checkpoints", spec.checkpoints), steps)
+        return RunSpec(task=record["task"], base=record["base"], checkpoints=marks, **values)
+    except GridError as error:
+        field = str(error.place[0]) if error.place else ""
+        raise GridError(error.message, _origin(spec, field, active, found)) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        field = str(first["loc"][0]) if first["loc"] else message.partition(":")[0]
+        text = message.partition(": ")[2] if not first["loc"] else f"{first['input']!r}: {message}"
+        raise GridError(
+            f"{text or message} (task {record['task']}, {_shown(record)})", _origin(spec, field, active, found)
+        ) from error
+
+
+def _defaults() -> Record:
+    skip = ("task", "base", "checkpoints", "learning_rate", "steps", "batch_size")
+    return {name: info.default for name, info in RunSpec.model_fields.items() if name not in skip}
+
+
+def laid(checkpoints: Any, steps: int) -> tuple[int, ...]:
+    """The checkpoints of a run of so many steps: those stated that it reaches, and its last step.
+
+    >>> laid((100, 200, 300), 250)
+    (100, 200, 250)
+    """
+    if checkpoints is None:
+        return (steps,)
+    stated = range(checkpoints.every, steps, checkpoints.every) if isinstance(checkpoints, Every) else checkpoints
+    return (*(step for step in stated if step < steps), steps)
+
+
+def _shown(record: Record) -> str:
+    names = ("learning_rate", "batch_size", "steps", "seed")
+    return ", ".join(f"{name} {getattr(record[name], 'text', record[name])}" for name in names if name in record)
+
+
+def _origin(spec: GridSpec, field: str, active: Sequence[int], found: Sequence[int]) -> Place:
+    """Where the value of a field was stated."""
+    for k in reversed(found):
+        if field in spec.overrides[k].set:
+            return ("overrides", k, "set", field)
+    for k in reversed(active):
+        if field in spec.when[k].set:
+            return ("when", k, "set", field)
+    for kind in ("sobol", "random"):
+        for number, joint in enumerate(getattr(spec, kind)):
+            if field in joint.axes:
+                return (kind, number, "axes", field)
+    if field == "seed" and spec.seeds is not None:
+        return ("seeds",)
+    return (field,) if field and getattr(spec, field, None) is not None else ()
