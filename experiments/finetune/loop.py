@@ -145,7 +145,7 @@ def finetune(
             parameter.requires_grad_(not name.startswith(prefix))
         named = [(name, p) for name, p in named if p.requires_grad]
     shared = sum(p.numel() for name, p in named if not name.startswith(prefix))
-    flat, gradient = _flatten([p for _, p in named])
+    flat, gradient = flatten([p for _, p in named])
     buffer = torch.zeros_like(flat)
     rng = np.random.default_rng([seed, 0xBA7C])
     rows = nested_subset(len(train), hyper.data_share, seed)
@@ -187,7 +187,7 @@ def finetune(
     return state, TrainingLog(columns[0], columns[1], columns[2], columns[3], seconds, finite)
 
 
-def _flatten(parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+def flatten(parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
     """Move parameters and their gradients into two flat vectors, of which they become views."""
     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
     gradient = torch.zeros_like(flat)

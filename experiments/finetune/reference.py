@@ -94,7 +94,7 @@ def _train(
         finite = bool(np.isfinite([loss, worst, *before, *used]).all())
         if finite:
             update(x, g, run.learning_rate * factor(step))
-            finite = _finite(x, *net.buffers().values())
+            finite = all(bool(torch.isfinite(tensor).all()) for tensor in (x, *net.statistics()))
         if not finite:
             x.copy_(x_k)
             for name, tensor in net.buffers().items():
@@ -109,7 +109,7 @@ def _train(
 
 def _gradient(run: RunSpec, net: TrainedNetwork, images: Tensor, labels: Tensor, step: int) -> float:
     """The batch loss; its gradient is in ``net.gradient`` afterwards.  Seed and step name what is dropped out."""
-    torch.manual_seed((run.seed * _DROPOUT + step) % 2**63)
+    _generator(images.device).manual_seed((run.seed * _DROPOUT + step) % 2**63)
     net.gradient.zero_()
     images = images.to(net.dtype)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
@@ -154,12 +154,12 @@ def _norms(gradient: Tensor, shared: int) -> tuple[float, float]:
     return float(gradient[:shared].norm()), float(gradient[shared:].norm())
 
 
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
-
-
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
 def _own_generator(device: torch.device) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from experiments.finetune.loop import flatten
 from experiments.finetune.low_rank import Factors, low_rank
 from experiments.grid.run_spec import RunSpec, Trained
 from experiments.models.parts import head_tensors, head_units
@@ -46,6 +47,10 @@ class TrainedNetwork:
     def buffers(self) -> dict[str, Tensor]:
         """BatchNorm's statistics and whatever else a forward pass may move, by name."""
         return dict(self.model.named_buffers())
+
+    def statistics(self) -> list[Tensor]:
+        """Running means and variances."""
+        return [b for n, b in self.model.named_buffers() if n.endswith(("running_mean", "running_var"))]
 
     def state(self) -> dict[str, Tensor]:
         """The full state dict, copied to the processor's memory; low-rank updates are merged into their matrices."""
@@ -113,16 +118,3 @@ def set_modes(model: nn.Module, trained: Trained) -> None:
         for module in model.modules():
             if getattr(module, "running_mean", None) is not None and id(module) not in of_head:
                 module.eval()
-
-
-def flatten(parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """Move parameters and their gradients into two flat vectors, of which they become views."""
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-    gradient = torch.zeros_like(flat)
-    offset = 0
-    for p in parameters:
-        stop = offset + p.numel()
-        p.data = flat[offset:stop].view_as(p)
-        p.grad = gradient[offset:stop].view_as(p)
-        offset = stop
-    return flat, gradient
