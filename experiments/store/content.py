@@ -1,0 +1,166 @@
+"""What a run leaves as one blob, and back: states by step against their base, and the log."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.bases.base import tensors_digest
+from experiments.finetune.loop import TrainingLog
+from experiments.grid.result import RunResult
+from experiments.store.blobs import blob_path
+from experiments.store.codec import decode, encode
+from experiments.store.errors import StoreError
+from merging.partition import DEFAULT_PRIVATE, is_statistic, matches
+
+TaskVectors = Literal["lossless", "bfloat16"]
+FORMAT = 1
+_RECORD = "mergebound"
+_VECTOR = "vector"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A result, ready to be stored.
+
+    Attributes:
+        data: the bytes of a safetensors file.
+        content: SHA-256 of what was trained (outcome, bits of every state, log), whatever way it is stored.
+        digests: by step, SHA-256 of the tensors that :func:`unpack_state` gives back.
+        log: the log's scalars, JSON data.
+    """
+
+    data: bytes
+    content: str
+    digests: Mapping[int, str]
+    log: Mapping[str, Any]
+
+
+def pack(result: RunResult, base: Mapping[str, Tensor], vectors: TaskVectors = "lossless") -> Packed:
+    """A result as bytes.
+
+    Args:
+        result: of a run; its states must hold at least one step.
+        base: tensors of x_0 (:mod:`experiments.store.codec` takes what matches).
+        vectors: ``bfloat16`` rounds x - x_0 of the backbone's parameters to that type; head, statistics and counters
+            stay exact.
+
+    Raises:
+        StoreError: there is no state.
+    """
+    from safetensors.torch import save
+
+    if not result.states:
+        raise StoreError("a result without a state cannot be stored; give at least the last finite one")
+    tensors: dict[str, Tensor] = {}
+    record: dict[str, Any] = {"format": FORMAT, "vectors": vectors, "steps": {}}
+    digests, given = {}, {}
+    for step in sorted(result.states):
+        state = {name: tensor.detach().cpu() for name, tensor in result.states[step].items()}
+        given[step] = tensors_digest(state)
+        rounded = _rounded(state, base) if vectors == "bfloat16" else {}
+        tensors |= {f"{step}/{_VECTOR}/{name}": vector for name, vector in rounded.items()}
+        exact = {name: tensor for name, tensor in state.items() if name not in rounded}
+        stored, header = encode(exact, base, str(step))
+        tensors |= stored
+        record["steps"][str(step)] = header | {"names": list(state), "rounded": list(rounded)}
+        digests[step] = tensors_digest(_restored(state, rounded, base)) if rounded else given[step]
+    columns, scalars = _split_log(result.log)
+    stored, record["log"] = encode(columns, {}, "log")
+    tensors |= stored
+    identity = {"outcome": result.outcome, "states": given, "log": tensors_digest(columns)}
+    content = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    data = save(tensors, {_RECORD: json.dumps(record, sort_keys=True)})
+    return Packed(data, content, digests, scalars)
+
+
+def unpack_state(folder: Path, blob: str, step: int, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state at a step, read without the others.
+
+    Raises:
+        StoreError: missing or damaged; names the file.
+    """
+    path = blob_path(folder, blob)
+    record, stored = _read(path, str(step))
+    header = record.get("steps", {}).get(str(step))
+    if header is None:
+        raise StoreError(f"{path}: holds no step {step}; it has {', '.join(record.get('steps', {}))}")
+    try:
+        state = decode(stored, header, base, str(step))
+        rounded = {name: stored[f"{step}/{_VECTOR}/{name}"] for name in header["rounded"]}
+        return {name: state[name] if name in state else _moved(base[name], rounded[name]) for name in header["names"]}
+    except (KeyError, StoreError) as error:
+        raise StoreError(f"{path}: {error}; see `mergebound grid verify`") from error
+
+
+def unpack_log(folder: Path, blob: str, scalars: Mapping[str, Any]) -> TrainingLog:
+    """The log of a run.
+
+    Raises:
+        StoreError: missing or damaged; names the file.
+    """
+    path = blob_path(folder, blob)
+    record, stored = _read(path, "log")
+    try:
+        columns = decode(stored, record["log"], {}, "log")
+        return TrainingLog(**{name: tensor.numpy() for name, tensor in columns.items()}, **scalars)
+    except (KeyError, TypeError, StoreError) as error:
+        raise StoreError(f"{path}: the log cannot be read ({error}); see `mergebound grid verify`") from error
+
+
+def _read(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})[_RECORD])
+            stored = {name: file.get_tensor(name) for name in file.keys() if name.startswith(f"{key}/")}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise StoreError(f"{path}: is missing; see `mergebound grid verify`") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(f"{path}: is damaged ({reason}); see `mergebound grid verify`") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise StoreError(f"{path}: is not of a format that this version of mergebound reads; update mergebound")
+    return record, stored
+
+
+def _split_log(log: TrainingLog) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Arrays as tensors, and everything else."""
+    values = {field.name: getattr(log, field.name) for field in dataclasses.fields(log)}
+    arrays = {k: torch.from_numpy(np.array(v)) for k, v in values.items() if isinstance(v, np.ndarray)}
+    return arrays, {k: v for k, v in values.items() if k not in arrays}
+
+
+def _rounded(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """x - x_0 in bfloat16 for the parameters of the backbone (those that would not stay finite are kept exact)."""
+    found = {}
+    for name, tensor in state.items():
+        other = base.get(name)
+        if other is None or other.shape != tensor.shape or other.dtype != tensor.dtype:
+            continue
+        if tensor.dtype not in (torch.float32, torch.float64) or is_statistic(name) or matches(name, DEFAULT_PRIVATE):
+            continue
+        vector = (tensor - other).to(torch.bfloat16)
+        if not torch.equal(tensor, other) and bool(torch.isfinite(vector).all()):
+            found[name] = vector
+    return found
+
+
+def _moved(base: Tensor, vector: Tensor) -> Tensor:
+    return base + vector.to(base.dtype)
+
+
+def _restored(
+    state: Mapping[str, Tensor], rounded: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    return {name: _moved(base[name], rounded[name]) if name in rounded else tensor for name, tensor in state.items()}

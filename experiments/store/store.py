@@ -1,0 +1,415 @@
+"""A store: one folder with the specifications, weights, logs and measurements of a grid of runs."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import Tensor
+
+from experiments.bases.base import Base, read_base, save_base
+from experiments.finetune.loop import TrainingLog
+from experiments.grid.result import Cohort, Plan, RunResult
+from experiments.grid.run_spec import RunSpec
+from experiments.store import leases, merges, planned, table
+from experiments.store.blobs import FOLDER, TEMPORARY, blob_path, disk_error, put_blob, remove
+from experiments.store.columns import spec_of
+from experiments.store.commits import commit
+from experiments.store.content import TaskVectors, unpack_log, unpack_state
+from experiments.store.database import DATABASE, PATIENCE, Database, Mode
+from experiments.store.errors import StoreError
+from experiments.store.export import export
+from experiments.store.garbage import Garbage, collect
+from experiments.store.journal import Journal
+from experiments.store.status import Status, status
+from experiments.store.verify import Verification, forget, verify
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEASE = 120.0
+"""Seconds of a lease unless said otherwise."""
+
+
+class Store:
+    """A store that is open in this process; threads and other processes open their own.
+
+    ``with Store.open(folder) as store: frame = store.frame()``
+    """
+
+    def __init__(self, folder: Path, database: Database) -> None:
+        self.folder = folder
+        self._database = database
+        self._bases: dict[str, Mapping[str, Tensor]] = {}
+        self._kept = {row["key"]: row["value"] for row in database.read("SELECT key, value FROM meta")}
+        if "task_vectors" not in self._kept:
+            raise StoreError(f"{database.file}: is not a complete store; create it again with Store.create")
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        task_vectors: TaskVectors = "lossless",
+        durable: bool = True,
+        journal: Journal = "auto",
+        patience: float = PATIENCE,
+        exist_ok: bool = False,
+    ) -> Store:
+        """Make a store.
+
+        Args:
+            folder: made where it does not exist.
+            meta: about the grid, JSON data; read back as :attr:`meta`.
+            task_vectors: ``lossless`` (every bit comes back) or ``bfloat16`` (x - x_0 of the backbone is rounded).
+            durable: wait for the disk before a run counts as done; without it, runs that were committed in the last
+                seconds before a power cut may be damaged (a killed process loses nothing either way).
+            journal: ``auto`` takes a write-ahead log where the file system can.
+            patience: seconds to wait for other processes.
+            exist_ok: open a store that is there, as it is.
+
+        Raises:
+            StoreError: there is one already, or the folder cannot be written to.
+        """
+        folder = Path(folder)
+        if task_vectors not in get_args(TaskVectors):
+            raise StoreError(f"task_vectors: {task_vectors!r} is unknown; choose lossless or bfloat16")
+        file = folder / DATABASE
+        if file.exists() and not exist_ok:
+            raise StoreError(f"{folder}: holds a store already; open it (resume), or choose an empty folder")
+        try:
+            (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+            probe = folder / f"{TEMPORARY}{secrets.token_hex(4)}"
+            probe.touch()
+            remove(probe)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        database = Database(file, "w", patience=patience, journal=journal)
+        about = {"meta": json.dumps(dict(meta or {}), sort_keys=True)}
+        about |= {"task_vectors": task_vectors, "durable": json.dumps(durable)}
+        try:
+            with database.writing() as connection:
+                known = connection.execute("SELECT count(*) FROM meta WHERE key = 'task_vectors'").fetchone()[0]
+                if not known:
+                    connection.executemany("INSERT INTO meta VALUES (?, ?)", about.items())
+            return cls(folder, database)
+        except BaseException:
+            database.close()
+            raise
+
+    @classmethod
+    def open(cls, folder: str | Path, mode: Mode = "w", *, patience: float = PATIENCE) -> Store:
+        """Open a store that is there; ``mode`` ``r`` never writes to the folder's files.
+
+        Raises:
+            StoreError: no store, a newer version's, damaged, or it may not be read or written.
+        """
+        folder = Path(folder)
+        file = folder / DATABASE
+        if mode not in get_args(Mode):
+            raise StoreError(f"mode: {mode!r} is unknown; choose r or w")
+        if not file.is_file():
+            raise StoreError(
+                f"{folder}: holds no store ({DATABASE} is missing); give the folder of a grid that was run"
+            )
+        database = Database(file, mode, patience=patience)
+        try:
+            return cls(folder, database)
+        except BaseException:
+            database.close()
+            raise
+
+    def close(self) -> None:
+        """Close the database; what was committed stays."""
+        self._database.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What :meth:`create` was told about the grid."""
+        found: dict[str, Any] = json.loads(self._kept["meta"])
+        return found
+
+    @property
+    def task_vectors(self) -> str:
+        """``lossless`` or ``bfloat16``."""
+        return self._kept["task_vectors"]
+
+    @property
+    def journal(self) -> str:
+        """``wal``, or ``delete`` on file systems that several machines share."""
+        return str(self._database.read("PRAGMA journal_mode")[0][0])
+
+    # what is to be done
+
+    def add_base(self, base: Base) -> None:
+        """Keep x_0, once; task vectors of runs from it are stored against it."""
+        if self._database.read("SELECT 1 FROM bases WHERE digest = ?", (base.digest,)):
+            return
+        temporary = self.folder / FOLDER / f"{TEMPORARY}{secrets.token_hex(4)}.safetensors"
+        try:
+            save_base(temporary, base)
+            blob = put_blob(self.folder, temporary.read_bytes())
+        except OSError as error:
+            raise disk_error(error, temporary) from error
+        finally:
+            remove(temporary)
+        with self._database.writing() as connection:
+            connection.execute(
+                "INSERT INTO bases VALUES (?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
+                (base.digest, base.architecture, base.classes, blob, json.dumps(base.describe(), default=str)),
+            )
+
+    def base(self, digest: str) -> Base:
+        """A base that was added.
+
+        Raises:
+            MergeboundError: not there, or damaged.
+        """
+        found = self._database.read("SELECT blob FROM bases WHERE digest = ?", (digest,))
+        if not found:
+            raise StoreError(f"{self.folder}: holds no base {digest[:12]}; add it with add_base")
+        return read_base(blob_path(self.folder, found[0]["blob"]))
+
+    def add_runs(
+        self, runs: Mapping[str, RunSpec], base: str | Mapping[str, str], split: str | Mapping[str, str]
+    ) -> int:
+        """Add runs by their digests; see :func:`experiments.store.planned.add_runs`.
+
+        Args:
+            runs: by digest.
+            base: digest of the base's tensors, of all runs or by run.
+            split: digest of the split, of all runs or by run.
+        """
+        return planned.add_runs(self._database, runs, base, split)
+
+    def freeze(self, plan: Plan) -> int:
+        """Write down how runs will be done; see :func:`experiments.store.planned.freeze`."""
+        return planned.freeze(self._database, plan)
+
+    def plan(self) -> Plan | None:
+        """The frozen plan; ``None`` before :meth:`freeze`."""
+        return planned.read_plan(self._database)
+
+    def spec(self, digest: str) -> RunSpec:
+        """The specification of a run."""
+        return spec_of(dict(self._run(digest)))
+
+    def digests(self, digest: str) -> tuple[str, str]:
+        """Digests of the base and of the split of a run."""
+        row = self._run(digest)
+        return row["base_digest"], row["split_digest"]
+
+    def runs(self) -> tuple[str, ...]:
+        """Digests of all runs, done or not, in the order in which they were added."""
+        return tuple(row["digest"] for row in self._database.read("SELECT digest FROM runs ORDER BY id"))
+
+    def missing(self, runs: Cohort | Iterable[str] | None = None) -> tuple[str, ...]:
+        """Those of a cohort (of some runs, of all) that are not done."""
+        return planned.missing(self._database, runs.runs if isinstance(runs, Cohort) else runs)
+
+    def unplanned(self) -> tuple[str, ...]:
+        """Runs that are not done and in no cohort of the plan."""
+        return planned.unplanned(self._database)
+
+    # who does it
+
+    def lease(self, owner: str, seconds: float = LEASE, *, skip: Iterable[str] = ()) -> Cohort | None:
+        """Take a cohort with runs to do that nobody holds; see :mod:`experiments.store.leases`."""
+        return leases.lease(self._database, owner, seconds, frozenset(skip))
+
+    def renew(self, owner: str, cohort: Cohort | str, seconds: float | None = None) -> bool:
+        """Extend a lease; False if it was lost."""
+        return leases.renew(self._database, owner, _name(cohort), seconds)
+
+    def release(self, owner: str, cohort: Cohort | str) -> bool:
+        """Give a lease back; False if it was not this owner's any more."""
+        return leases.release(self._database, owner, _name(cohort))
+
+    def keep_lease(
+        self, owner: str, cohort: Cohort | str, seconds: float = LEASE
+    ) -> AbstractContextManager[leases.Heartbeat]:
+        """Renew a lease from a thread while the body of ``with`` works."""
+        return leases.keep_lease(self._database.file, owner, _name(cohort), seconds)
+
+    # what was done
+
+    def commit(self, digest: str, result: RunResult, *, owner: str = "") -> bool:
+        """Store one result; True if it was new, False if the same bits were there.  See :meth:`commit_many`."""
+        return self.commit_many({digest: result}, owner=owner) == 1
+
+    def commit_many(self, results: Mapping[str, RunResult], *, owner: str = "") -> int:
+        """Store results in one transaction: all or none; see :func:`experiments.store.commits.commit`."""
+        return commit(
+            self._database,
+            self.folder,
+            results,
+            owner,
+            base_of=self._base_state,
+            vectors=self.task_vectors,  # type: ignore[arg-type]
+            durable=json.loads(self._kept["durable"]),
+        )
+
+    def state(self, digest: str, step: int | None = None) -> dict[str, Tensor]:
+        """The full state dict of a run at a checkpoint, the last one where no step is given.
+
+        Raises:
+            StoreError: the run is not done, has no such checkpoint, or its file is damaged (named).
+        """
+        row, result = self._run(digest), self._result(digest)
+        steps = [r["step"] for r in self._database.read("SELECT step FROM checkpoints WHERE run = ?", (row["id"],))]
+        wanted = max(steps) if step is None else step
+        if wanted not in steps:
+            known = ", ".join(str(s) for s in sorted(steps))
+            raise StoreError(f"run {digest[:12]}: has no checkpoint at step {wanted}; choose from {known}")
+        return unpack_state(self.folder, result["blob"], wanted, self._base_state(row["base_digest"]))
+
+    def log(self, digest: str) -> TrainingLog:
+        """The training log of a run."""
+        result = self._result(digest)
+        return unpack_log(self.folder, result["blob"], json.loads(result["log"]))
+
+    def result(self, digest: str) -> RunResult:
+        """Everything that a run left, as it was committed."""
+        row, kept = self._run(digest), self._result(digest)
+        steps = self._database.read("SELECT step FROM checkpoints WHERE run = ? ORDER BY step", (row["id"],))
+        states = {found["step"]: self.state(digest, found["step"]) for found in steps}
+        log, measured = self.log(digest), tuple(self.metrics(digest))
+        return RunResult(kept["outcome"], states, log, measured, kept["seconds"])
+
+    def outcome(self, digest: str) -> Literal["finished", "diverged"] | None:
+        """How a run ended; ``None`` if it is not done."""
+        self._run(digest)
+        rows = self._database.read("SELECT outcome FROM results JOIN runs ON runs.id = run WHERE digest = ?", (digest,))
+        return rows[0]["outcome"] if rows else None
+
+    def metrics(self, digest: str) -> list[dict[str, Any]]:
+        """Rows of numbers of a run; what was not measured is ``None``, NaN is NaN."""
+        return table.metric_rows(self._database, self._run(digest)["id"])
+
+    # tables
+
+    def frame(self, *, nullable: bool = False) -> pd.DataFrame:
+        """One row per run that is done and checkpoint: hyperparameters, outcome and metrics (``test_accuracy``, ...).
+
+        Args:
+            nullable: metrics as pandas' ``Float64``, which tells NaN from what was not measured (``NA``).
+        """
+        return table.query(self._database, nullable=nullable)
+
+    def query(
+        self,
+        expression: str = "",
+        *,
+        limit: int | None = None,
+        final: bool = False,
+        nullable: bool = False,
+        **equal: Any,
+    ) -> pd.DataFrame:
+        """Rows of :meth:`frame` for which an expression holds.
+
+        Args:
+            expression: such as ``learning_rate < 0.01 and task == 'npz8:mnist'``; see
+                :mod:`experiments.store.expression`.
+            limit: rows at most.
+            final: last checkpoints only.
+            nullable: as in :meth:`frame`.
+            equal: columns with the value, or a collection of values, that they must have.
+
+        Raises:
+            QueryError: unknown column (with the nearest), or something that is no comparison.
+        """
+        return table.query(self._database, expression, equal, limit=limit, final=final, nullable=nullable)
+
+    def columns(self) -> tuple[str, ...]:
+        """Names that expressions may use."""
+        return tuple(table.known_columns(self._database))
+
+    def status(self) -> Status:
+        """Counts, rate, leases and time left."""
+        return status(self._database, self.folder)
+
+    def export(self, path: str | Path) -> int:
+        """Write :meth:`frame` as ``.csv`` or ``.parquet``; returns the rows."""
+        return export(self.frame(nullable=True), Path(path))
+
+    def add_merges(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Store rows about merges; see :func:`experiments.store.merges.add_merges`."""
+        return merges.add_merges(self._database, rows)
+
+    def merges(self) -> pd.DataFrame:
+        """One row per merge that was stored."""
+        return merges.read_merges(self._database)
+
+    def merge_keys(self) -> frozenset[str]:
+        """Keys of the merges that are there."""
+        return merges.merge_keys(self._database)
+
+    # care
+
+    def gc(self, *, dry_run: bool = False, older_than: float = 3600.0) -> Garbage:
+        """Delete files that no run needs; see :func:`experiments.store.garbage.collect`."""
+        return collect(self._database, self.folder, dry_run=dry_run, older_than=older_than)
+
+    def verify(
+        self,
+        rerun: Callable[[str, RunSpec], RunResult] | None = None,
+        *,
+        sample: int = 0,
+        seed: int = 0,
+        deep: bool = False,
+    ) -> Verification:
+        """Re-hash everything, and run a sample again; see :func:`experiments.store.verify.verify`."""
+        return verify(self, self._database, rerun, sample=sample, seed=seed, deep=deep)
+
+    def forget(self, digests: Iterable[str]) -> int:
+        """Make runs absent, so that they are done again; returns how many were there."""
+        return forget(self._database, digests)
+
+    def _run(self, digest: str) -> Any:
+        rows = self._database.read("SELECT * FROM runs WHERE digest = ?", (digest,))
+        if not rows:
+            raise StoreError(f"{self.folder}: knows no run {digest[:12]}; list them with `mergebound grid query`")
+        return rows[0]
+
+    def _result(self, digest: str) -> Any:
+        rows = self._database.read(
+            "SELECT results.* FROM results JOIN runs ON runs.id = run WHERE digest = ?", (digest,)
+        )
+        if not rows:
+            raise StoreError(f"run {digest[:12]}: is not done yet; resume the grid")
+        return rows[0]
+
+    def _base_state(self, digest: str) -> Mapping[str, Tensor]:
+        """Tensors of a base; none if the store does not have it (its runs are then stored as they are)."""
+        if digest not in self._bases:
+            if not self._database.read("SELECT 1 FROM bases WHERE digest = ?", (digest,)):
+                return {}
+            while len(self._bases) >= 2:
+                self._bases.pop(next(iter(self._bases)))
+            self._bases[digest] = self.base(digest).state
+        return self._bases[digest]
+
+
+def _name(cohort: Cohort | str) -> str:
+    return cohort if isinstance(cohort, str) else cohort.name
+
+
+def open_results(path: str | Path) -> pd.DataFrame:
+    """The results of a grid as a data frame, one row per run and checkpoint: ``open_results("out/grid")``.
+
+    Raises:
+        StoreError: no store there.
+    """
+    with Store.open(path, "r") as store:
+        return store.frame()
