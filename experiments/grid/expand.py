@@ -304,6 +304,18 @@ def _shown(record: Record) -> str:
     return ", ".join(f"{name} {getattr(record[name], 'text', record[name])}" for name in names if name in record)
 
 
+def origin(spec: GridSpec, run: RunSpec, field: str) -> Place:
+    """Where the value of a hyperparameter of a run was stated; empty for a default."""
+    record = _as_record(run)
+    found = [k for k, match in enumerate(_matches(spec, "overrides")) if matches(match, record)]
+    active = [k for k, match in enumerate(_matches(spec, "when")) if matches(match, record)]
+    place = _origin(spec, field, active, found)
+    axis = spec.axes().get(field)
+    if place == (field,) and axis is not None and axis.listed and record[field] in axis.items:
+        return (field, axis.items.index(record[field]))
+    return place
+
+
 def _origin(spec: GridSpec, field: str, active: Sequence[int], found: Sequence[int]) -> Place:
     """Where the value of a field was stated."""
     for k in reversed(found):

@@ -1,0 +1,208 @@
+"""What a grid is and costs, all together: the content of ``mergebound grid plan``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from experiments.bases.spec import BaseSpec
+from experiments.grid.calibrate import Timing, calibrate
+from experiments.grid.checks import all_bases
+from experiments.grid.cost import Cost, NetworkFacts, costs, network_facts
+from experiments.grid.errors import GridError
+from experiments.grid.expand import Expansion
+from experiments.grid.preflight import check_disk, check_grid, existing, facts_without_data, open_tasks
+from experiments.grid.run_spec import RunSpec
+from experiments.grid.yaml_source import GridFile, read_runs
+from theory.errors import MergeboundError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One base of the grid.
+
+    Attributes:
+        architecture, kind: of the base.
+        parameters: with a head for the task of most classes.
+        cost: of all its runs.
+        batch_sizes: of its runs, ascending.
+        timing: measured; ``None`` without calibration.
+        seconds: of training and evaluation together, one worker, run after run; ``None`` without calibration.
+        low, high: between which ``seconds`` should lie.
+    """
+
+    architecture: str
+    kind: str
+    parameters: int
+    cost: Cost
+    batch_sizes: tuple[int, ...]
+    timing: Timing | None = None
+    seconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a grid costs.
+
+    Attributes:
+        name: of the grid.
+        runs: how many.
+        rows: per base.
+        total: over all of them.
+        tasks: how many.
+        published: tasks whose sizes are those of their source's publication, as the data are not here.
+        notes: what expansion left out or merged.
+        problems: what would stop the grid here.
+        device, machine: what was timed.
+        workers: that the time is divided by.
+        free_bytes: on the disk of the store.
+        seconds, low, high: wall clock with all workers; ``None`` without calibration.
+    """
+
+    name: str
+    runs: int
+    rows: tuple[Row, ...]
+    total: Cost
+    tasks: int
+    published: tuple[str, ...]
+    notes: tuple[str, ...]
+    problems: tuple[GridError, ...]
+    device: str
+    machine: str
+    workers: int
+    free_bytes: int
+    seconds: float | None
+    low: float | None
+    high: float | None
+
+
+def estimate(
+    file: GridFile,
+    *,
+    root: str | Path | None = None,
+    store: str | Path | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    seconds: float = 20.0,
+    download: bool = False,
+    check: bool = True,
+) -> Estimate:
+    """Count a grid, look for what would stop it, and time a few steps.
+
+    Args:
+        file: the grid.
+        root: folder of the data sets.
+        store: folder of the results.
+        device: ``cpu`` or ``cuda``; calibration falls back on the CPU where there is no such device.
+        workers: one-thread processes; default: one per core, one on a GPU.
+        seconds: for calibration, all networks together; 0 leaves it out.
+        download: whether published weights may be downloaded.
+        check: whether data, weights, store and device are looked at.
+
+    Raises:
+        GridError: the grid cannot be expanded.
+        MergeboundError: a network or a task that is not known.
+    """
+    expansion: Expansion = read_runs(file)
+    runs = expansion.runs
+    problems = check_grid(file, root, store, device, download=download, runs=runs) if check else []
+    opened, _ = open_tasks(file.spec, runs, root) if check else ({}, [])
+    tasks = facts_without_data(dict.fromkeys(run.task for run in runs), root, opened)
+    bases = all_bases(file.spec)
+    index = {id(base): k for k, base in enumerate(bases)}
+    numbers = [index[id(run.base)] if id(run.base) in index else bases.index(run.base) for run in runs]
+    networks = {k: _network(file, bases[k]) for k in dict.fromkeys(numbers)}
+    summed = costs(runs, networks, numbers, tasks)
+    total = sum(summed.values(), Cost())
+    usable = device if device == "cpu" or torch.cuda.is_available() else "cpu"
+    count = workers or (1 if usable != "cpu" else len(os.sched_getaffinity(0)))
+    most = max(facts.classes for facts in tasks.values())
+    rows = []
+    for k in sorted(networks):
+        own = [run for run, number in zip(runs, numbers, strict=True) if number == k]
+        rows.append(_row(bases[k], networks[k], summed[k], own, most, usable, seconds / len(networks)))
+    where = existing(store if store is not None else Path.cwd())
+    if store is not None and check:
+        problems = [*problems, *check_disk(store, total.bytes)]
+    times = [[getattr(row, name) for row in rows] for name in ("seconds", "low", "high")]
+    wall = [None if None in each else sum(each) / count for each in times]
+    return Estimate(
+        file.spec.name,
+        len(runs),
+        tuple(rows),
+        total,
+        len(tasks),
+        tuple(name for name, facts in tasks.items() if not facts.opened),
+        expansion.notes,
+        tuple(problems),
+        usable,
+        machine(usable),
+        count,
+        shutil.disk_usage(where).free,
+        *wall,
+    )
+
+
+def _network(file: GridFile, base: BaseSpec) -> NetworkFacts:
+    try:
+        return network_facts(base)
+    except MergeboundError as error:
+        raise file.error(GridError(str(error), ("base",))) from error
+
+
+def _row(
+    base: BaseSpec,
+    network: NetworkFacts,
+    cost: Cost,
+    runs: Sequence[RunSpec],
+    classes: int,
+    device: str,
+    seconds: float,
+) -> Row:
+    sizes = tuple(sorted({run.batch_size for run in runs}))
+    row = Row(base.architecture, base.kind, network.at(classes)[0], cost, sizes)
+    if seconds <= 0:
+        return row
+    precision = Counter(run.precision for run in runs).most_common(1)[0][0]
+    timing = calibrate(base, network, sizes, device=device, precision=precision, seconds=seconds)
+    passes = cost.flops / max(network.at(classes)[2] * 3.0 * cost.samples, 1.0)
+    rate = timing.per_sample / 3.0  # a forward pass is a third of a step
+    guess = timing.seconds(cost.steps, cost.samples * min(max(passes, 1 / 3), 2.0) if _odd(runs) else cost.samples)
+    guess += rate * cost.evaluated
+    return Row(
+        base.architecture,
+        base.kind,
+        row.parameters,
+        cost,
+        sizes,
+        timing,
+        guess,
+        guess * timing.low,
+        guess * timing.high,
+    )
+
+
+def _odd(runs: Sequence[RunSpec]) -> bool:
+    """Whether steps are not all one forward and one backward pass through everything."""
+    return any(run.optimizer == "sam" or run.trained == "head" for run in runs)
+
+
+def machine(device: str) -> str:
+    """The processor or accelerator by name."""
+    if device != "cpu":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
