@@ -38,12 +38,22 @@ def run(
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the training images.")] = 8.0,
     steps: Annotated[int | None, typer.Option("--steps", help="K, instead of epochs.")] = None,
     data_share: Annotated[float, typer.Option("--data-share", help="Share of the training images.")] = 1.0,
-    momentum: Annotated[float, typer.Option("--momentum", help="beta of heavy-ball momentum.")] = 0.9,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="omega, coupled.")] = 1e-4,
+    momentum: Annotated[float, typer.Option("--momentum", help="beta of momentum; adamw: its beta1.")] = 0.9,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="omega; coupled, decoupled for adamw.")] = 1e-4,
     schedule: Annotated[str, typer.Option("--schedule", help="constant, cosine or linear.")] = "cosine",
     warm_up: Annotated[int, typer.Option("--warm-up", help="Steps of linear growth.")] = 0,
     augment: Annotated[str, typer.Option("--augment", help="none, light or flip_shift.")] = "light",
     precision: Annotated[str, typer.Option("--precision", help="float32 or bfloat16.")] = "float32",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="sgd, adamw or sam.")] = "sgd",
+    nesterov: Annotated[bool, typer.Option("--nesterov", help="Nesterov's momentum instead of heavy ball.")] = False,
+    beta2: Annotated[float, typer.Option("--beta2", help="adamw: rate of the second moment.")] = 0.999,
+    sam_radius: Annotated[float, typer.Option("--sam-radius", help="sam: rho, length of the ascent step.")] = 0.05,
+    label_smoothing: Annotated[float, typer.Option("--label-smoothing", help="Share of uniform labels.")] = 0.0,
+    clip_norm: Annotated[
+        float | None, typer.Option("--clip-norm", help="Largest norm of a batch gradient (default: no clipping).")
+    ] = None,
+    trained: Annotated[str, typer.Option("--trained", help="full, backbone, head or low_rank.")] = "full",
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of the updates of low_rank.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Names batches, augmentation and new heads.")] = 0,
     split_seed: Annotated[int, typer.Option("--split-seed", help="Names the splits.")] = 0,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes (default: one per core).")] = None,
@@ -72,6 +82,14 @@ def run(
         augment=augment,
         precision=precision,  # type: ignore[arg-type]
         seed=seed,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        nesterov=nesterov,
+        beta2=beta2,
+        sam_radius=sam_radius,
+        label_smoothing=label_smoothing,
+        clip_norm=clip_norm,
+        trained=trained,  # type: ignore[arg-type]
+        rank=rank,
     )
     spec.check()
     names = expand(tasks)

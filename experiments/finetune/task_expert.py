@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from experiments.bases.base import Base
+from experiments.bases.spec import BaseSpec
 from experiments.evaluate.evaluate import evaluate
 from experiments.evaluate.results import EvaluationSet
-from experiments.finetune.loop import Hyperparameters, Precision, finetune
+from experiments.finetune.loop import Hyperparameters, Precision
+from experiments.finetune.reference import train_run
 from experiments.finetune.schedules import ScheduleName, schedule
+from experiments.grid.run_spec import RunSpec, Trained
 from experiments.inputs.augment import augmentation
 from experiments.inputs.resident import residents
+from experiments.inputs.shares import subset_size
 from experiments.models import head_prefix, replace_head
 from experiments.models.form import input_format
 from experiments.report import write_atomically
@@ -27,6 +32,12 @@ from experiments.spec import NUMERICS_VERSION
 from experiments.tasks.dataset import ImageTask
 from merging.checkpoint import save_state_dict
 from theory.errors import MergeboundError
+
+_LATER = (
+    *("optimizer", "nesterov", "beta2", "sam_radius"),
+    *("label_smoothing", "clip_norm", "trained", "rank"),
+)
+"""Fields that came later: at their defaults they do not count, so that experts made before are still known."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class FinetuneSpec:
         augment: preset of :mod:`experiments.inputs.augment`.
         precision: of the network's arithmetic.
         seed: names the order of batches, the augmentation and the new head.
+        optimizer, nesterov, beta2, sam_radius, label_smoothing, clip_norm, trained, rank: see
+            :class:`~experiments.grid.run_spec.RunSpec`.
     """
 
     learning_rate: float = 0.05
@@ -56,6 +69,14 @@ class FinetuneSpec:
     augment: str = "light"
     precision: Precision = "float32"
     seed: int = 0
+    optimizer: Literal["sgd", "adamw", "sam"] = "sgd"
+    nesterov: bool = False
+    beta2: float = 0.999
+    sam_radius: float = 0.05
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    trained: Trained = "full"
+    rank: int | None = None
 
     def hyperparameters(self, images: int) -> Hyperparameters:
         """The loop's hyperparameters for a training part of ``images`` images."""
@@ -70,6 +91,22 @@ class FinetuneSpec:
             weight_decay=self.weight_decay,
         )
 
+    def resolved(self, images: int, task: str, base: BaseSpec) -> RunSpec:
+        """The run on a training part of ``images`` images.
+
+        Raises:
+            MergeboundError: names the field.
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("steps", "epochs")}
+        steps = self.hyperparameters(images).steps
+        try:
+            return RunSpec(task=task, base=base, steps=steps, **given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            said = first["msg"].removeprefix("Value error, ")
+            raise MergeboundError(f"{place} = {first['input']!r}: {said}" if place else said) from error
+
     def check(self) -> None:
         """Everything that can be refused before data are read.
 
@@ -83,6 +120,7 @@ class FinetuneSpec:
         schedule(self.schedule, hyper.steps, warm_up=self.warm_up)
         if self.precision not in ("float32", "bfloat16"):
             raise MergeboundError(f"precision: {self.precision!r} is unknown; choose float32 or bfloat16")
+        self.resolved(10**9, "", BaseSpec(kind="random", architecture="", classes=1))
 
 
 @dataclass(frozen=True)
@@ -123,24 +161,17 @@ def finetune_task(base: Base, task: ImageTask, spec: FinetuneSpec, *, resamples:
     network, start = start_from(base, task.classes, spec.seed)
     form = input_format(network)
     train, validation, test = residents(task, form, seed=spec.seed, augment=spec.augment)
-    hyper = spec.hyperparameters(len(train))
-    state, log = finetune(
-        network,
-        start,
-        train,
-        hyper,
-        spec.seed,
-        schedule=schedule(spec.schedule, hyper.steps, warm_up=spec.warm_up),
-        precision=spec.precision,
-    )
-    network.load_state_dict(state)
+    run = spec.resolved(len(train), task.name, _stored(base))
+    result = train_run(run, network, start, train)
+    state, log = result.states[max(result.states)], result.log
+    network.load_state_dict(dict(state))
     measured = evaluate(network, EvaluationSet.of_task(task, test), seed=spec.seed, resamples=resamples)
     checked = evaluate(network, validation, task=task.name, digest=task.digest, split_seed=task.seed, resamples=0)
     row = {
         **measured.to_row(),
         "validation_accuracy": checked.metrics.accuracy,
-        "train_images": round(hyper.data_share * len(train)),
-        "steps": hyper.steps,
+        "train_images": subset_size(len(train), run.data_share),
+        "steps": run.steps,
         "finite": log.finite,
         "seconds": round(log.seconds, 2),
         "images_per_second": round(float(log.batch_size.sum()) / max(log.seconds, 1e-9), 1),
@@ -150,13 +181,24 @@ def finetune_task(base: Base, task: ImageTask, spec: FinetuneSpec, *, resamples:
         "row": row,
         "base": {"digest": base.digest, "architecture": base.architecture, "source": Path(base.provenance.source).name},
         "task": {"name": task.name, "classes": list(task.class_names), "digest": task.digest, "seed": task.seed},
-        "spec": asdict(spec) | {"steps": hyper.steps},
+        "spec": asdict(spec) | {"steps": run.steps},
         "head": head_prefix(network),
         "log": {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(log).items()},
         "numerics_version": NUMERICS_VERSION,
         "versions": {"torch": torch.__version__},
     }
     return TaskExpert(state, record)
+
+
+def _stored(base: Base) -> BaseSpec:
+    """The base as it lies beside its experts; a run's digest takes the tensors, the loop does not look at it."""
+    return BaseSpec(
+        kind="checkpoint",
+        architecture=base.architecture,
+        classes=base.classes,
+        options=dict(base.options),
+        weights=Path("base.safetensors"),
+    )
 
 
 def identity(base: Base, task: ImageTask, spec: FinetuneSpec) -> str:
@@ -166,9 +208,13 @@ def identity(base: Base, task: ImageTask, spec: FinetuneSpec) -> str:
         "base": base.digest,
         "architecture": [base.architecture, dict(base.options)],
         "task": task.digest,
-        "spec": asdict(spec),
+        "spec": {f.name: getattr(spec, f.name) for f in fields(spec) if _counts(spec, f)},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _counts(spec: FinetuneSpec, field: Field[Any]) -> bool:
+    return field.name not in _LATER or getattr(spec, field.name) != field.default
 
 
 def save_expert(folder: Path, name: str, expert: TaskExpert) -> Path:
