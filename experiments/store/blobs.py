@@ -24,6 +24,17 @@ _BLOCK = 1 << 22
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def make_folders(folder: Path) -> None:
+    """Make the folders of all blobs, so that a commit need not wait for one.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for number in range(256):
+        (folder / FOLDER / f"{number:02x}").mkdir(parents=True, exist_ok=True)
+    sync_folder(folder / FOLDER)
+
+
 def blob_hash(data: bytes) -> str:
     """The name of some bytes: 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

@@ -6,9 +6,10 @@ type are laid end to end, zigzag coded (0, -1, 1, -2 become 0, 1, 2, 3), cut int
 second bytes, ...), and each plane is compressed where a sample of it shows that this pays: the high planes are nearly
 all zeros, the low ones are noise.  Tensors whose bits are the base's are not stored at all.
 
-Measured on ResNet-20 experts (270 thousand weights, 30 to 200 steps): the parts of the original size and the megabytes
-a second that remain are in ``docs``; XOR instead of the difference takes 3 % more, zlib's level 6 saves 1 % and takes
-twice the time.
+Measured on CIFAR ResNet-20 experts (270 thousand weights) on one busy thread: 0.61 of the size after 30 steps at learning
+rate 0.001, 0.70 after 30 and 0.73 after 200 steps at 0.01, about 80 MB/s in and 110 MB/s out; deflating the plain floats
+gives 0.94.  zlib's run-length strategy beats its usual one on such planes in size (0.44 of the second plane against 0.55,
+or 0.50 at level 6) and in speed (75 MB/s against 53, or 10); XOR instead of the difference takes 3 % more.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ _INTEGERS = {8: (torch.int64, np.int64), 4: (torch.int32, np.int32), 2: (torch.i
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _ELEMENTS = 1 << 22
 _SAMPLE = 1 << 15
-_LEVEL = 1
 _WORTH = 0.97
 
 
@@ -165,10 +165,15 @@ def _compressed(raw: bytes) -> bytes | None:
     """The bytes compressed; ``None`` where a sample from the middle or the whole shows that it does not pay."""
     if len(raw) > 2 * _SAMPLE:
         middle = (len(raw) - _SAMPLE) // 2
-        if len(zlib.compress(raw[middle : middle + _SAMPLE], _LEVEL)) >= _WORTH * _SAMPLE:
+        if len(_deflated(raw[middle : middle + _SAMPLE])) >= _WORTH * _SAMPLE:
             return None
-    short = zlib.compress(raw, _LEVEL)
+    short = _deflated(raw)
     return short if len(short) < _WORTH * len(raw) else None
+
+
+def _deflated(raw: bytes) -> bytes:
+    packer = zlib.compressobj(1, zlib.DEFLATED, strategy=zlib.Z_RLE)
+    return packer.compress(raw) + packer.flush()
 
 
 def _unpack(data: Tensor, count: int, planes: list[list[Any]], width: int) -> np.ndarray:
@@ -187,4 +192,5 @@ def _unpack(data: Tensor, count: int, planes: list[list[Any]], width: int) -> np
     kind = np.dtype(_INTEGERS[width][1])
     zigzag = np.ascontiguousarray(lanes.T).view(kind.newbyteorder("<")).reshape(-1).astype(kind, copy=False)
     unsigned = zigzag.view(np.dtype(f"u{width}"))
-    return (unsigned >> np.asarray(1, unsigned.dtype)).view(kind) ^ -(zigzag & 1)
+    found: np.ndarray = (unsigned >> np.asarray(1, unsigned.dtype)).view(kind) ^ -(zigzag & 1)
+    return found

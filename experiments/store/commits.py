@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from experiments.grid.result import RunResult
-from experiments.store.blobs import blob_hash, has_blob, put_blob
-from experiments.store.content import Packed, TaskVectors, pack
+from experiments.store.blobs import has_blob, put_blob
+from experiments.store.content import Packed, TaskVectors, bundle, pack
 from experiments.store.database import Database
 from experiments.store.errors import StoreConflict, StoreError
 from experiments.store.leases import now
@@ -23,13 +23,16 @@ _NAN = {"value": 1, "low": 2, "high": 4}
 """SQLite has no NaN: it is stored as NULL with its bit in ``nan``; what was not measured is NULL without."""
 
 
+_TOGETHER = 8 << 20
+"""Bytes of a file that holds several runs."""
+
+
 @dataclass(frozen=True)
 class _Ready:
     run: int
     digest: str
     result: RunResult
     packed: Packed
-    blob: str
 
 
 def commit(
@@ -67,19 +70,25 @@ def commit(
             raise StoreError(f"run {digest[:12]}: is not in this store; add it with add_runs before its result")
         _check_metrics(digest, result)
         packed = pack(result, base_of(found[0]["base_digest"]), vectors)
-        ready.append(_Ready(found[0]["id"], digest, result, packed, blob_hash(packed.data)))
-    known = {item.digest: _stored(database.connection, item.run) for item in ready}
-    for item in ready:
-        if known[item.digest] is None:
-            put_blob(folder, item.packed.data, durable=durable)
+        ready.append(_Ready(found[0]["id"], digest, result, packed))
+    blobs: dict[str, bytes] = {}
+    lies: dict[str, str] = {}
+    for group in _groups([item for item in ready if _stored(database.connection, item.run) is None]):
+        data = bundle({item.digest: item.packed for item in group})
+        name = put_blob(folder, data, durable=durable)
+        blobs[name] = data
+        lies |= {item.digest: name for item in group}
     new, refused = 0, []
     with database.writing() as connection:
         for item in ready:
             kept = _stored(connection, item.run)
             if kept is None:
-                if not has_blob(folder, item.blob):  # gc may have taken it while we waited for the lock; now it waits
-                    put_blob(folder, item.packed.data, durable=durable)
-                _insert(connection, item, owner)
+                if item.digest not in lies:  # it was there a moment ago, and was forgotten since
+                    raise StoreError(f"run {item.digest[:12]}: was removed while it was committed; commit it again")
+                name = lies[item.digest]
+                if not has_blob(folder, name):  # gc may have taken it while we waited for the lock; now it waits
+                    put_blob(folder, blobs[name], durable=durable)
+                _insert(connection, item, name, owner)
                 new += 1
             elif kept != item.packed.content:
                 connection.execute(
@@ -103,7 +112,20 @@ def _stored(connection: sqlite3.Connection, run: int) -> str | None:
     return None if row is None else str(row["content"])
 
 
-def _insert(connection: sqlite3.Connection, item: _Ready, owner: str) -> None:
+def _groups(items: list[_Ready]) -> list[list[_Ready]]:
+    """Runs that share a file: in order, as long as the file stays small."""
+    groups: list[list[_Ready]] = []
+    size = _TOGETHER
+    for item in items:
+        if size + item.packed.nbytes > _TOGETHER:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.packed.nbytes
+    return groups
+
+
+def _insert(connection: sqlite3.Connection, item: _Ready, blob: str, owner: str) -> None:
     result, packed = item.result, item.packed
     connection.execute(
         "INSERT INTO results (run, outcome, blob, bytes, content, seconds, log, owner, committed) "
@@ -111,8 +133,8 @@ def _insert(connection: sqlite3.Connection, item: _Ready, owner: str) -> None:
         (
             item.run,
             result.outcome,
-            item.blob,
-            len(packed.data),
+            blob,
+            packed.nbytes,
             packed.content,
             float(result.seconds),
             json.dumps(dict(packed.log)),
@@ -131,6 +153,10 @@ def _insert(connection: sqlite3.Connection, item: _Ready, owner: str) -> None:
         "INSERT INTO metrics (checkpoint, part, name, value, low, high, nan, n, tier) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [_metric(numbers[int(row["step"])], row) for row in result.metrics],
+    )
+    connection.executemany(
+        "INSERT INTO measures (part, name) VALUES (?, ?) ON CONFLICT DO NOTHING",
+        {(str(row.get("part", "test")), str(row["name"])) for row in result.metrics},
     )
     connection.execute(
         "UPDATE cohorts SET missing = missing - 1 WHERE id = (SELECT cohort FROM runs WHERE id = ?)", (item.run,)

@@ -33,20 +33,40 @@ class Packed:
     """A result, ready to be stored.
 
     Attributes:
-        data: the bytes of a safetensors file.
+        tensors: for a safetensors file.
+        record: what unpacking needs besides, JSON data.
         content: SHA-256 of what was trained (outcome, bits of every state, log), whatever way it is stored.
         digests: by step, SHA-256 of the tensors that :func:`unpack_state` gives back.
         log: the log's scalars, JSON data.
     """
 
-    data: bytes
+    tensors: Mapping[str, Tensor]
+    record: Mapping[str, Any]
     content: str
     digests: Mapping[int, str]
     log: Mapping[str, Any]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the run takes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values()) + len(json.dumps(self.record))
+
+
+def bundle(runs: Mapping[str, Packed]) -> bytes:
+    """Several runs as the bytes of one safetensors file: one wait for the disk instead of many.
+
+    Args:
+        runs: by digest.
+    """
+    from safetensors.torch import save
+
+    tensors = {f"{digest}/{name}": t for digest, packed in runs.items() for name, t in packed.tensors.items()}
+    record = {"format": FORMAT, "runs": {digest: packed.record for digest, packed in runs.items()}}
+    return save(tensors, {_RECORD: json.dumps(record, sort_keys=True)})
+
 
 def pack(result: RunResult, base: Mapping[str, Tensor], vectors: TaskVectors = "lossless") -> Packed:
-    """A result as bytes.
+    """A result as what a file of tensors can hold.
 
     Args:
         result: of a run; its states must hold at least one step.
@@ -57,12 +77,10 @@ def pack(result: RunResult, base: Mapping[str, Tensor], vectors: TaskVectors = "
     Raises:
         StoreError: there is no state.
     """
-    from safetensors.torch import save
-
     if not result.states:
         raise StoreError("a result without a state cannot be stored; give at least the last finite one")
     tensors: dict[str, Tensor] = {}
-    record: dict[str, Any] = {"format": FORMAT, "vectors": vectors, "steps": {}}
+    record: dict[str, Any] = {"vectors": vectors, "steps": {}}
     digests, given = {}, {}
     for step in sorted(result.states):
         state = {name: tensor.detach().cpu() for name, tensor in result.states[step].items()}
@@ -79,18 +97,17 @@ def pack(result: RunResult, base: Mapping[str, Tensor], vectors: TaskVectors = "
     tensors |= stored
     identity = {"outcome": result.outcome, "states": given, "log": tensors_digest(columns)}
     content = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    data = save(tensors, {_RECORD: json.dumps(record, sort_keys=True)})
-    return Packed(data, content, digests, scalars)
+    return Packed(tensors, record, content, digests, scalars)
 
 
-def unpack_state(folder: Path, blob: str, step: int, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unpack_state(folder: Path, blob: str, run: str, step: int, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state at a step, read without the others.
 
     Raises:
         StoreError: missing or damaged; names the file.
     """
     path = blob_path(folder, blob)
-    record, stored = _read(path, str(step))
+    record, stored = _read(path, run, str(step))
     header = record.get("steps", {}).get(str(step))
     if header is None:
         raise StoreError(f"{path}: holds no step {step}; it has {', '.join(record.get('steps', {}))}")
@@ -102,28 +119,30 @@ def unpack_state(folder: Path, blob: str, step: int, base: Mapping[str, Tensor])
         raise StoreError(f"{path}: {error}; see `mergebound grid verify`") from error
 
 
-def unpack_log(folder: Path, blob: str, scalars: Mapping[str, Any]) -> TrainingLog:
+def unpack_log(folder: Path, blob: str, run: str, scalars: Mapping[str, Any]) -> TrainingLog:
     """The log of a run.
 
     Raises:
         StoreError: missing or damaged; names the file.
     """
     path = blob_path(folder, blob)
-    record, stored = _read(path, "log")
+    record, stored = _read(path, run, "log")
     try:
         columns = decode(stored, record["log"], {}, "log")
-        return TrainingLog(**{name: tensor.numpy() for name, tensor in columns.items()}, **scalars)
+        fields: dict[str, Any] = {name: tensor.numpy() for name, tensor in columns.items()}
+        return TrainingLog(**fields, **scalars)
     except (KeyError, TypeError, StoreError) as error:
         raise StoreError(f"{path}: the log cannot be read ({error}); see `mergebound grid verify`") from error
 
 
-def _read(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, run: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {})[_RECORD])
-            stored = {name: file.get_tensor(name) for name in file.keys() if name.startswith(f"{key}/")}  # noqa: SIM118
+            wanted = [name for name in file.keys() if name.startswith(f"{run}/{key}/")]  # noqa: SIM118
+            stored = {name.removeprefix(f"{run}/"): file.get_tensor(name) for name in wanted}
     except FileNotFoundError as error:
         raise StoreError(f"{path}: is missing; see `mergebound grid verify`") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -131,7 +150,10 @@ def _read(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StoreError(f"{path}: is damaged ({reason}); see `mergebound grid verify`") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise StoreError(f"{path}: is not of a format that this version of mergebound reads; update mergebound")
-    return record, stored
+    found = record.get("runs", {}).get(run)
+    if not isinstance(found, dict):
+        raise StoreError(f"{path}: does not hold run {run[:12]}; see `mergebound grid verify`")
+    return found, stored
 
 
 def _split_log(log: TrainingLog) -> tuple[dict[str, Tensor], dict[str, Any]]:

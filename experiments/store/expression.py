@@ -101,7 +101,7 @@ class _Compiler:
         self.columns = columns
 
     def fail(self, node: ast.AST, reason: str) -> QueryError:
-        part = ast.get_source_segment(self.text, node) or self.text  # type: ignore[arg-type]
+        part = ast.get_source_segment(self.text, node) or self.text
         return QueryError(f"query: {part!r}: {reason}")
 
     def condition(self, node: ast.expr) -> tuple[str, list[Any]]:

@@ -70,6 +70,8 @@ CREATE TABLE conflicts (
     id INTEGER PRIMARY KEY, run INTEGER NOT NULL REFERENCES runs(id), owner TEXT NOT NULL, content TEXT NOT NULL,
     kept TEXT NOT NULL, seen REAL NOT NULL, UNIQUE (run, owner, content)
 );
+CREATE TABLE measures (part TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (part, name)) WITHOUT ROWID;
+INSERT INTO measures SELECT DISTINCT part, name FROM metrics;
 CREATE TABLE merges (key TEXT PRIMARY KEY, added REAL NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
 """
 

@@ -16,7 +16,7 @@ from experiments.finetune.loop import TrainingLog
 from experiments.grid.result import Cohort, Plan, RunResult
 from experiments.grid.run_spec import RunSpec
 from experiments.store import leases, merges, planned, table
-from experiments.store.blobs import FOLDER, TEMPORARY, blob_path, disk_error, put_blob, remove
+from experiments.store.blobs import FOLDER, TEMPORARY, blob_path, disk_error, make_folders, put_blob, remove
 from experiments.store.columns import spec_of
 from experiments.store.commits import commit
 from experiments.store.content import TaskVectors, unpack_log, unpack_state
@@ -83,7 +83,7 @@ class Store:
         if file.exists() and not exist_ok:
             raise StoreError(f"{folder}: holds a store already; open it (resume), or choose an empty folder")
         try:
-            (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+            make_folders(folder)
             probe = folder / f"{TEMPORARY}{secrets.token_hex(4)}"
             probe.touch()
             remove(probe)
@@ -143,7 +143,7 @@ class Store:
     @property
     def task_vectors(self) -> str:
         """``lossless`` or ``bfloat16``."""
-        return self._kept["task_vectors"]
+        return str(self._kept["task_vectors"])
 
     @property
     def journal(self) -> str:
@@ -272,12 +272,12 @@ class Store:
         if wanted not in steps:
             known = ", ".join(str(s) for s in sorted(steps))
             raise StoreError(f"run {digest[:12]}: has no checkpoint at step {wanted}; choose from {known}")
-        return unpack_state(self.folder, result["blob"], wanted, self._base_state(row["base_digest"]))
+        return unpack_state(self.folder, result["blob"], digest, wanted, self._base_state(row["base_digest"]))
 
     def log(self, digest: str) -> TrainingLog:
         """The training log of a run."""
         result = self._result(digest)
-        return unpack_log(self.folder, result["blob"], json.loads(result["log"]))
+        return unpack_log(self.folder, result["blob"], digest, json.loads(result["log"]))
 
     def result(self, digest: str) -> RunResult:
         """Everything that a run left, as it was committed."""

@@ -96,14 +96,7 @@ def _kind(name: str) -> str:
 
 
 def _measured(database: Database) -> list[tuple[str, str]]:
-    """Parts and names of all metrics, found by jumping through the index."""
-    following = "FROM metrics m WHERE (m.name, m.part) > (k.name, k.part) ORDER BY m.name, m.part LIMIT 1"
-    rows = database.read(
-        "WITH RECURSIVE k(name, part) AS ("
-        "SELECT * FROM (SELECT name, part FROM metrics ORDER BY name, part LIMIT 1) UNION ALL "
-        f"SELECT (SELECT m.name {following}), (SELECT m.part {following}) "
-        "FROM k WHERE k.name IS NOT NULL) SELECT part, name FROM k WHERE name IS NOT NULL ORDER BY part, name"
-    )
+    rows = database.read("SELECT part, name FROM measures ORDER BY part, name")
     return [(row["part"], row["name"]) for row in rows]
 
 

@@ -74,6 +74,7 @@ def verify(
         "SELECT r.digest, s.blob, r.base_digest, s.run FROM results s JOIN runs r ON r.id = s.run ORDER BY s.run"
     )
     damaged = []
+    hashed: dict[str, str | None] = {}
     bases = database.read("SELECT digest, blob FROM bases ORDER BY digest")
     bad_bases = set()
     for base in bases:
@@ -84,7 +85,9 @@ def verify(
             bad_bases.add(base["digest"])
             problems.append(f"{reason}; it is the base {base['digest'][:12]}, copy it back from elsewhere")
     for row in rows:
-        reason = check_blob(store.folder, row["blob"])
+        if row["blob"] not in hashed:
+            hashed[row["blob"]] = check_blob(store.folder, row["blob"])
+        reason = hashed[row["blob"]]
         if reason is None and deep and row["base_digest"] not in bad_bases:
             reason = _deep(store, database, row["digest"], row["run"])
         if reason is not None:
@@ -100,7 +103,7 @@ def verify(
             difference = _compare(store, database, digest, rerun(digest, store.spec(digest)))
             if difference:
                 unequal.append((digest, difference))
-    return Verification(len(rows) + len(bases), tuple(problems), tuple(damaged), tuple(picked), tuple(unequal))
+    return Verification(len(hashed) + len(bases), tuple(problems), tuple(damaged), tuple(picked), tuple(unequal))
 
 
 def forget(database: Database, digests: Iterable[str]) -> int:
