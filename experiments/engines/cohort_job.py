@@ -8,7 +8,8 @@ stacked with; only what is missing is committed.  So an interrupted grid ends wi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Done:
-    """A run that was committed: how it ended, the samples that it saw, and seconds of training."""
+    """A run that is stored: how it ended, the samples that it saw, and seconds of training."""
 
     digest: str
     outcome: str
@@ -45,6 +46,8 @@ class Done:
 
 
 Watch = Callable[[Done], None]
+TOGETHER = 0.5
+"""Seconds within which results are committed together."""
 
 
 def pieces(cohort: Cohort) -> list[Cohort]:
@@ -105,7 +108,7 @@ def run_cohort(
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> int:
-    """Do what is missing of a cohort, and commit it run by run; returns how many runs were new.
+    """Do what is missing of a cohort, and commit it run by run; returns how many runs were done.
 
     Args:
         store_folder: a store that is open for writing, or its folder.
@@ -127,31 +130,57 @@ def run_cohort(
                 store, cohort, root, owner=owner, device=device, workplace=workplace, resamples=resamples, watch=watch,
                 stop=stop,
             )  # fmt: skip
-    store = store_folder
-    place = workplace or Workplace(store.base, root, device=device)
+    place = workplace or Workplace(store_folder.base, root, device=device)
     new = 0
-    for piece in pieces(cohort):
-        missing = store.missing(piece)
-        if not missing:
-            continue
-        for digest, result in results_of(piece, known_runs(store, piece.runs), missing, place, resamples=resamples):
-            new += commit_one(store, digest, result, owner)
-            if watch is not None:
-                watch(done_of(digest, result))
-            if stop is not None and stop():
-                return new
+    for done in committed(store_folder, cohort, place, owner=owner, resamples=resamples):
+        new += 1
+        if watch is not None:
+            watch(done)
         if stop is not None and stop():
-            return new
+            break
     return new
 
 
-def commit_one(store: Store, digest: str, result: RunResult, owner: str) -> bool:
-    """Commit a run; one that another runner has stored with other bits is kept as it is, with a warning."""
+def committed(
+    store: Store, cohort: Cohort, workplace: Workplace, *, owner: str = "", resamples: int = RESAMPLES
+) -> Iterator[Done]:
+    """Do what is missing of a cohort; a run that comes out is stored."""
+    for piece in pieces(cohort):
+        missing = store.missing(piece)
+        if missing:
+            known = known_runs(store, piece.runs)
+            yield from stored(store, results_of(piece, known, missing, workplace, resamples=resamples), owner)
+
+
+def stored(
+    store: Store, results: Iterable[tuple[str, RunResult]], owner: str, *, every: float = TOGETHER
+) -> Iterator[Done]:
+    """Commit results as they come; those of one moment together, so that short runs share a transaction and a file.
+
+    Args:
+        store: open for writing.
+        results: by digest.
+        owner: who did them.
+        every: seconds for which results wait for others.
+    """
+    waiting: dict[str, RunResult] = {}
+    began = time.monotonic()
+    for digest, result in results:
+        waiting[digest] = result
+        if time.monotonic() - began >= every:
+            yield from commit_all(store, waiting, owner)
+            waiting, began = {}, time.monotonic()
+    if waiting:
+        yield from commit_all(store, waiting, owner)
+
+
+def commit_all(store: Store, results: Mapping[str, RunResult], owner: str) -> list[Done]:
+    """Commit runs in one transaction; what another runner has stored with other bits stays, with a warning."""
     try:
-        return store.commit(digest, result, owner=owner)
+        store.commit_many(results, owner=owner)
     except StoreConflict as error:
         _log.warning("%s", error)
-        return False
+    return [done_of(digest, result) for digest, result in results.items()]
 
 
 def done_of(digest: str, result: RunResult) -> Done:

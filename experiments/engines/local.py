@@ -26,8 +26,8 @@ import torch
 from experiments.engines.dispatch import ATTEMPTS, LEASE, Dispatcher
 from experiments.engines.errors import EngineError
 from experiments.engines.measured import RESAMPLES
-from experiments.engines.owner import short_name
-from experiments.engines.progress import Meter, Outcome, Watch
+from experiments.engines.progress import Meter, Outcome, Progress, Watch, meter_of
+from experiments.engines.waiting import Waiting
 from experiments.engines.worker import WorkerSpec, work
 from experiments.grid.result import Cohort
 from experiments.inputs.memory import available_bytes
@@ -40,7 +40,7 @@ SILENCE = 900.0
 """Seconds without a result and without processor time after which a worker counts as stuck."""
 GRACE = 10.0
 """Seconds that workers have to stop before they are killed."""
-_TICK, _LOOK = 0.5, 5.0
+_TICK = 0.5
 _START_LIMIT = 300.0
 _MOVING = 0.5
 
@@ -123,8 +123,8 @@ class _Crew:
         self._never_ready = 0
         self._meter = meter_of(store)
         self._wanted = min(self._most, _open_cohorts(store, self._meter))
-        self._looked, self._began = 0.0, time.monotonic()
-        self._note = ""
+        self._waiting = Waiting(leases, self._meter)
+        self._began = time.monotonic()
 
     def run(self, watch: Watch | None) -> Outcome:
         """Until nothing is left to do."""
@@ -133,14 +133,10 @@ class _Crew:
             self._check()
             if watch is not None:
                 watch(self._progress())
-        done = self._meter.total - len(self._store.missing())
-        self._meter.others(self._meter.total - done)
+        outcome = self._meter.outcome(self._store, self._leases.failed, time.monotonic() - self._began)
         if watch is not None:
             watch(self._progress())
-        seconds = time.monotonic() - self._began
-        return Outcome(
-            self._meter.total, done, len(self._meter.seen), self._meter.diverged, dict(self._leases.failed), seconds
-        )
+        return outcome
 
     def end(self) -> None:
         """Stop every worker: asked first, killed after :data:`GRACE` seconds."""
@@ -156,9 +152,9 @@ class _Crew:
             worker.connection.close()
         self._workers.clear()
 
-    def _progress(self) -> Any:
+    def _progress(self) -> Progress:
         busy = sum(worker.cohort is not None for worker in self._workers)
-        return self._meter.now(busy=busy, failed=len(self._leases.failed), note=self._note)
+        return self._meter.now(busy=busy, failed=len(self._leases.failed), note="" if busy else self._waiting.note)
 
     def _hand_out(self) -> bool:
         """Start workers that are missing and give cohorts to idle ones; returns whether anything is left."""
@@ -167,25 +163,8 @@ class _Crew:
         for worker in [each for each in self._workers if each.ready and each.cohort is None]:
             cohort = self._leases.next()
             if cohort is None:
-                return self._waiting()
-            self._note = ""
+                return any(each.cohort for each in self._workers) or self._waiting.go_on()
             self._send(worker, cohort)
-        return True
-
-    def _waiting(self) -> bool:
-        """Nothing is free: whether other runners or own workers still do something."""
-        if any(worker.cohort for worker in self._workers):
-            return True
-        if time.monotonic() - self._looked < _LOOK and self._note:
-            return True
-        self._looked = time.monotonic()
-        self._leases.reclaim()
-        if self._leases.over():
-            return False
-        missing = self._store.missing()
-        self._meter.others(len(missing))
-        holders = sorted({short_name(each.owner) for each in self._store.status().leases})
-        self._note = f"waiting for {', '.join(holders) or 'a lease to end'} ({len(missing)} runs)"
         return True
 
     def _start(self) -> None:
@@ -291,16 +270,6 @@ def default_workers(device: str) -> int:
         return max(1, len(os.sched_getaffinity(0)))
     except AttributeError:
         return max(1, os.cpu_count() or 1)
-
-
-def meter_of(store: Store) -> Meter:
-    """A meter for what is missing in a store."""
-    runs, missing = store.runs(), store.missing()
-    work = {}
-    for digest in missing:
-        run = store.spec(digest)
-        work[digest] = run.steps * run.batch_size
-    return Meter(work, len(runs), len(runs) - len(missing))
 
 
 @contextmanager

@@ -126,7 +126,9 @@ def _add_runs(
     splits: dict[tuple[str, int], str] = {}
     for task, seed in dict.fromkeys((run.task, run.split_seed) for run in runs):
         splits[task, seed] = open_task(task, root, seed=seed).digest
-    named, of_base, of_split = {}, {}, {}
+    named: dict[str, RunSpec] = {}
+    of_base: dict[str, str] = {}
+    of_split: dict[str, str] = {}
     for run in runs:
         base, split = bases[_key(run.base)], splits[run.task, run.split_seed]
         digest = run.digest(base=base, split=split)
@@ -167,7 +169,9 @@ def _plan(store: Store, root: str | Path | None, device: str, planner: Planner |
             raise EngineError(f"{store.folder}: has no runs; run the grid again")
         return frozen
     if planner is None:
-        from experiments.finetune.cohort.planner import make_plan as planner
+        from experiments.finetune.cohort.planner import make_plan
+
+        planner = make_plan
     place = Workplace(store.base, root, device=device)
     tell(f"measuring how {len(loose)} runs are trained fastest")
     runs = {digest: store.spec(digest) for digest in loose}
@@ -213,3 +217,15 @@ def _alone(folder: Path, patience: float, tell: Report) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def tidy(folder: str | Path) -> int:
+    """Delete what killed runners left behind in a store that is complete and that nobody works on; counts the files."""
+    place = Path(folder)
+    try:
+        with FileLock(place / LOCK).acquire(timeout=1.0), Store.open(place) as store:
+            if store.missing() or store.status().leases:
+                return 0
+            return len(store.gc(older_than=0.0).files)
+    except Timeout:  # another runner prepares more runs
+        return 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from experiments.engines.cohort_job import Done
+from experiments.store import Store
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,19 @@ class Meter:
             left,
             note,
         )
+
+    def outcome(self, store: Store, failed: Mapping[str, str], seconds: float) -> Outcome:
+        """The end of a session: counted in the store."""
+        missing = len(store.missing())
+        self.others(missing)
+        return Outcome(self.total, self.total - missing, len(self.seen), self.diverged, dict(failed), seconds)
+
+
+def meter_of(store: Store) -> Meter:
+    """A meter for what is missing in a store."""
+    runs, missing = store.runs(), store.missing()
+    work = {digest: run.steps * run.batch_size for digest, run in ((d, store.spec(d)) for d in missing)}
+    return Meter(work, len(runs), len(runs) - len(missing))
 
 
 @dataclass(frozen=True)

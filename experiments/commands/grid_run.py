@@ -1,0 +1,255 @@
+"""``mergebound grid run`` and ``grid resume``: do what a grid says, here or on a cluster, and go on after a stop."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from theory.errors import MergeboundError
+
+if TYPE_CHECKING:
+    from experiments.engines.progress import Outcome
+
+GIVEN_UP = 1
+"""Exit code where some cohorts were given up, and everything else is stored."""
+ENGINES = ("local", "ray")
+
+Store = Annotated[Path, typer.Option("--store", help="Folder of the results.", show_default=False)]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).", show_default=False),
+]
+Engine = Annotated[str, typer.Option("--engine", help="local (processes on this machine) or ray (a cluster).")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="Of the Ray cluster: auto, host:6379, ray://host:10001.", show_default=False),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", min=1, help="Cohorts at a time (default: one per core; one per GPU).", show_default=False
+    ),
+]
+Cpus = Annotated[float, typer.Option("--cpus", min=0.0, help="CPUs of each Ray task.")]
+Gpus = Annotated[
+    float | None,
+    typer.Option("--gpus", min=0.0, help="GPUs of each Ray task; 0.25 lets four share one.", show_default=False),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option("--memory", min=0.0, help="GiB of each Ray task (default: estimated).", show_default=False),
+]
+Collect = Annotated[
+    bool,
+    typer.Option(
+        "--collect/--no-collect",
+        help="Ray: this process stores results; without it workers do, and all must see the store's folder.",
+    ),
+]
+Attempts = Annotated[int, typer.Option("--attempts", min=1, help="Tries of a cohort before it is given up.")]
+Resamples = Annotated[int, typer.Option("--resamples", min=0, help="Bootstrap samples behind the intervals.")]
+Mirror = Annotated[
+    str | None,
+    typer.Option(
+        "--mirror", help="Copy the store there when it ends: s3://..., gs://..., a folder.", show_default=False
+    ),
+]
+
+
+def register(group: typer.Typer) -> None:
+    """Add the commands to the group ``grid``."""
+    group.command("run")(run)
+    group.command("resume")(resume)
+
+
+def run(
+    source: Annotated[str, typer.Argument(help="A preset of `mergebound grid presets`, or a .yaml or .json file.")],
+    store: Store,
+    root: Root = None,
+    engine: Engine = "local",
+    address: Address = None,
+    workers: Workers = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    limit_runs: Annotated[
+        int | None,
+        typer.Option("--limit-runs", min=1, help="Only so many, spread over the grid; more later.", show_default=False),
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Published weights may be downloaded.")] = False,
+    task_vectors: Annotated[
+        str, typer.Option("--task-vectors", help="lossless, or bfloat16 (half the disk; backbones are rounded).")
+    ] = "lossless",
+    cpus: Cpus = 1.0,
+    gpus: Gpus = None,
+    memory: Memory = None,
+    collect: Collect = True,
+    attempts: Attempts = 3,
+    resamples: Resamples = 200,
+    mirror: Mirror = None,
+) -> None:
+    """Run a grid: check it, make its bases, measure and freeze the plan, train, evaluate and store every run.
+
+    Stop it at any moment: the same command, or `grid resume`, goes on, and the results have the bits of a grid that was
+    never stopped. Several runners may work on one store. Exit code 0: everything is stored; 1: some cohorts were given
+    up; 2: refused.
+    """
+    from experiments.engines.prepare import prepare, spread
+    from experiments.grid.preflight import check_grid
+    from experiments.grid.yaml_source import read_grid, read_runs
+
+    _check_engine(engine, address)
+    file = read_grid(source)
+    runs = spread(read_runs(file).runs, limit_runs)
+    console = Console(stderr=True)
+    _refuse(check_grid(file, root, store, device, download=download, runs=runs), console)
+    meta: dict[str, Any] = {"grid": file.spec.content(), "digest": file.spec.digest(), "source": Path(source).name}
+    meta |= {"limit_runs": limit_runs, "device": device}
+    found = prepare(
+        store, runs, meta, root=root, device=device, download=download, task_vectors=task_vectors,
+        report=lambda line: console.print(line, highlight=False),
+    )  # fmt: skip
+    console.print(f"{found.runs} runs in {len(found.plan.cohorts)} cohorts; the plan is in {store}", highlight=False)
+    options = _options(engine, address, workers, cpus, gpus, memory, collect, attempts, resamples)
+    _work(store, root, device, engine, options, mirror, console)
+
+
+def resume(
+    store: Annotated[Path, typer.Argument(help="Folder of a grid that was begun.")],
+    root: Root = None,
+    engine: Engine = "local",
+    address: Address = None,
+    workers: Workers = None,
+    download: Annotated[bool, typer.Option("--download", help="Published weights may be downloaded.")] = False,
+    cpus: Cpus = 1.0,
+    gpus: Gpus = None,
+    memory: Memory = None,
+    collect: Collect = True,
+    attempts: Attempts = 3,
+    resamples: Resamples = 200,
+    mirror: Mirror = None,
+) -> None:
+    """Go on with a grid from its store alone, with the plan that was frozen when it began."""
+    from experiments.engines.prepare import prepare, spread
+    from experiments.grid.expand import expand
+    from experiments.grid.spec import GridSpec
+    from experiments.store import Store as Kept
+
+    _check_engine(engine, address)
+    console = Console(stderr=True)
+    with Kept.open(store) as kept:
+        meta, begun, ready = kept.meta, bool(kept.runs()), kept.plan() is not None and not kept.unplanned()
+    if "grid" not in meta:
+        raise MergeboundError(f"{store}: was not made by `mergebound grid run`; give the folder of a grid")
+    device = str(meta.get("device", "cpu"))
+    where = root if root is not None else meta.get("root")
+    if not ready:
+        runs = () if begun else spread(expand(GridSpec.model_validate(meta["grid"])), meta.get("limit_runs"))
+        prepare(
+            store, runs, meta, root=where, device=device, download=download,
+            report=lambda line: console.print(line, highlight=False),
+        )  # fmt: skip
+    options = _options(engine, address, workers, cpus, gpus, memory, collect, attempts, resamples)
+    _work(store, where, device, engine, options, mirror, console)
+
+
+def _check_engine(engine: str, address: str | None) -> None:
+    if engine not in ENGINES:
+        raise MergeboundError(f"--engine {engine}: is unknown; choose local or ray")
+    if address is not None and engine != "ray":
+        raise MergeboundError("--address: is of a Ray cluster; add --engine ray")
+    if engine == "ray":
+        from experiments.engines.ray import imported
+
+        imported()
+
+
+def _refuse(problems: list[Any], console: Console) -> None:
+    """Show every problem; nothing was run."""
+    if not problems:
+        return
+    for problem in problems[:-1]:
+        console.print(f"[bold red]error:[/] {_plain(problem)}", highlight=False, soft_wrap=True)
+    raise problems[-1]
+
+
+def _plain(problem: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(problem))
+
+
+def _options(
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    cpus: float,
+    gpus: float | None,
+    memory: float | None,
+    collect: bool,
+    attempts: int,
+    resamples: int,
+) -> dict[str, Any]:
+    """What the engine is called with."""
+    common: dict[str, Any] = {"workers": workers, "attempts": attempts, "resamples": resamples}
+    if engine == "local":
+        return common
+    return common | {"address": address, "collect": collect, "share": (cpus, gpus, memory)}
+
+
+def _work(
+    store: Path,
+    root: str | Path | None,
+    device: str,
+    engine: str,
+    options: dict[str, Any],
+    mirror: str | None,
+    console: Console,
+) -> None:
+    from experiments.commands.grid_progress import Display
+    from experiments.engines.prepare import tidy
+
+    logging.getLogger("experiments.engines").setLevel(logging.WARNING)
+    with Display(console) as display:
+        if engine == "local":
+            from experiments.engines.local import run_local
+
+            outcome = run_local(store, root, device=device, watch=display.show, **options)
+        else:
+            from experiments.engines.ray import Share, run_ray
+
+            cpus, gpus, memory = options.pop("share")
+            share = Share(
+                cpus,
+                gpus if gpus is not None else 0.0 if device == "cpu" else 1.0,
+                None if memory is None else int(memory * 2**30),
+            )
+            outcome = run_ray(store, root, device=device, share=share, watch=display.show, **options)
+    if outcome.complete:
+        tidy(store)
+    if mirror is not None:
+        from experiments.engines.mirror import mirror_store
+
+        copied = mirror_store(store, mirror)
+        console.print(f"{copied} files copied to {mirror}", highlight=False)
+    _say(outcome, store, console)
+
+
+def _say(outcome: Outcome, store: Path, console: Console) -> None:
+    """What there is now, and what to do with it."""
+    for name, error in outcome.failed.items():
+        console.print(f"[bold red]given up:[/] cohort {_plain(name)}: {_plain(error)}", highlight=False, soft_wrap=True)
+    diverged = f", {outcome.diverged} of them diverged" if outcome.diverged else ""
+    console.print(
+        f"{outcome.new} runs done in {outcome.seconds:.0f} s{diverged}; {outcome.done} of {outcome.total} are stored",
+        highlight=False,
+    )
+    if outcome.complete:
+        console.print(
+            f"complete: see `mergebound grid status {store}` and `grid query`", highlight=False, soft_wrap=True
+        )
+        return
+    console.print(f"go on with `mergebound grid resume {store}`", highlight=False, soft_wrap=True)
+    raise typer.Exit(GIVEN_UP)
