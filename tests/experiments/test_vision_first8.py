@@ -195,6 +195,22 @@ def test_an_idx_file_of_another_length_is_refused(cut: int, tmp_path_factory: py
             read_idx(path, 3, entry)
 
 
+def test_an_idx_header_whose_product_exceeds_64_bits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "big-images-idx3-ubyte"
+    path.write_bytes(bytes([0, 0, 8, 3]) + np.array([2**32 - 1, 2**31, 2**31], dtype=">u4").tobytes())
+    said = refused_idx(path, 3)
+    assert f"says {16 + (2**32 - 1) * 2**62}" in said
+    path.write_bytes(bytes([0, 0, 8, 3]) + np.array([2**31, 2**31, 4], dtype=">u4").tobytes())  # 2^64: 0 in 64 bits
+    assert f"says {16 + 2**64}" in refused_idx(path, 3)
+
+
+def refused_idx(path: Path, dimensions: int) -> str:
+    with pytest.raises(MergeboundError) as caught:
+        read_idx(path, dimensions, tasks.find("mnist"))
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
 @settings(max_examples=40)
 @given(shape=st.tuples(*[st.integers(1, 6)] * 3), seed=st.integers(0, 2**32))
 def test_idx_files_are_read_as_they_were_written(

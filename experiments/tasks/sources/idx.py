@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def read_idx(path: Path, dimensions: int, entry: VisionData) -> np.ndarray:
     if len(raw) < header or bytes(raw[:4]) != bytes([0, 0, 8, dimensions]):
         raise damaged(path, f"its header is not that of bytes in {dimensions} dimension(s)", entry)
     shape = tuple(int(size) for size in np.frombuffer(bytes(raw[4:header]), dtype=">u4"))
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    expected = header + prod(shape)
     if len(raw) != expected:
         raise damaged(path, f"{len(raw)} bytes, but its header says {expected}", entry)
     return np.asarray(raw)[header:].reshape(shape)
