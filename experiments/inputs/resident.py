@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from experiments.inputs.augment import Augmentation, augmentation
 from experiments.inputs.memory import available_bytes
+from experiments.inputs.prefetch import ordered
 from experiments.inputs.reader import source_rows
 from experiments.inputs.resident_data import Resident
 from experiments.tasks.dataset import ImageTask
@@ -175,19 +175,12 @@ def _run(read: Callable[[int], None], starts: Iterable[int], threads: int, image
         for start in starts:
             read(start)
         return
-    pool = ThreadPoolExecutor(threads)
-    try:
-        waiting = {start: pool.submit(read, start) for start in starts}
-        for start, each in waiting.items():
-            try:
-                each.result(timeout=WAIT_S)
-            except TimeoutError as error:
-                raise MergeboundError(
-                    f"{images.place(start)}: it and the next {_CHUNK} images were not read within {WAIT_S:g} s; check "
-                    "the disk"
-                ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+
+    def told(start: int) -> str:
+        return f"{images.place(start)} and the images up to {_CHUNK} after it"
+
+    for _ in ordered([read] * threads, starts, ahead=2 * threads, limit_s=WAIT_S, told=told):
+        pass
 
 
 def _whole(images: Images) -> Images:
