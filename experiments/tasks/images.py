@@ -76,6 +76,13 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __reduce__(self) -> tuple[Callable[..., ArrayImages], tuple[object, ...]]:
+        """Pixels in a mapped file are pickled as their place in the file."""
+        place = _mapped(self.array)
+        if place is None:
+            return ArrayImages, (self.array, self.labels, self.origin)
+        return _from_mapped, (*place, self.labels, self.origin)
+
     def read(self, row: int) -> np.ndarray:
         """One image."""
         image: np.ndarray = self.array[row]
@@ -84,6 +91,32 @@ class ArrayImages:
     def place(self, row: int) -> str:
         """Origin and row."""
         return f"{self.origin}, image {row}"
+
+
+def _mapped(array: np.ndarray) -> tuple[str, int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """File, its size, first byte, shape and strides of an array that lies in a file mapped for reading; else None."""
+    whole: object = array
+    while isinstance(whole, np.ndarray) and isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    if not isinstance(whole, np.memmap) or whole.mode != "r" or whole.filename is None or not array.size:
+        return None
+    start = whole.offset + array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+    return str(Path(whole.filename).resolve()), whole.offset + whole.nbytes, start, array.shape, array.strides
+
+
+def _from_mapped(
+    file: str, size: int, start: int, shape: tuple[int, ...], strides: tuple[int, ...], labels: np.ndarray, origin: str
+) -> ArrayImages:
+    try:
+        pixels = np.memmap(file, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise MergeboundError(
+            f"{file}: cannot be mapped again ({error}); leave it in place while it is used"
+        ) from error
+    if len(pixels) < size:
+        raise MergeboundError(f"{file}: shorter than when it was opened; leave it as it is while it is used")
+    array: np.ndarray = np.ndarray(shape, np.uint8, pixels, start, strides)
+    return ArrayImages(array, labels, origin)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ What every data set must do is in ``tests/conformance/test_vision.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torchvision import datasets
 from torchvision.transforms.functional import hflip, rotate
 
 from experiments import tasks
+from experiments.tasks.images import ArrayImages
 from tests.experiments import vision_trees_b as trees
 from tests.experiments.vision_trees import Tree, write_idx
 from theory.errors import MergeboundError
@@ -137,6 +140,13 @@ def test_idx_files_may_be_compressed_and_emnist_may_lie_as_it_is_unpacked(tmp_pa
 
 
 @pytest.mark.usefixtures("no_sums")
+def test_places_in_fer2013_name_the_part(tmp_path: Path) -> None:
+    build("fer2013", tmp_path)
+    parts = tasks.load("fer2013", tmp_path).parts
+    assert parts["train"].place(0) != parts["test"].place(0)
+    assert str(tmp_path / "fer2013/fer2013.csv") in parts["test"].place(0)
+
+
 def test_fer2013_tables_hold_the_same_and_come_in_torchvisions_precedence(tmp_path: Path) -> None:
     for form in ("fer2013.csv", "icml_face_data.csv", "train.csv"):
         build("fer2013", tmp_path / form, form=form)
@@ -176,6 +186,35 @@ def test_stl10_and_idx_files_are_mapped_not_copied(tmp_path: Path) -> None:
         while isinstance(array.base, np.ndarray):
             array = array.base
         assert isinstance(array, np.memmap), name
+
+
+@pytest.mark.parametrize("name", ["stl10", "kmnist", "emnist_letters"])
+def test_mapped_images_are_pickled_as_their_place_in_the_file(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path)
+    images = tasks.load(name, tmp_path).parts["train"]
+    some = dataclasses.replace(images, array=images.array[1:], labels=images.labels[1:])
+    for given in (images, some):
+        packed = pickle.dumps(given)
+        assert len(packed) < 1500 + given.labels.nbytes < given.array.nbytes
+        again = pickle.loads(packed)
+        np.testing.assert_array_equal(again.array, given.array)
+        np.testing.assert_array_equal(again.labels, given.labels)
+        assert again.fingerprint == given.fingerprint
+        assert len(pickle.dumps(again)) == len(packed)
+    file = Path(images.origin)
+    file.rename(file.with_name("moved"))
+    with pytest.raises(MergeboundError, match=re.escape(str(file))):
+        pickle.loads(packed)
+    file.write_bytes(file.with_name("moved").read_bytes()[:-1])
+    with pytest.raises(MergeboundError, match="shorter"):
+        pickle.loads(packed)
+
+
+def test_arrays_in_memory_are_pickled_whole() -> None:
+    images = ArrayImages(np.arange(48, dtype=np.uint8).reshape(4, 2, 2, 3), np.arange(4), "made")
+    again = pickle.loads(pickle.dumps(images))
+    np.testing.assert_array_equal(again.array, images.array)
+    assert again.origin == "made"
 
 
 @pytest.mark.parametrize("name", ["flowers102", "oxford_iiit_pet", "food101", "rendered_sst2"])

@@ -63,7 +63,9 @@ def _read(path: Path, entry: VisionData, *, parts: bool) -> dict[str, Images]:
         raise damaged(path, "it has no training image", entry)
     return {
         part: ArrayImages(
-            np.stack(pixels[part]).reshape(-1, SIDE, SIDE, 1), np.asarray(labels[part], dtype=np.int64), str(path)
+            np.stack(pixels[part]).reshape(-1, SIDE, SIDE, 1),
+            np.asarray(labels[part], dtype=np.int64),
+            f"{path} ({part})",
         )
         for part in pixels
         if labels[part]
