@@ -12,7 +12,7 @@ from torch import Tensor
 from experiments.bases.base import Base, BaseError, Provenance, build, first_few, make_base, mismatch
 from experiments.bases.known_hashes import check_hash
 from experiments.bases.reading import read_weights, without_prefixes
-from experiments.models import head_prefix
+from experiments.models import head_tensors
 from merging.checkpoint import file_hash
 
 Head = Literal["auto", "keep", "new"]
@@ -91,7 +91,7 @@ def load_checkpoint_base(
     state, matching = match(
         read_weights(path, ema=ema),
         network.state_dict(),
-        head_prefix(network),
+        head_tensors(network),
         source=path,
         fits=architecture,
         head=head,
@@ -105,7 +105,7 @@ def load_checkpoint_base(
 def match(
     given: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
-    prefix: str,
+    heads: Sequence[str],
     *,
     source: object,
     fits: str = "the network",
@@ -117,7 +117,7 @@ def match(
     Args:
         given: tensors of the file.
         wanted: the network's initial state dict, whose types are kept.
-        prefix: of the names of the network's head (``fc.``).
+        heads: names of the tensors of the network's head, of whatever layers it consists.
         source: the file, for messages.
         fits: the network's name, for messages.
         head: see :func:`load_checkpoint_base`.
@@ -134,7 +134,7 @@ def match(
     except BaseError as error:
         raise BaseError(f"{source}: {error}") from error
     present = {renamed[name]: tensor for name, tensor in given.items()}
-    heads = [name for name in wanted if name.startswith(prefix)]
+    heads = [name for name in wanted if name in set(heads)]
     fitting = all(name in present and present[name].shape == wanted[name].shape for name in heads)
     if head == "keep" and not fitting:
         what = ", ".join(f"{name} {tuple(present[name].shape)}" if name in present else f"no {name}" for name in heads)
@@ -152,7 +152,8 @@ def match(
         if name in present and present[name].shape != wanted[name].shape
     ]
     spare = [name for name in present if name not in wanted]
-    foreign = [name for name in spare if not _of_a_head(name, prefix)]
+    own = tuple({f"{name.rpartition('.')[0]}." for name in heads})
+    foreign = [name for name in spare if not _of_a_head(name, own)]
     message = mismatch(missing, [] if allow_unused else foreign, shapes)
     if message:
         raise BaseError(
@@ -173,8 +174,8 @@ def match(
     return state, Matching(taken, removed, "kept" if keep else "new", tuple(filled), unused, tuple(converted))
 
 
-def _of_a_head(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) or name.partition(".")[0] in HEADS
+def _of_a_head(name: str, own: tuple[str, ...]) -> bool:
+    return name.startswith(own) or name.partition(".")[0] in HEADS
 
 
 def _shapes(wanted: Mapping[str, Tensor], names: Sequence[str]) -> str:

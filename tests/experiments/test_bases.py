@@ -23,7 +23,7 @@ from experiments.bases.checkpoint import load_checkpoint_base
 from experiments.bases.known_hashes import check_hash, read_record, remember, replace_entry
 from experiments.bases.reading import without_prefixes
 from experiments.bases.waiting import alone
-from experiments.models import build_model
+from experiments.models import build_model, head_tensors
 from experiments.tasks.types import Split
 from merging.checkpoint import load_state_dict, save_state_dict
 from theory.errors import MergeboundError
@@ -137,6 +137,22 @@ def test_the_head_is_kept_where_it_fits_and_wanted(tmp_path: Path, head: str, cl
     fresh = build_model(ARCHITECTURE, classes=classes, seed=2).state_dict()
     assert torch.equal(base.state["fc.weight"], state["fc.weight"] if kept else fresh["fc.weight"])
     assert torch.equal(base.state["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "deit_tiny_distilled_patch16_224"])
+def test_heads_that_are_not_one_linear_layer(tmp_path: Path, name: str) -> None:
+    options = {} if name.startswith("levit") else {"img_size": 32}
+    network = build_model(name, classes=3, seed=1, **options)
+    save_state_dict(tmp_path / "w.safetensors", network.state_dict())
+    kept = load_checkpoint_base(name, tmp_path / "w.safetensors", classes=3, seed=2, options=options)
+    assert same(dict(kept.state), network.state_dict())
+    new = load_checkpoint_base(name, tmp_path / "w.safetensors", classes=5, seed=2, options=options)
+    fresh = build_model(name, classes=5, seed=2, **options).state_dict()
+    head = head_tensors(network)
+    assert len(head) > 2
+    for key, tensor in new.state.items():
+        assert torch.equal(tensor, fresh[key] if key in head else kept.state[key]), key
+    assert "the head is new" in new.provenance.notes
 
 
 def test_a_head_that_must_be_kept_and_does_not_fit_is_refused(tmp_path: Path) -> None:
