@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from experiments.inputs.training_data import TrainingData
 from experiments.models import features, forward_backbone, head_prefix
+from experiments.models.parts import head_units
 from theory.errors import MergeboundError
 
 BATCH = 256
@@ -80,10 +81,11 @@ class Features(nn.Module):
             self.direct = bool(head_prefix(model))
         except MergeboundError:  # no single linear head: found through hooks, which is slower
             self.direct = False
+        self.units = () if self.direct else head_units(model)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features before the head."""
-        return forward_backbone(self.model, images) if self.direct else features(self.model, images)
+        return forward_backbone(self.model, images) if self.direct else features(self.model, images, units=self.units)
 
 
 def backbone_of(backbone: Function) -> Function:

@@ -20,12 +20,13 @@ from theory.errors import MergeboundError
 
 
 @torch.no_grad()
-def features(model: nn.Module, images: Tensor, *, batch: int = 256) -> Tensor:
+def features(model: nn.Module, images: Tensor, *, batch: int = 256, units: Sequence[str] | None = None) -> Tensor:
     """What the head is applied to, in evaluation mode and without gradients.
 
     Args:
         images: (n, channels, height, width), normalised; moved to the model's device batch by batch.
         batch: images at a time.
+        units: :func:`~experiments.models.parts.head_units` of the model, where they are known; finding them copies it.
 
     Returns:
         (n, d) on the model's device; the model's output itself where it has no classifier.
@@ -33,7 +34,7 @@ def features(model: nn.Module, images: Tensor, *, batch: int = 256) -> Tensor:
     Raises:
         MergeboundError: the features are not one row per image.
     """
-    units = head_units(model)
+    units = head_units(model) if units is None else units
     place = next((p.device for p in model.parameters()), images.device)
     mode = model.training
     model.eval()

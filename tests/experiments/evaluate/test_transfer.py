@@ -14,9 +14,11 @@ from torch import Tensor
 
 from experiments.evaluate import neighbours
 from experiments.evaluate.neighbours import k_nearest, nearest_class_mean, top_k
+from experiments.evaluate.predictions import backbone_of
 from experiments.evaluate.probe import linear_probe
 from experiments.evaluate.transfer import METHODS, TransferFeatures, transfer, transfer_features
-from experiments.models import build_model
+from experiments.models import build_model, parts
+from experiments.models.extraction import features as features_of
 from experiments.tasks.digits8 import digits8
 from theory.errors import MergeboundError
 
@@ -201,3 +203,13 @@ def test_errors() -> None:
         linear_probe(x, torch.zeros_like(y), x, y, 4)
     with pytest.raises(MergeboundError, match="at least one k"):
         transfer(features(), neighbours=())
+
+
+def test_a_head_of_two_classifiers_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("deit_tiny_distilled_patch16_224", classes=3, img_size=32, depth=1).eval()
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = features_of(model, images)
+    backbone = backbone_of(model)
+    monkeypatch.setattr(parts, "without_numbers", lambda _: pytest.fail("the network was copied for a batch"))
+    with torch.inference_mode():
+        assert torch.equal(backbone(images), expected)
