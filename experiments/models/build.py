@@ -158,9 +158,7 @@ def _of_timm(architecture: str, classes: int) -> Maker:
     import timm
 
     if not timm.is_model(architecture):
-        raise MergeboundError(
-            f"architecture: timm has no model {architecture!r}; did you mean: {_similar(architecture)}"
-        )
+        raise MergeboundError(f"architecture: timm has no model {architecture!r}; {_similar(architecture)}")
 
     def make(options: dict[str, Any]) -> nn.Module:
         try:
@@ -182,7 +180,7 @@ def _similar(architecture: str) -> str:
     if not close:
         stem = re.split(r"[_\d]", architecture)[0]
         close = [name for name in known if stem and name.startswith(stem)][:5]
-    return ", ".join(close) or "see `mergebound models list`"
+    return f"did you mean: {', '.join(close)}" if close else "see `mergebound models list`"
 
 
 def _why(architecture: str, options: Mapping[str, Any], error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,8 @@ from torch import nn
 
 from experiments.tasks.form import InputFormat
 from theory.errors import MergeboundError
+
+_log = logging.getLogger(__name__)
 
 
 def input_format(
@@ -22,6 +26,9 @@ def input_format(
 
     The size is that which the network was built for, where it was built for one; else that of the configuration
     (``input_size``).  Means and deviations for another number of channels than the network's are averaged.
+
+    A configuration that squashes or pads photographs that are not square (``crop_mode``) is warned of once: here their
+    middle is cut out.  Square images come out alike.
 
     Args:
         image_size: pixels, instead of the network's own.
@@ -41,6 +48,8 @@ def input_format(
     def per_channel(values: tuple[float, ...]) -> tuple[float, ...]:
         return values if len(values) in (1, channels) else (float(np.mean(values)),)
 
+    if str(config.get("crop_mode") or "center") != "center":
+        _warn_of_crop(type(model).__name__, str(config["crop_mode"]))
     interpolation = str(config.get("interpolation") or "bicubic")
     return InputFormat(
         channels,
@@ -50,6 +59,16 @@ def input_format(
         per_channel(tuple(config["std"])) if std is None else std,
         interpolation if interpolation in ("bilinear", "bicubic") else "bicubic",
         float(config["crop_pct"]),
+    )
+
+
+@lru_cache(maxsize=64)
+def _warn_of_crop(name: str, mode: str) -> None:
+    _log.warning(
+        "%s: its weights were measured with crop_mode %r; here photographs that are not square are cut to their "
+        "middle, so make them square before to repeat the published accuracy",
+        name,
+        mode,
     )
 
 

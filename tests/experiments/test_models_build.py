@@ -10,6 +10,7 @@ from torch import nn
 
 from experiments.models import build_model, count_parameters, input_format, list_models
 from experiments.models.build import build_shapes, own_models
+from experiments.models.form import _warn_of_crop
 from theory.errors import MergeboundError
 
 SMALL = ("vit", "resnet_gn", "cifar_resnet20", "vit_s1", "resnet_s1", "resnet_s1_gn", "test_vit", "test_resnet")
@@ -125,6 +126,19 @@ def test_the_input_form_of_the_cifar_and_digit_networks() -> None:
     for name in ("vit", "resnet_gn", "resnet_bn"):
         form = input_format(build_model(name))
         assert (form.channels, form.height, form.width, form.mean, form.std) == (1, 8, 8, (0.5,), (0.5,))
+
+
+def test_photographs_that_timm_squashes_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_crop.cache_clear()
+    model = build_shapes("convnext_atto")
+    input_format(model)
+    assert not caplog.records
+    model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": "squash"}
+    for _ in range(2):
+        input_format(model)
+    (record,) = caplog.records
+    assert "'squash'" in record.getMessage()
+    assert "ConvNeXt" in record.getMessage()
 
 
 def test_any_network_has_an_input_form() -> None:
