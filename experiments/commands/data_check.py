@@ -18,7 +18,7 @@ from experiments.commands.data import AsJson, Benchmark, Names, Root, _console, 
 from experiments.tasks.dataset import VALIDATION_SHARE, DataSet, ImageTask, split
 from experiments.tasks.getting import find_root
 from experiments.tasks.images import Images, class_counts
-from theory.errors import MergeboundError
+from theory.errors import MergeboundError, nearest
 
 IMAGES = 32
 """Images of each part that ``data check`` reads."""
@@ -39,7 +39,7 @@ class Source:
 def check_command(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Data sets by name, or .npz files and folders of your own.", show_default=False),
+        typer.Argument(help="Data sets by name, npz8:NAME, or .npz files and folders of your own.", show_default=False),
     ] = None,
     benchmark: Benchmark = None,
     root: Root = None,
@@ -110,6 +110,9 @@ def sources(names: list[str] | None, benchmark: str | None, root: Path | None, h
         return [_published(entry.name, find_root(root)) for entry in chosen(None, benchmark, default=None)]
     found = []
     for name in names:
+        if name.startswith(("npz8:", "digits8:")):
+            found.append(_of_a_family(name, root))
+            continue
         path = Path(name).expanduser()
         own = path.suffix == ".npz" or "/" in name or path.is_dir()
         found.append(_own(path) if own else _published(chosen([name], None, None)[0].name, find_root(root)))
@@ -194,6 +197,17 @@ def _npz8_one(name: str, folder: Path) -> Source:
     from experiments.tasks.npz8 import load_one
 
     return Source(name, lambda: load_one(folder, name), lambda data: [])
+
+
+def _of_a_family(name: str, root: Path | None) -> Source:
+    from experiments.tasks.npz8 import NAMES
+
+    family, _, one = name.partition(":")
+    if family == "digits8":
+        raise MergeboundError(f"{name}: is made in memory by mergebound, so there is nothing on disk to check")
+    if one not in NAMES:
+        raise MergeboundError(f"npz8 has no data set {one!r}; {nearest(one, NAMES)}")
+    return _npz8_one(one, find_root(root))
 
 
 def _published(name: str, root: Path) -> Source:

@@ -307,6 +307,16 @@ def test_own_files_are_checked_by_path_and_split_by_seed(tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out)[0]["digest"] == record["digest"]
 
 
+def test_one_of_npz8_is_checked_by_the_name_that_finetune_takes(tmp_path: Path, capsys: Capture) -> None:
+    assert run("check", "npz8:mnis", "--root", str(tmp_path)) == 2
+    assert "did you mean 'mnist'" in capsys.readouterr().err
+    assert run("check", "npz8:mnist", "--root", str(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "mnist.npz") in said
+    assert run("check", "digits8:rotate90") == 2
+    assert "made in memory" in capsys.readouterr().err
+
+
 def test_ctrl_c_says_how_to_go_on(shop: Any, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
