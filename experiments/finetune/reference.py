@@ -16,7 +16,7 @@ Decay falls on everything that is trained: biases and norms, and with ``low_rank
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 
 import numpy as np
@@ -80,7 +80,7 @@ def _train(
     states: dict[int, dict[str, Tensor]] = {}
     log: list[Entry] = []
     for step, (images, labels) in enumerate(loaded):
-        x_k, statistics = x.clone(), _copied(net.buffers())
+        x_k, buffers_k = x.clone(), [buffer.clone() for buffer in net.buffers]
         loss = _gradient(run, net, images, labels, step)
         worst = _sam_gradient(run, net, images, labels, step) if run.optimizer == "sam" else loss
         before = _norms(torch.add(g, x, alpha=coupled) if run.clip_norm is not None else g, net.shared)
@@ -94,11 +94,9 @@ def _train(
         finite = bool(np.isfinite([loss, worst, *before, *used]).all())
         if finite:
             update(x, g, run.learning_rate * factor(step))
-            finite = all(bool(torch.isfinite(tensor).all()) for tensor in (x, *net.statistics()))
+            finite = _finite(x) and (not net.statistics or _finite(torch.cat([*net.statistics])))
         if not finite:
-            x.copy_(x_k)
-            for name, tensor in net.buffers().items():
-                tensor.copy_(statistics[name])
+            _restore(net, x_k, buffers_k)
             states[step] = net.state()
             return states, log, False
         log.append((float(len(labels)), loss, *before, clip, *used))
@@ -121,13 +119,17 @@ def _gradient(run: RunSpec, net: TrainedNetwork, images: Tensor, labels: Tensor,
 
 def _sam_gradient(run: RunSpec, net: TrainedNetwork, images: Tensor, labels: Tensor, step: int) -> float:
     """From the gradient at x_k to the gradient at its worst neighbour, and the loss there."""
-    here, statistics = net.x.clone(), _copied(net.buffers())
+    here, buffers = net.x.clone(), [buffer.clone() for buffer in net.buffers]
     net.x.add_(ascent(net.gradient, run.sam_radius))
     loss = _gradient(run, net, images, labels, step)
-    net.x.copy_(here)
-    for name, tensor in net.buffers().items():
-        tensor.copy_(statistics[name])
+    _restore(net, here, buffers)
     return loss
+
+
+def _restore(net: TrainedNetwork, x: Tensor, buffers: Sequence[Tensor]) -> None:
+    net.x.copy_(x)
+    for buffer, before in zip(net.buffers, buffers, strict=True):
+        buffer.copy_(before)
 
 
 def _update(run: RunSpec, x: Tensor) -> Update:
@@ -154,8 +156,8 @@ def _norms(gradient: Tensor, shared: int) -> tuple[float, float]:
     return float(gradient[:shared].norm()), float(gradient[shared:].norm())
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+def _finite(numbers: Tensor) -> bool:
+    return bool(torch.isfinite(numbers).all())
 
 
 def _generator(device: torch.device) -> torch.Generator:

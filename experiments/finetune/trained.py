@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ class TrainedNetwork:
         gradient: of the same order, (d,); ``backward`` adds to it.
         shared: how many entries of ``x`` belong to the shared part.
         factors: of ``low_rank``, by the name of the matrix: then the shared part of ``x`` holds B and A of each.
+        buffers: BatchNorm's statistics and whatever else a forward pass may move.
+        statistics: running means and variances among them.
         dtype: of parameters and images.
     """
 
@@ -36,6 +38,8 @@ class TrainedNetwork:
     gradient: Tensor
     shared: int
     factors: Mapping[str, Factors]
+    buffers: Sequence[Tensor]
+    statistics: Sequence[Tensor]
     dtype: torch.dtype
 
     def logits(self, images: Tensor) -> Tensor:
@@ -43,14 +47,6 @@ class TrainedNetwork:
         merged = {name: factors.merged() for name, factors in self.factors.items()}
         logits: Tensor = functional_call(self.model, merged, (images,)) if merged else self.model(images)
         return logits
-
-    def buffers(self) -> dict[str, Tensor]:
-        """BatchNorm's statistics and whatever else a forward pass may move, by name."""
-        return dict(self.model.named_buffers())
-
-    def statistics(self) -> list[Tensor]:
-        """Running means and variances."""
-        return [b for n, b in self.model.named_buffers() if n.endswith(("running_mean", "running_var"))]
 
     def state(self) -> dict[str, Tensor]:
         """The full state dict, copied to the processor's memory; low-rank updates are merged into their matrices."""
@@ -88,7 +84,10 @@ def trained_network(
             part.append(parameter)
         parameter.requires_grad_(trains(run.trained, name in head))
     x, gradient = flatten([*shared, *last])
-    return TrainedNetwork(model, x, gradient, sum(p.numel() for p in shared), factors, dtype)
+    buffers = dict(model.named_buffers())
+    statistics = [buffer for name, buffer in buffers.items() if name.endswith(("running_mean", "running_var"))]
+    shared_entries = sum(p.numel() for p in shared)
+    return TrainedNetwork(model, x, gradient, shared_entries, factors, tuple(buffers.values()), statistics, dtype)
 
 
 def trains(trained: Trained, in_head: bool) -> bool:
@@ -105,16 +104,18 @@ def set_modes(model: nn.Module, trained: Trained) -> None:
     statistics and leave them as they are: their scales and shifts are frozen too.
     """
     model.train()
-    units = {name: model.get_submodule(name) for name in head_units(model)}
+    if trained == "full":
+        return
+    units = [model.get_submodule(name) for name in head_units(model)]
     if trained == "backbone":
-        for unit in units.values():
+        for unit in units:
             unit.eval()
     elif trained == "head":
         model.eval()
-        for unit in units.values():
+        for unit in units:
             unit.train()
-    elif trained == "low_rank":
-        of_head = {id(module) for unit in units.values() for module in unit.modules()}
+    else:
+        of_head = {id(module) for unit in units for module in unit.modules()}
         for module in model.modules():
             if getattr(module, "running_mean", None) is not None and id(module) not in of_head:
                 module.eval()
