@@ -87,9 +87,9 @@ def _stems(names: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         stem = Path(name.rpartition(":")[2]).stem if not Path(name).is_dir() else Path(name).resolve().name
-        if stem in found.values() or stem == "base":
-            stem = f"{stem}-{len(found)}"
-        found[name] = stem
+        taken = {each.lower() for each in (*found.values(), "base")}
+        numbers = (f"{stem}-{number}" for number in range(1, len(names) + 2))
+        found[name] = next(each for each in (stem, *numbers) if each.lower() not in taken)
     return found
 
 

@@ -50,6 +50,8 @@ def open_task(name: str, root: str | Path | None = None, *, seed: int = 0) -> Im
     path = Path(name)
     if path.suffix == ".npz" or path.is_dir():
         return split(load_local(path), seed=seed)
+    if "/" in name or path.is_absolute():
+        raise MergeboundError(f"{name}: there is no such folder; check the path")
     entry = find(name)
     try:
         folder = npz8_root(root)

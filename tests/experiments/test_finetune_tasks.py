@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from experiments.bases.base import Base, random_base
 from experiments.cli import build_app
+from experiments.finetune import many_tasks
 from experiments.finetune.loop import finetune
 from experiments.finetune.many_tasks import finetune_tasks
 from experiments.finetune.schedules import schedule
@@ -101,22 +104,72 @@ def test_a_new_head_is_seeded_and_the_backbone_is_the_base(base: Base) -> None:
     assert any(not torch.equal(first[name], other[name]) for name in head)
 
 
-def test_finished_experts_are_kept_and_changed_ones_made_again(folder: Path, base: Base, tmp_path: Path) -> None:
-    names = [str(folder / "upright.npz"), str(folder / "turned.npz")]
+def test_command_line_makes_experts_in_workers_keeps_finished_ones_and_makes_others_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = random_base("resnet_bn", classes=10, seed=3), tmp_path / "experts"
+    files = [str(folder / "upright.npz"), str(folder / "turned.npz")]
+    options = ["--steps", "12", "--batch-size", "16", "--augment", "none", "--data-share", "0.5", "--seed", "3"]
+    command = ["finetune", *files, "--model", "resnet_bn", *options, "--workers", "2", "--out", str(out)]
+    result = CliRunner().invoke(build_app(), command)
+    assert result.exit_code == 0, result.output
+    assert "kept from before" not in result.output
+    table = pd.read_csv(out / "experts.csv")
+    assert list(table["task"]) == ["upright", "turned"]
+    assert set(table["tier"]) == {"measured"}
+    assert set(table["steps"]) == {12}
+    assert [len(digest) for digest in table["split_digest"]] == [64, 64]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name, accuracy in zip(files, table["accuracy"], strict=True):  # workers give the bits of this process
+            expert = finetune_task(base, open_task(name), SPEC, resamples=0)
+            stored = load_state_dict(out / f"{Path(name).stem}.safetensors")
+            assert all(torch.equal(stored[key], tensor) for key, tensor in expert.state.items())
+            assert expert.row["accuracy"] == pytest.approx(accuracy)
+    finally:
+        torch.set_num_threads(threads)
+
+    bits = {name: (out / f"{name}.safetensors").read_bytes() for name in ("upright", "turned")}
+    made: list[str] = []
+
+    def here(jobs: list[tuple[str, str]], *rest: Any) -> None:
+        for name, stem in jobs:
+            made.append(stem)
+            rest[-1][name] = {"task": stem}
+
+    monkeypatch.setattr(many_tasks, "_run", here)
     told: list[tuple[str, bool]] = []
-    rows = finetune_tasks(
-        base, names, SPEC, tmp_path, workers=2, watch=lambda row, kept: told.append((row["task"], kept))
-    )
-    assert sorted(told) == [("turned", False), ("upright", False)]
-    bits = {name: (tmp_path / f"{name}.safetensors").read_bytes() for name in ("upright", "turned")}
-    told.clear()
-    (tmp_path / "turned.json").unlink()  # killed between the weights and their record: not complete
-    again = finetune_tasks(
-        base, names, SPEC, tmp_path, workers=1, watch=lambda row, kept: told.append((row["task"], kept))
-    )
-    assert sorted(told) == [("turned", False), ("upright", True)]
-    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
-    assert bits == {name: (tmp_path / f"{name}.safetensors").read_bytes() for name in bits}
+
+    def again(spec: FinetuneSpec = SPEC) -> None:
+        told.clear()
+        made.clear()
+        finetune_tasks(base, files, spec, out, watch=lambda row, kept: told.append((row["task"], kept)))
+
+    again()
+    assert (told, made) == ([("upright", True), ("turned", True)], [])
+    again(replace(SPEC, steps=13))
+    assert (told, made) == ([], ["upright", "turned"])
+    (out / "turned.json").unlink()  # killed between the weights and their record: not complete
+    again()
+    assert (told, made) == ([("upright", True)], ["turned"])
+    (out / "upright.json").write_text("{")
+    again()
+    assert made == ["upright", "turned"]
+    assert bits == {name: (out / f"{name}.safetensors").read_bytes() for name in bits}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("r/x-2.npz", "p/x.npz", "q/x.npz"),
+        ("p/x.npz", "q/x.npz", "r/X.npz", "r/x-1.npz"),
+        ("base.npz", "npz8:mnist", "mnist"),
+    ],
+)
+def test_every_expert_has_a_file_of_its_own(names: tuple[str, ...]) -> None:
+    stems = many_tasks._stems(names)
+    assert len({stem.lower() for stem in stems.values()} | {"base"}) == len(names) + 1
 
 
 def test_identity_changes_with_everything_that_changes_bits(folder: Path, base: Base) -> None:
@@ -138,24 +191,6 @@ def test_a_saved_expert_is_read_by_the_merging_library(folder: Path, base: Base,
     record = json.loads((tmp_path / "upright.json").read_text())
     assert record["spec"]["steps"] == 12
     assert len(record["log"]["batch_loss"]) == 12
-
-
-def test_command_line(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "experts"
-    result = CliRunner().invoke(
-        build_app(),
-        [
-            "finetune",
-            str(folder / "upright.npz"),
-            *("--model", "resnet_bn", "--steps", "5", "--batch-size", "8", "--workers", "1", "--out", str(out)),
-        ],
-    )
-    assert result.exit_code == 0, result.output
-    table = pd.read_csv(out / "experts.csv")
-    assert list(table["task"]) == ["upright"]
-    assert table["tier"].item() == "measured"
-    assert table["steps"].item() == 5
-    assert len(table["split_digest"].item()) == 64
 
 
 @pytest.mark.parametrize(
@@ -198,3 +233,8 @@ def test_names_of_tasks() -> None:
         expand(["npz8", "npz8:mnist"])
     with pytest.raises(MergeboundError, match="no task"):
         expand([])
+
+
+def test_a_path_that_is_not_there_is_called_so() -> None:
+    with pytest.raises(MergeboundError, match="photos/mine: there is no such folder"):
+        open_task("photos/mine")
