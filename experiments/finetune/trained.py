@@ -14,6 +14,7 @@ from experiments.finetune.loop import flatten
 from experiments.finetune.low_rank import Factors, low_rank
 from experiments.grid.run_spec import RunSpec, Trained
 from experiments.models.parts import head_tensors, head_units
+from theory.errors import MergeboundError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
@@ -83,6 +84,10 @@ def trained_network(
         if trains(run.trained, name in head):
             part.append(parameter)
         parameter.requires_grad_(trains(run.trained, name in head))
+    if not shared and not last:
+        raise MergeboundError(
+            f"trained = {run.trained}: {type(model).__name__} has no parameter there; use another part of the network"
+        )
     x, gradient = flatten([*shared, *last])
     buffers = dict(model.named_buffers())
     statistics = [buffer for name, buffer in buffers.items() if name.endswith(("running_mean", "running_var"))]

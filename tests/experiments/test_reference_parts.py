@@ -202,6 +202,13 @@ def test_a_network_without_matrices_takes_no_low_rank_update() -> None:
         low_rank(model, ("1.weight", "1.bias"), 1, 0)
 
 
+def test_a_network_that_is_all_head_has_no_backbone_to_train() -> None:
+    with pytest.raises(MergeboundError, match="trained = backbone: Bare has no parameter there"):
+        train_run(spec(trained="backbone"), Bare(), start_of(Bare()), sample())
+    head, full = (train_run(spec(trained=part), Bare(), start_of(Bare()), sample()) for part in ("head", "full"))
+    assert_same(head.states[30], full.states[30])
+
+
 # --- divergence ------------------------------------------------------------------------------------------------------
 
 
