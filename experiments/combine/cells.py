@@ -224,4 +224,5 @@ def _diverged(table: pd.DataFrame, factor: str) -> str:
 
 def _instead(table: pd.DataFrame) -> str:
     varied = [name for name in FACTORS if name in table.columns and len(ordered_levels(table[name])) > 1]
+    varied += ["step"] if table.attrs.get("checkpoints", 1) > 1 and "step" not in varied else []
     return f"; choose among those that vary: {', '.join(varied)}" if varied else "; run a grid that varies it"

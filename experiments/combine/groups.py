@@ -127,7 +127,7 @@ def grid_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     Rows are those of finished runs, in the order of task, digest and step; ``base_quality`` and ``base_seed`` are read
     from the JSON of ``base``; ``final`` says which checkpoint is its run's last.  ``attrs["unusable"]`` holds the rows
-    that were left out (diverged).
+    that were left out (diverged), ``attrs["checkpoints"]`` how many different steps there are.
 
     Raises:
         MergeboundError: a column is missing, or no run is finished.
@@ -151,7 +151,7 @@ def grid_table(frame: pd.DataFrame) -> pd.DataFrame:
         raise MergeboundError("the grid has no finished run; run it first (mergebound grid run)")
     table["step"] = table["step"].astype(int)
     table["final"] = table["step"] == table.groupby("digest")["step"].transform("max")
-    table.attrs["unusable"] = left_out
+    table.attrs["unusable"], table.attrs["checkpoints"] = left_out, table["step"].nunique()
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,16 @@ class FakeStore:
         return len(new)
 
 
+@cache
+def _start(architecture: str, classes: int, options: tuple[tuple[str, Any], ...]) -> dict[str, Tensor]:
+    return start_from(random_base(architecture, classes=10, options=dict(options), seed=3), classes, 0)[1]
+
+
 def expert_state(base: Base, classes: int, seed: int, *, scale: float = 0.05) -> dict[str, Tensor]:
     """x_0 with a new head and noise on everything, positive variances kept positive."""
-    _, start = start_from(base, classes, seed)
     rng = torch.Generator().manual_seed(seed)
     out = {}
-    for name, tensor in start.items():
+    for name, tensor in _start(base.architecture, classes, tuple(base.options.items())).items():
         if not tensor.is_floating_point():
             out[name] = tensor + 3
             continue
