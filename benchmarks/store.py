@@ -80,9 +80,8 @@ def main() -> None:
         packing(options.experts)
         print(f"\nquestions to {runs:,} runs with 2 checkpoints each:")
         slowest = questions(Path(folder) / "large", runs)
-    print(
-        f"\nslowest question {1e3 * slowest:.1f} ms (wanted < 100), dearest commit of 32 together {1e3 * worst:.2f} ms (wanted < 5)"
-    )
+    print(f"\nslowest question {1e3 * slowest:.1f} ms (wanted < 100)")
+    print(f"dearest commit of 32 runs together {1e3 * worst:.2f} ms a run (wanted < 5)")
     sys.exit(slowest > 0.1 or worst > 0.005)
 
 
@@ -112,7 +111,8 @@ def commits(folder: Path, count: int) -> list[float]:
                 median = statistics.median(wall)
                 if together > 1:
                     found.append(median)
-                how = f"{checkpoints} checkpoint(s), {together:2d} together, {'durable' if durable else 'not durable':11s}"
+                safety = "durable" if durable else "not durable"
+                how = f"{checkpoints} checkpoint(s), {together:2d} together, {safety:11s}"
                 print(f"  {how} {1e3 * median:6.2f} ms wall, {1e3 * statistics.median(busy):6.2f} ms processor")
     return found
 

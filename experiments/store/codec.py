@@ -6,10 +6,11 @@ type are laid end to end, zigzag coded (0, -1, 1, -2 become 0, 1, 2, 3), cut int
 second bytes, ...), and each plane is compressed where a sample of it shows that this pays: the high planes are nearly
 all zeros, the low ones are noise.  Tensors whose bits are the base's are not stored at all.
 
-Measured on CIFAR ResNet-20 experts (270 thousand weights) on one busy thread: 0.61 of the size after 30 steps at learning
-rate 0.001, 0.70 after 30 and 0.73 after 200 steps at 0.01, about 80 MB/s in and 110 MB/s out; deflating the plain floats
-gives 0.94.  zlib's run-length strategy beats its usual one on such planes in size (0.44 of the second plane against 0.55,
-or 0.50 at level 6) and in speed (75 MB/s against 53, or 10); XOR instead of the difference takes 3 % more.
+Measured on CIFAR ResNet-20 experts (270 thousand weights) on one busy thread: 0.61 of the size after 30 steps at
+learning rate 0.001, 0.70 after 30 and 0.73 after 200 steps at 0.01, about 80 MB/s in and 110 MB/s out; deflating the
+plain floats gives 0.94.  zlib's run-length strategy beats its usual one on such planes in size (0.44 of the second
+plane against 0.55, or 0.50 at level 6) and in speed (75 MB/s against 53, or 10); XOR instead of the difference takes
+3 % more.
 """
 
 from __future__ import annotations

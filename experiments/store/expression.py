@@ -12,13 +12,13 @@ part of the SQL text: they are bound as parameters.
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.store.errors import QueryError
+from theory.errors import nearest
 
 LONGEST = 10_000
 """Characters of an expression."""
@@ -237,7 +237,7 @@ class _Compiler:
             if found is None:
                 found = self.columns.get(f"test_{node.id}")
             if found is None:
-                raise self.fail(node, f"is no column; {_nearest(node.id, self.columns)}")
+                raise self.fail(node, f"is no column; {nearest(node.id, sorted(self.columns))}")
             if isinstance(found, Metric):
                 return _Term("number", metric=found)
             return _Term(found.kind, found.sql)
@@ -280,8 +280,3 @@ def _whole(term: _Term) -> _Term:
 
 def _bound(value: Any) -> Any:
     return int(value) if isinstance(value, bool) else value
-
-
-def _nearest(name: str, columns: Mapping[str, Column | Metric]) -> str:
-    near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(columns))}"

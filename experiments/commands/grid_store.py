@@ -1,0 +1,282 @@
+"""``mergebound grid status``, ``query``, ``export``, ``gc`` and ``verify``: what a store holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from experiments.grid.result import RunResult
+    from experiments.grid.run_spec import RunSpec
+    from experiments.store import Status, Store, Verification
+
+DAMAGED = 1
+"""Exit code of ``grid verify`` where something is wrong."""
+_WIDTH = 118
+_DEFAULT = ("digest", "task", "learning_rate", "batch_size", "steps", "momentum", "seed", "outcome", "step")
+_SHORT = 12
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the store, as `mergebound grid run` was given it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+
+
+def register(group: typer.Typer) -> None:
+    """Add the commands to the group ``grid``."""
+    group.command("status")(show_status)
+    group.command("query")(query)
+    group.command("export")(export)
+    group.command("gc")(gc)
+    group.command("verify")(verify)
+
+
+def show_status(folder: Folder, as_json: AsJson = False) -> None:
+    """Show how far a grid is: runs by outcome, who is at work, the rate and the time left."""
+    from experiments.store import Store
+
+    with Store.open(folder, "r") as store:
+        found = store.status()
+    if as_json:
+        typer.echo(json.dumps(found.to_row(), indent=2))
+        return
+    console = _console()
+    for name, text in _summary(found):
+        console.print(f"[bold]{name:11s}[/] {escape(text)}", highlight=False)
+    for lease in found.leases:
+        text = f"{lease.owner}: {lease.cohort}, {lease.missing:,} runs left, lease ends in {lease.seconds:.0f} s"
+        console.print(f"[bold]{'at work':11s}[/] {escape(text)}", highlight=False)
+
+
+def query(
+    folder: Folder,
+    expression: Annotated[
+        str, typer.Argument(help="Such as \"learning_rate < 0.01 and task == 'npz8:mnist'\"; all rows without one.")
+    ] = "",
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            "--columns", help="Names, separated by commas; `all` for all; default: a few.", show_default=False
+        ),
+    ] = None,
+    final: Annotated[bool, typer.Option("--final", help="Last checkpoints only.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="Rows at most.", show_default=False)] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print as CSV.")] = False,
+    as_json: AsJson = False,
+    list_columns: Annotated[bool, typer.Option("--list-columns", help="Print the names that may be used.")] = False,
+) -> None:
+    """Print the runs and checkpoints for which an expression holds.
+
+    Comparisons (`<`, `<=`, `==`, `!=`, `in`), `and`, `or`, `not`, `between(x, a, b)`, `startswith(task, 'npz8:')`,
+    `isnan(test_loss)`, `x is None`, over any hyperparameter, outcome, step or metric (`test_accuracy`).
+    """
+    from experiments.store import Store
+
+    with Store.open(folder, "r") as store:
+        if list_columns:
+            typer.echo("\n".join(store.columns()))
+            return
+        frame = store.query(expression, limit=limit, final=final, nullable=True)
+    frame = _picked(frame, columns, wide=as_csv or as_json)
+    if as_csv:
+        typer.echo(frame.to_csv(index=False, na_rep="").rstrip("\n"))
+    elif as_json:
+        typer.echo(json.dumps(_records(frame), indent=2))
+    else:
+        table = Table(*frame.columns, box=None, pad_edge=False)
+        for row in frame.itertuples(index=False):
+            table.add_row(*(escape(_cell(value)) for value in row))
+        _console().print(table)
+        _console().print(f"{len(frame):,} rows", highlight=False)
+
+
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="File to write: *.csv or *.parquet.")],
+) -> None:
+    """Write one row per run and checkpoint to a CSV or Parquet file."""
+    from experiments.store import Store
+
+    with Store.open(folder, "r") as store:
+        rows = store.export(out)
+    typer.echo(f"{rows:,} rows written to {out}")
+
+
+def gc(
+    folder: Folder,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    older_than: Annotated[
+        float, typer.Option("--older-than", min=0, help="Seconds since a file was written, for it to go.")
+    ] = 3600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Delete files that no run needs: what killed runners left. Safe while others run."""
+    from experiments.store import Store
+
+    with Store.open(folder, "r" if dry_run else "w") as store:
+        found = store.gc(dry_run=dry_run, older_than=older_than)
+    if as_json:
+        typer.echo(json.dumps({"files": found.files, "bytes": found.bytes, "young": found.young}, indent=2))
+        return
+    if dry_run:
+        typer.echo("".join(f"{name}\n" for name in found.files), nl=False)
+    what = "would be deleted" if dry_run else "deleted"
+    typer.echo(f"{len(found.files):,} files {what} ({_size(found.bytes)}); {found.young:,} too young to judge")
+    for name in found.strangers:
+        typer.echo(f"not the store's: {name}")
+
+
+def verify(
+    folder: Folder,
+    sample: Annotated[int, typer.Option("--sample", min=0, help="Runs that are done again and compared.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Names the sample.")] = 0,
+    deep: Annotated[bool, typer.Option("--deep", help="Unpack every checkpoint too.")] = False,
+    root: Annotated[
+        Path | None,
+        typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).", show_default=False),
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--forget-damaged", help="Make runs with damaged files absent, so that a resume redoes them."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hash every file again, check the database, and run a random sample of the runs again, comparing bits."""
+    from experiments.store import Store
+
+    with Store.open(folder, "w" if repair else "r") as store:
+        found = store.verify(_rerun(store, root) if sample else None, sample=sample, seed=seed, deep=deep)
+        forgotten = store.forget(found.damaged) if repair else 0
+    if as_json:
+        fields = ("blobs", "problems", "damaged", "rerun", "unequal")
+        typer.echo(json.dumps({name: getattr(found, name) for name in fields} | {"forgotten": forgotten}, indent=2))
+    else:
+        _report(found, forgotten)
+    if not found.good:
+        raise typer.Exit(DAMAGED)
+
+
+def _rerun(store: Store, root: Path | None) -> Callable[[str, RunSpec], RunResult]:
+    """Does a run of the store again, stacked with the runs that it was stacked with."""
+    from experiments.engines.cohort_job import known_runs, pieces, results_of
+    from experiments.engines.workplace import Workplace
+    from experiments.grid.result import Cohort
+
+    plan = store.plan()
+    place = Workplace(store.base, root, device="cpu" if plan is None else plan.device)
+    cohorts = () if plan is None else plan.cohorts
+    where = {digest: piece for cohort in cohorts for piece in pieces(cohort) for digest in piece.runs}
+
+    def again(digest: str, run: RunSpec) -> RunResult:
+        piece = where.get(digest) or Cohort(f"again {run.seed}", (digest,))
+        return dict(results_of(piece, known_runs(store, piece.runs), [digest], place, resamples=0))[digest]
+
+    return again
+
+
+def _report(found: Verification, forgotten: int) -> None:
+    for problem in found.problems:
+        typer.echo(problem)
+    for digest, what in found.unequal:
+        typer.echo(f"run {digest[:_SHORT]}: done again, it differs in {what}")
+    typer.echo(f"{found.blobs:,} files hashed, {len(found.problems):,} problems")
+    if found.rerun:
+        typer.echo(f"{len(found.rerun):,} runs done again, {len(found.unequal):,} with other bits")
+    if forgotten:
+        typer.echo(f"{forgotten:,} runs are absent now; `mergebound grid resume` does them again")
+    elif found.damaged:
+        typer.echo(
+            "`mergebound grid verify --forget-damaged` makes these runs absent, so that a resume does them again"
+        )
+
+
+def _summary(found: Status) -> list[tuple[str, str]]:
+    done = found.finished + found.diverged
+    share = f" ({100 * done / found.runs:.1f} %)" if found.runs else ""
+    rows = [
+        ("runs", f"{found.runs:,}, {done:,} done{share}"),
+        ("finished", f"{found.finished:,}"),
+        ("diverged", f"{found.diverged:,}"),
+        ("missing", f"{found.missing:,}" + (f", {found.unplanned:,} not in the plan" if found.unplanned else "")),
+        ("cohorts", f"{found.cohorts_done:,} of {found.cohorts:,} done"),
+        ("size", f"{_size(found.bytes)}, {_time(found.training_seconds)} of training"),
+        ("rate", "unknown" if found.rate is None else f"{60 * found.rate:.2f} runs a minute"),
+        ("time left", "unknown" if found.seconds_left is None else _time(found.seconds_left)),
+    ]
+    if found.ended:
+        rows.append(("abandoned", f"{found.ended:,} cohorts whose runner is gone; the next one takes them"))
+    if found.conflicts:
+        rows.append(("conflicts", f"{found.conflicts:,} runs gave other bits when done twice; the first is kept"))
+    if found.merges:
+        rows.append(("merges", f"{found.merges:,}"))
+    return rows
+
+
+def _picked(frame: pd.DataFrame, columns: str | None, *, wide: bool) -> pd.DataFrame:
+    """The columns that were asked for."""
+    from experiments.store.errors import QueryError
+    from theory.errors import nearest
+
+    known = [str(name) for name in frame.columns]
+    if columns is None and not wide:
+        measured = [name for name in known if name in ("test_accuracy", "test_loss")]
+        return frame[[*_DEFAULT, *measured]]
+    if columns is None or columns.strip() == "all":
+        return frame
+    names = [name.strip() for name in columns.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise QueryError(f"--columns: there is no column {name!r}; {nearest(name, known)}")
+    return frame[names]
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON data: what was not measured is null, NaN and infinities are texts."""
+    import pandas as pd
+
+    found = []
+    for row in frame.to_dict("records"):
+        found.append({str(key): None if value is pd.NA else _json(value) for key, value in row.items()})
+    return found
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value.item() if hasattr(value, "item") else value
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    text = "" if value is None or str(value) == "<NA>" else str(value)
+    return text[:_SHORT] if len(text) == 64 else text
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
