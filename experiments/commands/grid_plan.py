@@ -198,7 +198,9 @@ def _show(found: Estimate, stored: bool) -> None:
         f"{found.name}: {found.runs:,} runs on {found.tasks} tasks, {total.checkpoints:,} checkpoints, "
         f"{total.steps:,} steps, {total.samples:,} samples"
     )
-    table = Table("architecture", "base", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("architecture", overflow="fold")
+    table.add_column("base")
     for name in ("parameters", "runs", "checkpoints", "steps", "samples", "operations", "disk", "1 worker"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in found.rows:

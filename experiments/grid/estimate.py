@@ -18,7 +18,7 @@ from experiments.grid.checks import all_bases
 from experiments.grid.cost import Cost, NetworkFacts, costs, network_facts
 from experiments.grid.errors import GridError
 from experiments.grid.expand import Expansion
-from experiments.grid.preflight import check_disk, check_grid, existing, facts_without_data, open_tasks
+from experiments.grid.preflight import check_disk, check_grid, check_store, existing, facts_without_data, open_tasks
 from experiments.grid.run_spec import RunSpec
 from experiments.grid.yaml_source import GridFile, read_runs
 from theory.errors import MergeboundError
@@ -131,7 +131,7 @@ def estimate(
         own = [run for run, number in zip(runs, numbers, strict=True) if number == k]
         rows.append(_row(bases[k], networks[k], summed[k], own, most, usable, seconds / len(networks)))
     where = existing(store if store is not None else Path.cwd())
-    if store is not None and check:
+    if store is not None and check and not check_store(store):
         problems = [*problems, *check_disk(store, total.bytes)]
     times = [[getattr(row, name) for row in rows] for name in ("seconds", "low", "high")]
     wall = [None if None in each else sum(each) / count for each in times]

@@ -62,9 +62,22 @@ def check_grid(
     tasks, problems = open_tasks(spec, runs, root)
     found += problems
     found += _check_bases(spec, root, download, tasks)
-    found += check_batches(spec, runs, {key: facts_of(key[0], task) for key, task in tasks.items()})
-    placed = [_placed(grid, error) for error in found]
-    return sorted(placed, key=lambda error: error.line or 0)
+    found += check_batches(spec, runs, _facts(runs, tasks, root))
+    placed = {str(error): error for error in (_placed(grid, each) for each in found)}
+    return sorted(placed.values(), key=lambda error: error.line or 0)
+
+
+def _facts(
+    runs: Iterable[RunSpec], tasks: Mapping[tuple[str, int], ImageTask], root: str | Path | None
+) -> dict[tuple[str, int], TaskFacts]:
+    """Sizes of the tasks that are open, and of the others as published, where they are."""
+    found: dict[tuple[str, int], TaskFacts] = {}
+    for key in dict.fromkeys((run.task, run.split_seed) for run in runs):
+        try:
+            found[key] = facts_of(key[0], tasks[key]) if key in tasks else published_facts(key[0], root)
+        except MergeboundError:
+            continue  # a file or folder that cannot be read, which is a problem of its own
+    return found
 
 
 def _placed(grid: GridFile | GridSpec, error: GridError) -> GridError:

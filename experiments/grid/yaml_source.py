@@ -126,7 +126,8 @@ def parse_grid(text: str, source: str = "grid") -> GridFile:
     try:
         spec = GridSpec.model_validate(content)
     except ValidationError as error:
-        problems = sorted((_problem(each, content) for each in error.errors()), key=_by_line(lines))
+        told = [each for each in error.errors() if each["type"] != "missing"] or error.errors()
+        problems = sorted((_problem(each, content) for each in told), key=_by_line(lines))
         first = problems[0]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise GridError(first.message + more, first.place, source=source, line=line_of(lines, first.place)) from error
@@ -245,6 +246,9 @@ def _written(loc: tuple[Any, ...], content: Any) -> Place:
 def _flat(place: Place, content: Any) -> Place:
     """A place without the positions in lists that stand for a single entry."""
     found: list[str | int] = []
+    tie = content.get("tie") if isinstance(content, Mapping) else None
+    if place[:1] == ("tie",) and isinstance(tie, list) and all(isinstance(each, str) for each in tie):
+        place = ("tie", *place[2:])
     for part in place:
         if isinstance(part, int) and not isinstance(content, list | tuple):
             continue
