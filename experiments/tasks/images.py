@@ -137,8 +137,8 @@ class FileImages:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of names, sizes in bytes and labels."""
-        digest = hashlib.sha256()
+        """SHA-256 of names, sizes in bytes and labels, and of whether the images are read as grey ones."""
+        digest = hashlib.sha256(b"grey\n" if self.grey else b"")
         for name, label in zip(self.files, self.labels.tolist(), strict=True):
             path = self.root / name
             size = path.stat().st_size if path.is_file() else -1

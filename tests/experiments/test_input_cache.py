@@ -191,3 +191,16 @@ def test_a_file_that_changed_has_another_cache(tmp_path: Path) -> None:
     rng = np.random.default_rng([0, 1])
     Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     assert not np.array_equal(cached(images, FORM, tmp_path / "cache"), red)
+
+
+def test_photographs_read_as_grey_ones_are_other_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    files = tuple(f"{number}.png" for number in range(3))
+    colour, grey = (FileImages(tmp_path, files, np.arange(3), grey=grey) for grey in (False, True))
+    assert colour.fingerprint != grey.fingerprint
+    assert cached(grey, FORM, tmp_path / "cache").shape[1] == 1
+    assert np.array_equal(cached(colour, FORM, tmp_path / "cache"), load_resident(colour, FORM).images.numpy())
