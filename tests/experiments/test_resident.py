@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from experiments.finetune.loop import Hyperparameters, finetune
+from experiments.inputs import resident
 from experiments.inputs.augment import PRESETS, Augmentation, Draws, augmentation, draw
 from experiments.inputs.resident import Resident, load_resident, residents
 from experiments.tasks.dataset import DataSet, split
@@ -287,27 +288,23 @@ def test_photographs_are_fitted_once_with_any_number_of_threads(tmp_path: Path) 
             load_resident(photos, form, threads=threads)
 
 
-def test_a_disk_that_does_not_answer_is_given_up_and_the_program_can_end() -> None:
-    code = """
-import threading, numpy as np
-from experiments.inputs import resident
-from experiments.tasks.form import InputFormat
-from experiments.tasks.images import ReadImages
-from theory.errors import MergeboundError
-stuck = threading.Event()
-def read(row):
-    if row >= 256:
-        stuck.wait()
-    return np.zeros((4, 4, 3), np.uint8)
-resident.WAIT_S = 0.2
-try:
-    resident.load_resident(ReadImages(read, np.zeros(600, np.int64), "disk", "0"), InputFormat(3, 8, 8), threads=2)
-except MergeboundError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert "disk, image 256" in done.stdout
-    assert "0.2 s" in done.stdout
+def test_a_disk_that_does_not_answer_is_given_up_and_the_program_can_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, stuck = threading.Event(), []
+
+    def read(row: int) -> np.ndarray:
+        if row >= 256:
+            stuck.append(threading.current_thread())
+            answers.wait(30)
+        return np.zeros((4, 4, 3), dtype=np.uint8)
+
+    monkeypatch.setattr(resident, "WAIT_S", 0.2)
+    started = time.monotonic()
+    with pytest.raises(MergeboundError, match=r"disk, image 256 .* 0\.2 s"):
+        load_resident(ReadImages(read, np.zeros(600, dtype=np.int64), "disk", "0"), FORM, threads=2)
+    assert time.monotonic() - started < 10
+    assert stuck
+    assert all(thread.daemon for thread in stuck)  # Python waits for others at its end
+    answers.set()
 
 
 def test_arrays_of_another_size_and_the_crop_of_arrays_of_the_right_size(caplog: pytest.LogCaptureFixture) -> None:
