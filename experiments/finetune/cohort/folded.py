@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.finetune.cohort.layers import FoldedLayer, FoldedPatches, makers
+from experiments.finetune.cohort.layers import FoldedLayer, FoldedPatches, makers, split_axis
+from experiments.finetune.cohort.stack import prepared
 from experiments.finetune.cohort.together import train_together
-from experiments.finetune.trained import set_modes
 from experiments.grid.result import Cohort, RunResult
 from experiments.grid.run_spec import RunSpec
 from experiments.inputs.training_data import TrainingData
@@ -45,8 +45,7 @@ def train_folded(
     reason = supports_folding(network, prove=not _known(network))
     if reason is not None:
         raise MergeboundError(f"{runs[0].architecture}: it cannot be folded: {reason}; use way = loop or vmap")
-    model = copy.deepcopy(network).to(data[0].labels.device)
-    set_modes(model, runs[0].trained)
+    model = prepared(network, runs, starts, data[0].labels.device)
     half = runs[0].precision == "bfloat16"
     way = fold_network(model, half=half, channels_last=bool(cohort.options.get("channels_last", False)))
     return train_together(way, runs, starts, data, chunk=cohort.chunk)
@@ -111,9 +110,11 @@ def _refused(module: Any) -> str | None:
 def _leaves(module: nn.Module, known: Mapping[type, Any], name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The module and those below it, not going into what is folded as a whole."""
     yield name, module
-    inside = [("norm", module.norm)] if type(module).__name__ == "PatchEmbed" else module.named_children()
-    if type(module) not in known or type(module).__name__ == "PatchEmbed":
-        for key, child in inside:  # type: ignore[union-attr]
+    patches = type(module).__name__ == "PatchEmbed"
+    if type(module) not in known or patches:
+        for key, child in module.named_children():
+            if patches and key != "norm":
+                continue
             yield from _leaves(child, known, f"{name}.{key}" if name else key)
 
 
@@ -196,8 +197,8 @@ class Folded:
             x = x.contiguous(memory_format=torch.channels_last)
         out: Tensor = self._network(x)
         if out.shape[0] == count and experts > 1:
-            return out.unflatten(-1, (experts, -1)).transpose(0, 1)
-        return out.unflatten(0, (experts, count))
+            return split_axis(out, out.ndim - 1, experts).movedim(-2, 0)
+        return split_axis(out, 0, experts)
 
 
 def mixes(module: nn.Module) -> bool:

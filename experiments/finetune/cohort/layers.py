@@ -13,7 +13,7 @@ then need no transposed copies), vectors [M, C].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,10 @@ class FoldedLayer(nn.Module):
         transposed: those that are bound as [M, in, out], where the state dict has (out, in).
     """
 
-    takes: Mapping[str, str] = {"weight": "weight", "bias": "bias"}
-    transposed: tuple[str, ...] = ()
+    takes: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
+    transposed: ClassVar[tuple[str, ...]] = ()
+    weight: Any
+    bias: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +84,9 @@ class FoldedLinear(FoldedLayer):
 class FoldedBatchNorm(FoldedLayer):
     """BatchNorm over M C channels: per expert, as each channel has its own statistics; they move in place."""
 
-    takes = {name: name for name in ("weight", "bias", "running_mean", "running_var")}
+    takes: ClassVar[Mapping[str, str]] = {name: name for name in ("weight", "bias", "running_mean", "running_var")}
+    running_mean: Any
+    running_var: Any
 
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
@@ -144,7 +148,8 @@ class FoldedLayerNorm2d(FoldedLayerNorm):
 class FoldedLayerScale(FoldedLayer):
     """A scale per expert and channel."""
 
-    takes = {"gamma": "gamma"}
+    takes: ClassVar[Mapping[str, str]] = {"gamma": "gamma"}
+    gamma: Any
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -162,7 +167,7 @@ class FoldedPatches(FoldedLayer):
     The projection's kernel is as large as its stride, so that a patch is a row and the kernel a matrix.
     """
 
-    takes = {"weight": "proj.weight", "bias": "proj.bias"}
+    takes: ClassVar[Mapping[str, str]] = {"weight": "proj.weight", "bias": "proj.bias"}
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -185,7 +190,7 @@ class FoldedPatches(FoldedLayer):
 class FoldedShortcut(FoldedLayer):
     """Option A of the CIFAR ResNets: zero channels around each expert's own."""
 
-    takes = {}
+    takes: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -193,7 +198,7 @@ class FoldedShortcut(FoldedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, M C, H, W] to [B, M C', H', W']."""
-        apart = x[:, :, :: self.stride, :: self.stride].unflatten(1, (self.experts, -1))
+        apart = split_axis(x[:, :, :: self.stride, :: self.stride], 1, self.experts)
         return F.pad(apart, (0, 0, 0, 0, self.before, self.after)).flatten(1, 2)
 
 
@@ -209,13 +214,13 @@ def to_channels(x: Tensor, experts: int, channels: int) -> tuple[Tensor, bool]:
     if x.shape[1] == experts * channels:
         return x, False
     if x.shape[1] == channels and x.shape[0] % experts == 0:
-        return x.unflatten(0, (experts, -1)).transpose(0, 1).flatten(1, 2), True
+        return split_axis(x, 0, experts).transpose(0, 1).flatten(1, 2), True
     raise ValueError(f"shape {tuple(x.shape)} is not that of {experts} experts with {channels} channels")
 
 
 def to_batch(x: Tensor, experts: int) -> Tensor:
     """From [B, M C, ...] to [M B, C, ...]."""
-    return x.unflatten(1, (experts, -1)).transpose(0, 1).flatten(0, 1)
+    return split_axis(x, 1, experts).transpose(0, 1).flatten(0, 1)
 
 
 def by_expert(x: Tensor, experts: int, width: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -231,6 +236,11 @@ def by_expert(x: Tensor, experts: int, width: int) -> tuple[Tensor, Callable[[Te
         rows = x.reshape(-1, experts, width).transpose(0, 1)
         return rows, lambda out: out.transpose(0, 1).reshape(*lead, experts * out.shape[-1])
     raise ValueError(f"shape {tuple(x.shape)} is not that of {experts} experts with {width} numbers each")
+
+
+def split_axis(x: Tensor, axis: int, experts: int) -> Tensor:
+    """An axis of M times n as two, M and n; the tensor is copied only where it must be."""
+    return x.reshape(*x.shape[:axis], experts, -1, *x.shape[axis + 1 :])
 
 
 def _joined(tensor: Tensor | None) -> Tensor | None:

@@ -108,4 +108,5 @@ class Rules:
 
 def row_norms(rows: Tensor) -> Tensor:
     """Euclidean norms of rows [M, P], (M,)."""
-    return torch.linalg.vector_norm(rows, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms

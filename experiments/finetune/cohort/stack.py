@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.finetune.low_rank import low_rank
-from experiments.finetune.trained import trains
+from experiments.finetune.trained import set_modes, trains
 from experiments.grid.run_spec import RunSpec
 from experiments.models.parts import head_tensors
+from theory.errors import MergeboundError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
@@ -113,7 +115,7 @@ class Statistics:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Views by name."""
-        parts = self.flat.split([shape.numel() for shape in self._shapes]) if self._names else ()
+        parts = torch.split(self.flat, [shape.numel() for shape in self._shapes]) if self._names else ()
         return {name: part.view(s) for name, part, s in zip(self._names, parts, self._shapes, strict=True)}
 
     def copy(self) -> Statistics:
@@ -161,6 +163,26 @@ def _moves(module: nn.Module) -> bool:
     return bool(tracked and module.training)
 
 
+def prepared(
+    network: nn.Module, runs: Sequence[RunSpec], starts: Sequence[Mapping[str, Tensor]], device: torch.device
+) -> nn.Module:
+    """A copy of the network in the modes and the type of numbers of the runs, with the first start's tensors.
+
+    Raises:
+        MergeboundError: starts that differ in a buffer that is neither trained nor a running statistic.
+    """
+    model = copy.deepcopy(network).to(device, DTYPES[runs[0].precision])
+    model.load_state_dict(dict(starts[0]))
+    set_modes(model, runs[0].trained)
+    stacked_too = {name for name, _ in model.named_parameters()} | {*moving(model), *counters(model)}
+    for name in set(starts[0]) - stacked_too - set(_fixed_statistics(model)):
+        if name.endswith("num_batches_tracked"):
+            continue
+        if any(not torch.equal(start[name], starts[0][name]) for start in starts[1:]):
+            raise MergeboundError(f"{name}: experts of one cohort share this buffer, but these differ; use way = loop")
+    return model
+
+
 def make_layout(model: nn.Module, run: RunSpec, transposed: frozenset[str]) -> Layout:
     """The rows' layout; the order is the reference's up to transposed matrices.
 
@@ -201,7 +223,7 @@ def stacked(
     """The experts at their starts, on the device and in the runs' type of numbers.
 
     Args:
-        model: in the modes in which it is trained.
+        model: in the modes in which it is trained, with the runs' type of numbers.
     """
     dtype = DTYPES[runs[0].precision]
     own = {entry.name for entry in layout.entries if not entry.factor}
@@ -214,11 +236,10 @@ def stacked(
 
     names = [name for name, _ in model.named_parameters()]
     frozen = {name: gathered(name) for name in names if name not in own}
-    still = [f for f in _fixed_statistics(model)]
-    frozen |= {name: gathered(name) for name in still}
+    frozen |= {name: gathered(name) for name in _fixed_statistics(model)}
     statistics = Statistics({name: gathered(name) for name in moving(model)})
     x = torch.empty(len(runs), layout.total, dtype=dtype, device=device)
-    factors = [_factors(model, run, start, dtype) if run.rank is not None else {} for run, start in zip(runs, starts)]
+    factors = [_factors(model, run) if run.rank is not None else {} for run in runs]
     for entry in layout.entries:
         for m, start in enumerate(starts):
             value = (
@@ -238,12 +259,11 @@ def _fixed_statistics(model: nn.Module) -> list[str]:
     ]
 
 
-def _factors(model: nn.Module, run: RunSpec, start: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _factors(model: nn.Module, run: RunSpec) -> dict[str, Tensor]:
     """The reference's factors of a run at its start, by ``name:up`` and ``name:down``."""
     assert run.rank is not None
-    typed = model.to(dtype)
     found: dict[str, Tensor] = {}
-    for name, each in low_rank(typed, head_tensors(typed), run.rank, run.seed).items():
+    for name, each in low_rank(model, head_tensors(model), run.rank, run.seed).items():
         found[f"{name}:up"], found[f"{name}:down"] = each.up.detach(), each.down.detach()
     return found
 

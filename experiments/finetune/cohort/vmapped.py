@@ -15,9 +15,8 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from experiments.finetune.cohort.folded import dropped, mixes, without_fused_attention
-from experiments.finetune.cohort.stack import moving
+from experiments.finetune.cohort.stack import moving, prepared
 from experiments.finetune.cohort.together import train_together
-from experiments.finetune.trained import set_modes
 from experiments.grid.result import Cohort, RunResult
 from experiments.grid.run_spec import RunSpec
 from experiments.inputs.training_data import TrainingData
@@ -43,19 +42,18 @@ def train_vmapped(
     Raises:
         MergeboundError: a network that vmap does not take (says why), or runs that cannot be trained together.
     """
-    model = copy.deepcopy(network).to(data[0].labels.device)
-    reason = supports_vmap(model)
+    reason = supports_vmap(network)
     if reason is not None:
         raise MergeboundError(f"{runs[0].architecture}: vmap does not take it: {reason}; use way = loop")
-    set_modes(model, runs[0].trained)
+    model = prepared(network, runs, starts, data[0].labels.device)
     way = Vmapped(model, channels_last=bool(cohort.options.get("channels_last", False)))
     return train_together(way, runs, starts, data, chunk=cohort.chunk)
 
 
 def supports_vmap(network: nn.Module) -> str | None:
-    """Why a network cannot be trained by vmap as the reference trains it, as far as its layers show; ``None`` if it can.
+    """Why a network cannot be trained by vmap as the reference trains it, as far as its layers show.
 
-    Whether vmap has a rule for each of its operations shows when it runs.
+    ``None`` where nothing speaks against it.  Whether vmap has a rule for each of its operations shows when it runs.
     """
     for name, module in network.named_modules():
         reason = dropped(module)
@@ -85,6 +83,8 @@ class BatchNormOfOne(nn.Module):
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
         self.eps, self.momentum = layer.eps, layer.momentum or 0.0
+        self.running_mean: Tensor | None
+        self.running_var: Tensor | None
         self.weight, self.bias = layer.weight, layer.bias
         for name, buffer in layer.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
@@ -98,19 +98,17 @@ class BatchNormOfOne(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...]."""
-        by_batch = self.training or self.running_mean is None
-        if self.training and self.running_mean is not None and self.track_running_stats:
+        old, spread = self.running_mean, self.running_var
+        if self.training and old is not None and spread is not None and self.track_running_stats:
             with torch.no_grad():
                 axes = [0, *range(2, x.ndim)]
-                wide = x.detach().to(self.running_mean.dtype)
+                wide = x.detach().to(old.dtype)
                 mean, var = wide.mean(axes), wide.var(axes, correction=1)
                 share = self.momentum
-                self.moved = (
-                    self.running_mean * (1.0 - share) + mean * share,
-                    self.running_var * (1.0 - share) + var * share,
-                )
-        means = (None, None) if by_batch else (self.running_mean, self.running_var)
-        out = F.batch_norm(x, *means, self.weight, self.bias, by_batch, 0.0, self.eps)
+                self.moved = (old * (1.0 - share) + mean * share, spread * (1.0 - share) + var * share)
+        by_batch = self.training or old is None
+        mean_var = (None, None) if by_batch else (old, spread)
+        out = F.batch_norm(x, mean_var[0], mean_var[1], self.weight, self.bias, by_batch, 0.0, self.eps)
         after: Tensor = self.act(self.drop(out))
         return after
 
@@ -139,7 +137,7 @@ class Vmapped:
         """See :class:`~.together.Way`."""
         x = images.transpose(0, 1)
         if self._channels_last and x.ndim == 5:
-            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(x.shape)
         one: Callable[..., tuple[Tensor, dict[str, Tensor]]] = vmap(self._one, randomness="error")
         logits, moved = one(dict(tensors), dict(statistics), x)
         with torch.no_grad():
