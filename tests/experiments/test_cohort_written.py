@@ -195,8 +195,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
         train_cohort([run(precision="bfloat16")], network(), [start("mlp_6", 0)], list(data), cohort)
     with pytest.raises(MergeboundError, match="batch_size = 12"):
         train_cohort([run(batch_size=12)], network(), [start("mlp_6", 0)], list(data), cohort)
+    logistic = run("logistic", trained="backbone")
     with pytest.raises(MergeboundError, match="nothing to train"):
-        logistic = run("logistic", trained="backbone")
         train_cohort([logistic], network("logistic"), [start("logistic", 0)], list(data), cohort)
     with pytest.raises(MergeboundError, match="0 samples"):
         train_cohort([run()], network(), [start("mlp_6", 0)], [], cohort)

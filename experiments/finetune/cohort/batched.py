@@ -25,7 +25,7 @@ class Batched:
         self, block: Block, rates: np.ndarray, powers: np.ndarray, numbers: np.ndarray, alive: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`experiments.finetune.cohort.written.Engine`."""
-        active, length, width = block.index.shape
+        active, length = block.counts.shape
         buffers = [t[:active] for t in (self.x, self._v, self._square) if t is not None]
         kept = [t.clone() for t in buffers]
         steps = _Steps(self._chain, buffers, self._rule, self._lo, self._hi, block, rates, powers, numbers)

@@ -138,7 +138,7 @@ def _modules(network: nn.Module) -> list[nn.Module] | str:
     """Linear layers and activations in order; or what stands in the way."""
     if type(network) is Mlp:
         parts = [network.flatten, network.layers, network.head]
-    elif type(network) is nn.Sequential or isinstance(network, nn.Sequential) and _plain(network):
+    elif isinstance(network, nn.Sequential) and _plain(network):
         parts = list(network)
     elif type(network) is nn.Linear or type(network) in _ACTIVATIONS:
         if isinstance(network, nn.GELU) and network.approximate != "none":
@@ -160,7 +160,7 @@ def _modules(network: nn.Module) -> list[nn.Module] | str:
 
 
 def _plain(network: nn.Sequential) -> bool:
-    """A subclass of Sequential that says what its head is, and computes as Sequential does."""
+    """Sequential, or a subclass that computes as it does (and may say what its head is)."""
     return type(network).forward is nn.Sequential.forward
 
 

@@ -64,7 +64,7 @@ def orders(run: RunSpec, n: int, blocks: Sequence[int]) -> Iterator[Order]:
 
 
 def _epochs(used: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[Order]:
-    """Epoch after epoch of ``reshuffle``, as :func:`~experiments.finetune.loop.batches` draws them, a whole at a time."""
+    """Epoch after epoch of ``reshuffle``, as :func:`~experiments.finetune.loop.batches` draws them."""
     n, epoch = len(used), 0
     steps = -(-n // size)
     counts = np.full(steps, size)

@@ -1,20 +1,260 @@
-"""How a grid's runs are grouped, and the way in which each group is trained: measured, chosen, and said why."""
+"""How a grid's runs are grouped, and the way in which each group is trained: measured, chosen, and said why.
+
+Runs that share a network (head included), what is trained, update rule, precision and batch size make a group: padding
+batches would waste work and corrupt BatchNorm's statistics.  Within a group runs are sorted by steps, longest first, so
+that few of a cohort are over before the others.
+
+The ways are probed side by side, few steps each, once per network, batch size and precision.  Chunks grow by doubling
+for as long as that pays and memory allows.  No way is taken that is not faster than the loop.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
-from experiments.grid.result import Plan
+import torch
+from torch import nn
+
+from experiments.finetune.cohort.probe import Candidate, Opened, Probe, Timing, expert_bytes, measure
+from experiments.grid.result import Cohort, Plan
 from experiments.grid.run_spec import RunSpec
+from experiments.inputs.memory import available_bytes
+from theory.errors import MergeboundError
+
+PAYS = 1.05
+"""A way must be so many times as fast as the loop to be taken, and a larger chunk so many times as a smaller one."""
+LARGEST, LOOPED = 64, 8
+"""Most experts at a time; runs of one cohort where they are trained one after the other."""
+SHARE_OF_MEMORY = 0.5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is decided about a kind of runs."""
+
+    candidate: Candidate
+    reason: str
 
 
 def make_plan(
     runs: Mapping[str, RunSpec],
     *,
-    open_network: Callable[[RunSpec], object],
+    open_network: Callable[[RunSpec], Opened],
     device: str = "cpu",
     seed: int = 0,
     probe_seconds: float = 20.0,
+    memory: int | None = None,
+    probe: Probe | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
-    """Group runs into cohorts and choose the fastest way for each; a probe of a few steps decides."""
-    raise NotImplementedError
+    """Group runs into cohorts and choose the fastest way for each.
+
+    Args:
+        runs: by digest.
+        open_network: gives a run's network, x_0 and training images on the device; called once per base, task and
+            split, and once per kind of runs that is probed.
+        device: where they will be trained.
+        seed: of the probe.
+        probe_seconds: after that many seconds for one kind of runs, no further candidate is tried.
+        memory: bytes that one cohort may take; default: half of what is available, divided among one-thread workers.
+        probe: stands in for :func:`experiments.finetune.cohort.probe.measure`.
+        clock: of ``probe_seconds``.
+
+    Returns:
+        The plan: cohorts with most work first, each with its reason; JSON data throughout.
+
+    Raises:
+        MergeboundError: no runs, or a run that cannot be trained at all (a batch larger than its data, for one).
+    """
+    if not runs:
+        raise MergeboundError("there are no runs to plan; check the grid's specification")
+    limit = memory if memory is not None else _memory(device)
+    timed = probe or partial(measure, seed=seed)
+    groups = _groups(runs, open_network)
+    choices: dict[str, Choice] = {}
+    cohorts: list[Cohort] = []
+    for _, members in groups:
+        first = runs[members[0]]
+        kind = _kind(first)
+        if kind not in choices:
+            most = max(len(others) for _, others in groups if _kind(runs[others[0]]) == kind)
+            choices[kind] = _choose(first, open_network(first), most, limit, timed, probe_seconds, clock)
+            _log.info("%s, batch %d: %s", first.architecture, first.batch_size, choices[kind].reason)
+        cohorts += _cohorts(members, choices[kind], first, len(cohorts))
+    return Plan(tuple(cohorts), device, machine(device), seed)
+
+
+def machine(device: str) -> str:
+    """Processor or accelerator and PyTorch's version, as text."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+    from experiments.evaluate.cpu import cpu
+
+    return f"{cpu()}, PyTorch {torch.__version__}"
+
+
+def _memory(device: str) -> int | None:
+    free = available_bytes(torch.device(device))
+    if free is None:
+        return None
+    workers = (os.cpu_count() or 1) if torch.device(device).type == "cpu" else 1
+    return int(SHARE_OF_MEMORY * free / workers)
+
+
+def _kind(run: RunSpec) -> str:
+    """What decides how fast a run's steps are, but for the number of its classes."""
+    return json.dumps(
+        [
+            *(run.base.architecture, run.base.options, run.base.kind == "clip", run.batch_size, run.precision),
+            *(run.optimizer, run.nesterov, run.trained, run.rank, run.clip_norm is None, run.augment),
+        ],
+        sort_keys=True,
+    )
+
+
+def _groups(
+    runs: Mapping[str, RunSpec], open_network: Callable[[RunSpec], Opened]
+) -> list[tuple[tuple[str, str], list[str]]]:
+    """Digests of the runs that may be trained together, longest first; most work first."""
+    shapes: dict[tuple[str, str, int], str] = {}
+    sizes: dict[str, int] = {}
+    found: dict[tuple[str, str], list[str]] = {}
+    for digest, run in runs.items():
+        place = (run.task, run.base.model_dump_json(), run.split_seed)
+        if place not in shapes:
+            start = open_network(run)[1]
+            shapes[place] = json.dumps([[name, list(tensor.shape)] for name, tensor in start.items()])
+            sizes[shapes[place]] = sum(tensor.numel() for tensor in start.values())
+        found.setdefault((_kind(run), shapes[place]), []).append(digest)
+    for members in found.values():
+        members.sort(key=lambda digest: (-runs[digest].steps, runs[digest].task, runs[digest].data_share, digest))
+
+    def work(item: tuple[tuple[str, str], list[str]]) -> tuple[float, tuple[str, str]]:
+        (kind, shape), members = item
+        samples = max(runs[digest].steps * runs[digest].batch_size for digest in members)
+        return (-float(sizes[shape]) * samples, (kind, shape))
+
+    return sorted(found.items(), key=work)
+
+
+def _cohorts(members: Sequence[str], choice: Choice, run: RunSpec, before: int) -> list[Cohort]:
+    candidate = choice.candidate
+    size = LOOPED if candidate.way == "loop" else candidate.chunk
+    parts = [tuple(members[k : k + size]) for k in range(0, len(members), size)]
+    names = [f"{before + number:05d}-{run.architecture}-b{run.batch_size}" for number in range(len(parts))]
+    chunk = candidate.chunk
+    return [
+        Cohort(name, part, candidate.way, min(chunk, len(part)), dict(candidate.options), choice.reason)
+        for name, part in zip(names, parts, strict=True)
+    ]
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    run: RunSpec,
+    opened: Opened,
+    most: int,
+    memory: int | None,
+    probe: Probe,
+    budget: float,
+    clock: Callable[[], float],
+) -> Choice:
+    loop = Candidate("loop", 1)
+    began = clock()
+    room = LARGEST if memory is None else max(1, memory // max(1, expert_bytes(run, opened)))
+    largest = min(LARGEST, most, room)
+    best: dict[str, tuple[float, Candidate, Timing]] = {}  # by way and options: times the loop
+    failed: dict[str, str] = {}
+    late = False
+    for start in _candidates(run, opened[0], largest):
+        each: Candidate | None = start
+        while each is not None and not (late := clock() - began > budget):
+            found = probe([loop, each], run, opened)
+            if found[loop].seconds is None:
+                raise MergeboundError(f"{run.task}, {run.architecture}: it cannot be trained: {found[loop].reason}")
+            ratio = _ratio(found[loop], found[each])
+            if ratio is None:
+                failed.setdefault(str(each), found[each].reason)
+                break
+            known = best.get(str(each))
+            better = known is None or ratio > known[0] * PAYS
+            if known is None or ratio > known[0]:
+                best[str(each)] = (ratio, each, found[each])
+            compiled = ("engine", "compiled") in each.options  # one expert after the other: as fast in any number
+            each = _larger(each, largest) if better and not compiled else None
+    if not best and not failed and most > 1 and not late:
+        return Choice(loop, "loop: no other way takes this network")
+    return _decide(run, best, failed, largest, most, late)
+
+
+def _decide(
+    run: RunSpec,
+    best: Mapping[str, tuple[float, Candidate, Timing]],
+    failed: Mapping[str, str],
+    largest: int,
+    most: int,
+    late: bool,
+) -> Choice:
+    ranked = sorted(best.items(), key=lambda item: -item[1][0])
+    told = [
+        f"{name} {ratio:.1f} times the loop ({each.chunk} expert{'s' * (each.chunk > 1)}, batch {run.batch_size}, "
+        f"{timing.steps} steps)"
+        for name, (ratio, each, timing) in ranked
+    ]
+    told += [f"{name} does not work ({reason})" for name, reason in failed.items()]
+    if late:
+        told.append("the time for the probe was over")
+    if largest < min(LARGEST, most):
+        told.append(f"memory for {largest} experts at a time")
+    if not ranked or ranked[0][1][0] < PAYS:
+        return Choice(Candidate("loop", 1), "; ".join(["loop", *told] if told else ["loop: one run, no faster way"]))
+    chosen = ranked[0][1][1]
+    if ("engine", "compiled") in chosen.options:
+        chosen = replace(chosen, chunk=largest)
+    return Choice(chosen, "; ".join(told))
+
+
+def _ratio(loop: Timing, other: Timing) -> float | None:
+    if loop.seconds is None or other.seconds is None:
+        return None
+    return loop.seconds / other.seconds
+
+
+def _larger(each: Candidate, largest: int) -> Candidate | None:
+    return replace(each, chunk=min(2 * each.chunk, largest)) if each.chunk < largest else None
+
+
+def _candidates(run: RunSpec, network: nn.Module, largest: int) -> list[Candidate]:
+    """What to begin with, likely winners first."""
+    from experiments.finetune.cohort.folded import supports_folding
+    from experiments.finetune.cohort.vmapped import supports_vmap
+    from experiments.finetune.cohort.written import supports_written
+
+    first = next(network.parameters())
+    on_cpu = first.device.type == "cpu"
+    found: list[Candidate] = []
+    few = min(8 if on_cpu else 32, largest)
+    if supports_written([run], network) is None:
+        if on_cpu:
+            found.append(Candidate("written", few, (("engine", "compiled"),)))
+        found.append(Candidate("written", min(16, largest), (("engine", "batched"),)))
+    if largest < 2:
+        return found
+    few = min(4 if on_cpu else 32, largest)
+    convolves = any(isinstance(module, nn.Conv2d) for module in network.modules())
+    if supports_folding(network, prove=False) is None:
+        if convolves:
+            found.append(Candidate("folded", few, (("channels_last", True),)))
+        found.append(Candidate("folded", few))
+    if supports_vmap(network) is None:
+        found.append(Candidate("vmap", few))
+    return found
