@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -36,6 +36,7 @@ from experiments.store import Store
 from experiments.store.errors import StoreError
 
 _log = logging.getLogger(__name__)
+StartMethod = Literal["spawn", "fork"]
 SILENCE = 900.0
 """Seconds without a result and without processor time after which a worker counts as stuck."""
 GRACE = 10.0
@@ -65,6 +66,7 @@ def run_local(
     attempts: int = ATTEMPTS,
     lease: float = LEASE,
     silence: float = SILENCE,
+    start: StartMethod = "spawn",
     watch: Watch | None = None,
 ) -> Outcome:
     """Do what is missing in a store whose plan is frozen.
@@ -81,6 +83,7 @@ def run_local(
         attempts: at a cohort.
         lease: seconds of a lease.
         silence: see :data:`SILENCE`.
+        start: how processes are started; ``fork`` is quick, but only for a process without threads of its own.
         watch: is told the progress about twice a second.
 
     Raises:
@@ -91,7 +94,7 @@ def run_local(
     with Store.open(store_folder) as store, stoppable(), Dispatcher(store, attempts=attempts, seconds=lease) as leases:
         if store.plan() is None:
             raise EngineError(f"{store_folder}: its plan is not made yet; use `mergebound grid run` or `grid resume`")
-        crew = _Crew(leases, store, root, device, workers, resamples, silence)
+        crew = _Crew(leases, store, root, device, workers, resamples, silence, start)
         try:
             return crew.run(watch)
         finally:
@@ -110,6 +113,7 @@ class _Crew:
         workers: int | None,
         resamples: int,
         silence: float,
+        start: StartMethod,
     ) -> None:
         self._leases, self._store, self._silence = leases, store, silence
         self._most = workers or default_workers(device)
@@ -118,7 +122,7 @@ class _Crew:
         self._spec = WorkerSpec(
             str(store.folder), None if root is None else str(root), device, leases.owner, resamples, os.getpid(), memory
         )
-        self._context = multiprocessing.get_context("spawn")
+        self._context: Any = multiprocessing.get_context(start)
         self._workers: list[_Worker] = []
         self._never_ready = 0
         self._meter = meter_of(store)
