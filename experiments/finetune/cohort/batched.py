@@ -183,8 +183,8 @@ class _Steps:
 
     def _matrix(self, rows: Tensor, l: int) -> Tensor:
         layer = self.layers[l]
-        return rows[:, layer.start : layer.start + layer.inputs * layer.outputs].unflatten(
-            1, (layer.inputs, layer.outputs)
+        return rows[:, layer.start : layer.start + layer.inputs * layer.outputs].view(
+            *rows.shape[:-1], layer.inputs, layer.outputs
         )
 
     def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor, error: Tensor) -> Tensor:

@@ -87,8 +87,8 @@ class Chain:
 
     def matrix(self, rows: Tensor, layer: Layer) -> Tensor:
         """A view of one layer's matrices, (..., inputs, outputs), of rows (..., size)."""
-        return rows[..., layer.start : layer.start + layer.inputs * layer.outputs].unflatten(
-            -1, (layer.inputs, layer.outputs)
+        return rows[..., layer.start : layer.start + layer.inputs * layer.outputs].view(
+            *rows.shape[:-1], layer.inputs, layer.outputs
         )
 
     def state(self, row: Tensor, start: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -74,7 +74,8 @@ def _loss(z: np.ndarray, labels: np.ndarray, rows: np.ndarray, smoothing: float)
         for c in range(classes):
             line[c] = line[c] * scale - share / count
         line[label] -= (1.0 - smoothing) / count
-    return total / count
+    mean: float = total / count
+    return mean
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -116,7 +117,7 @@ def _gradient(
     above = layers[last, 5] + layers[last, 0]
     part = slice(above * count, (above + classes) * count)
     errors[part] = values[part]
-    loss = _loss(errors[part].reshape(count, classes), labels, rows, smoothing)
+    loss: float = _loss(errors[part].reshape(count, classes), labels, rows, smoothing)
     for l in range(last, first - 1, -1):
         inputs, outputs, start, bias, kind, place = layers[l]
         above = place + inputs
