@@ -297,7 +297,7 @@ def _show(table: pd.DataFrame, metric: str, design: Design, as_json: bool) -> No
     differences = factor_differences(table, metric) if paired else None
     if as_json:
         parts = {"means": means} | ({} if differences is None else {"differences": differences})
-        found = {name: json.loads(part.to_json(orient="records")) for name, part in parts.items()}
+        found = {name: json.loads(part.to_json(orient="records", double_precision=15)) for name, part in parts.items()}
         typer.echo(json.dumps({"merges": len(table), **found}, indent=2))
         return
     console = Console()
