@@ -5,7 +5,8 @@
 Commits: results of a 64-64-10 network, one and four checkpoints, logs of 200 steps, eight metrics; medians of wall and
 processor time, each run in a transaction of its own and 32 together, with and without waiting for the disk.  Questions:
 rows without files are put into the tables of a store directly, then every hyperparameter is asked for through
-``Store.query``; wall time of the best of five (the machine may be shared) with the rows that came back.
+``Store.query``; processor time of the best of five (the machine may be
+shared, and all is in memory) with the rows that came back.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ QUESTIONS = (
     "precision == 'float64'",
     "trained == 'low_rank'",
     "rank == 4",
-    "checkpoints == '[1, 500]'",
+    "checkpoints == '[1, 500]' and seed == 9",
     "seed == 123",
     "split_seed == 3",
     "architecture == 'mlp' and task == 'npz8:gtsrb' and seed == 1",
@@ -161,7 +162,7 @@ def questions(folder: Path, count: int) -> float:
     slowest = 0.0
     for text in QUESTIONS:
         rows = len(store.query(text, final=True))
-        seconds = best(lambda text=text: store.query(text, final=True), time.perf_counter, 5)
+        seconds = best(lambda text=text: store.query(text, final=True), time.process_time, 5)
         slowest = max(slowest, seconds)
         print(f"  {1e3 * seconds:7.2f} ms {rows:6d} rows  {text}")
     seconds = best(store.status, time.perf_counter, 3)

@@ -31,6 +31,7 @@ _INTEGERS = {8: (torch.int64, np.int64), 4: (torch.int32, np.int32), 2: (torch.i
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _ELEMENTS = 1 << 22
 _SAMPLE = 1 << 15
+_NOISE = 1 << 11
 _WORTH = 0.97
 
 
@@ -164,12 +165,21 @@ def _pack(difference: np.ndarray, width: int) -> tuple[Tensor, list[list[Any]]]:
 
 def _compressed(raw: bytes) -> bytes | None:
     """The bytes compressed; ``None`` where a sample from the middle or the whole shows that it does not pay."""
+    if len(raw) >= _NOISE and _entropy(raw) > 7.8:
+        return None
     if len(raw) > 2 * _SAMPLE:
         middle = (len(raw) - _SAMPLE) // 2
         if len(_deflated(raw[middle : middle + _SAMPLE])) >= _WORTH * _SAMPLE:
             return None
     short = _deflated(raw)
     return short if len(short) < _WORTH * len(raw) else None
+
+
+def _entropy(raw: bytes) -> float:
+    """Bits per byte that a code for single bytes needs, from bytes spread over the whole."""
+    counts = np.bincount(np.frombuffer(raw, dtype=np.uint8)[:: max(1, len(raw) // _SAMPLE)], minlength=256)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
 
 
 def _deflated(raw: bytes) -> bytes:

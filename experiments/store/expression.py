@@ -224,7 +224,8 @@ class _Compiler:
         if a.metric is None:
             return "0", []
         m = a.metric
-        inner = f"SELECT checkpoint FROM metrics WHERE name = ? AND part = ? AND nan & {_NAN_BITS.get(m.field, 0)}"
+        bits = f"nan > 0 AND nan & {_NAN_BITS.get(m.field, 0)}"
+        inner = f"SELECT checkpoint FROM metrics WHERE name = ? AND part = ? AND {bits}"
         return f"(c.id IN ({inner}))", [m.name, m.part]
 
     def term(self, node: ast.expr) -> _Term:

@@ -71,6 +71,7 @@ CREATE TABLE conflicts (
     kept TEXT NOT NULL, seen REAL NOT NULL, UNIQUE (run, owner, content)
 );
 CREATE TABLE measures (part TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (part, name)) WITHOUT ROWID;
+CREATE INDEX metrics_nan ON metrics(name, part, checkpoint) WHERE nan > 0;
 INSERT INTO measures SELECT DISTINCT part, name FROM metrics;
 CREATE TABLE merges (key TEXT PRIMARY KEY, added REAL NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
 """

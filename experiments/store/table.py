@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,13 +67,14 @@ def query(
     names = [*RUN_COLUMNS, *_RESULT]
     picked = ", ".join(f"{columns[name].sql} AS {name}" for name in names)  # type: ignore[union-attr]
     tail = "" if limit is None else f" LIMIT {int(limit)}"
-    rows = database.read(f"SELECT c.id, {picked} {_FROM}{where} ORDER BY r.id, c.step{tail}", values)
-    frame = pd.DataFrame([tuple(row)[1:] for row in rows], columns=names)
+    rows = database.read_tuples(f"SELECT c.id, {picked} {_FROM}{where} ORDER BY r.id, c.step{tail}", values)
+    numbers, *content = zip(*rows, strict=True) if rows else [()] * (len(names) + 1)
+    frame = pd.DataFrame(dict(zip(names, map(list, content), strict=True)), columns=names)
     for name in (*BOOLEANS, "final"):
         frame[name] = frame[name].astype(bool)
     for name in ("clip_norm", "rank"):
         frame[name] = frame[name].astype("Float64" if nullable else float)
-    measured = _metrics(database, np.array([row["id"] for row in rows], dtype=np.int64), nullable)
+    measured = _metrics(database, np.array(numbers, dtype=np.int64), nullable)
     return pd.concat([frame, pd.DataFrame(measured, index=frame.index)], axis=1)
 
 
@@ -125,32 +126,35 @@ def _metrics(database: Database, checkpoints: np.ndarray, nullable: bool) -> dic
     import pandas as pd
 
     place = {int(number): index for index, number in enumerate(checkpoints)}
-    values: dict[str, np.ndarray] = {}
-    there: dict[str, np.ndarray] = {}
-    for row in _metric_source(database, checkpoints):
-        index = place.get(row["checkpoint"])
+    values: dict[tuple[str, str], tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    for checkpoint, part, name, nan, *numbers in _metric_source(database, checkpoints):
+        index = place.get(checkpoint)
         if index is None:
             continue
-        for field in _FIELDS:
-            number = math.nan if row["nan"] & _NAN_BITS[field] else row[field]
-            if number is None:
-                continue
-            label = f"{row['part']}_{row['name']}" + ("" if field == "value" else f"_{field}")
-            if label not in values:
-                values[label] = np.full(len(checkpoints), math.nan)
-                there[label] = np.zeros(len(checkpoints), dtype=bool)
-            values[label][index] = number
-            there[label][index] = True
-    if not nullable:
-        return {label: values[label] for label in sorted(values)}
-    return {label: pd.arrays.FloatingArray(values[label], ~there[label]) for label in sorted(values)}
+        if (part, name) not in values:
+            empty = [np.full(len(checkpoints), math.nan) for _ in _FIELDS]
+            values[part, name] = (empty, [np.zeros(len(checkpoints), dtype=bool) for _ in _FIELDS])
+        column, there = values[part, name]
+        for k, number in enumerate(numbers):
+            if number is not None:
+                column[k][index] = number
+                there[k][index] = True
+            elif nan & (1 << k):
+                there[k][index] = True
+    found: dict[str, Any] = {}
+    for (part, name), (column, there) in sorted(values.items()):
+        for field, data, mask in zip(_FIELDS, column, there, strict=True):
+            if mask.any():
+                label = f"{part}_{name}" + ("" if field == "value" else f"_{field}")
+                found[label] = pd.arrays.FloatingArray(data, ~mask) if nullable else data
+    return found
 
 
-def _metric_source(database: Database, checkpoints: np.ndarray) -> Any:
-    sql = "SELECT checkpoint, part, name, value, low, high, nan FROM metrics"
+def _metric_source(database: Database, checkpoints: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    sql = "SELECT checkpoint, part, name, nan, value, low, high FROM metrics"
     if len(checkpoints) > 20_000:
-        yield from database.read(sql)
+        yield from database.read_tuples(sql)
         return
     for start in range(0, len(checkpoints), 500):
         part = [int(number) for number in checkpoints[start : start + 500]]
-        yield from database.read(f"{sql} WHERE checkpoint IN ({', '.join('?' * len(part))})", part)
+        yield from database.read_tuples(f"{sql} WHERE checkpoint IN ({', '.join('?' * len(part))})", part)
