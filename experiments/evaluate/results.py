@@ -13,6 +13,7 @@ from experiments.evaluate.metrics import Metrics, Scores
 from experiments.inputs.training_data import TrainingData
 from experiments.statistics import Estimate
 from experiments.tasks.dataset import ImageTask
+from experiments.tasks.images import shared_rows
 from experiments.tasks.types import Split
 from theory.errors import MergeboundError
 
@@ -40,7 +41,7 @@ class EvaluationSet:
 
     @classmethod
     def of_task(cls, task: ImageTask, data: TrainingData) -> EvaluationSet:
-        """The test images of a task, prepared as ``data`` for the network.
+        """The test images of a task, prepared as ``data`` for the network; tasks of ``digits8`` share theirs.
 
         Raises:
             MergeboundError: they are not as many.
@@ -49,7 +50,7 @@ class EvaluationSet:
             raise MergeboundError(
                 f"task {task.name!r} has {len(task.test)} test images but {len(data)} were prepared; give its test part"
             )
-        return cls(task.name, data, task.digest, task.seed)
+        return cls(task.name, data, task.digest, task.seed, shared_rows(task.test))
 
     @classmethod
     def of_split(cls, name: str, split: Split, seed: int | None = None) -> EvaluationSet:

@@ -42,7 +42,7 @@ def digits_task(name: str, *, seed: int = 0) -> ImageTask:
     def part(rows: np.ndarray) -> ArrayImages:
         seen = turn(raw.images[rows].astype(np.float64) / 16.0)
         pixels = np.ascontiguousarray(np.rint(255.0 * seen).astype(np.uint8)[..., None])
-        return ArrayImages(pixels, raw.target[rows].astype(np.int64), f"digits8 ({name})")
+        return ArrayImages(pixels, raw.target[rows].astype(np.int64), f"digits8 ({name})", rows.astype(np.int64))
 
     parts = {"train": part(own), "validation": part(calibration), "test": part(test)}
     data = DataSet(f"digits8:{name}", tuple(str(k) for k in range(10)), parts)

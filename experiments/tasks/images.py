@@ -46,11 +46,14 @@ class ArrayImages:
         array: uint8, (n, height, width, channels), 1 or 3 channels.
         labels: (n,) int64.
         origin: the file that the array comes from.
+        shared: (n,) int64 numbers of the images in a source that other data sets have too, or ``None``; images of equal
+            numbers are drawn together where tasks are evaluated jointly.
     """
 
     array: np.ndarray
     labels: np.ndarray
     origin: str = "an array"
+    shared: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[-1] not in (1, 3):
@@ -80,8 +83,8 @@ class ArrayImages:
         """Pixels in a mapped file are pickled as their place in the file."""
         place = _mapped(self.array)
         if place is None:
-            return ArrayImages, (self.array, self.labels, self.origin)
-        return _from_mapped, (*place, self.labels, self.origin)
+            return ArrayImages, (self.array, self.labels, self.origin, self.shared)
+        return _from_mapped, (*place, self.labels, self.origin, self.shared)
 
     def read(self, row: int) -> np.ndarray:
         """One image."""
@@ -105,7 +108,14 @@ def _mapped(array: np.ndarray) -> tuple[str, int, int, tuple[int, ...], tuple[in
 
 
 def _from_mapped(
-    file: str, size: int, start: int, shape: tuple[int, ...], strides: tuple[int, ...], labels: np.ndarray, origin: str
+    file: str,
+    size: int,
+    start: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    labels: np.ndarray,
+    origin: str,
+    shared: np.ndarray | None,
 ) -> ArrayImages:
     try:
         pixels = np.memmap(file, dtype=np.uint8, mode="r")
@@ -116,7 +126,7 @@ def _from_mapped(
     if len(pixels) < size:
         raise MergeboundError(f"{file}: shorter than when it was opened; leave it as it is while it is used")
     array: np.ndarray = np.ndarray(shape, np.uint8, pixels, start, strides)
-    return ArrayImages(array, labels, origin)
+    return ArrayImages(array, labels, origin, shared)
 
 
 @dataclass(frozen=True)
@@ -231,6 +241,14 @@ class Subset:
     def place(self, row: int) -> str:
         """Where ``rows[row]`` comes from."""
         return self.whole.place(int(self.rows[row]))
+
+
+def shared_rows(images: Images) -> np.ndarray | None:
+    """Numbers of the images in a source that other data sets have too, (n,), or ``None``: :attr:`ArrayImages.shared`."""
+    if isinstance(images, Subset):
+        whole = shared_rows(images.whole)
+        return None if whole is None else whole[images.rows]
+    return images.shared if isinstance(images, ArrayImages) else None
 
 
 def read_image(path: Path, *, grey: bool = False, at_least: tuple[int, int] | None = None) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,9 +15,13 @@ from experiments.evaluate.evaluate import combine, evaluate, evaluate_tasks, eva
 from experiments.evaluate.metrics import score
 from experiments.evaluate.predictions import extract, outputs
 from experiments.evaluate.results import EvaluationSet
+from experiments.inputs.resident import residents
 from experiments.measure.backbone import Backbone, Readout
 from experiments.models import build_model, head_prefix
-from experiments.tasks.digits8 import digits8
+from experiments.tasks.digits8 import EIGHT, digits8
+from experiments.tasks.digits_images import digits_task
+from experiments.tasks.form import InputFormat
+from experiments.tasks.images import Subset, shared_rows
 from experiments.tasks.types import Split
 from theory.errors import MergeboundError
 from theory.function_space import joint_standard_error
@@ -128,6 +134,23 @@ def test_images_that_tasks_share_are_drawn_together(shared: bool) -> None:
     draws = bootstrap_means([loss[:, None] for loss in losses], sources=sources, resamples=3000)
     spread = np.mean([block[:, 0] for block in draws], axis=0).std()
     assert spread == pytest.approx(joint_standard_error(losses, sources), rel=0.06)
+
+
+def test_tasks_of_the_embedded_digits_share_their_test_images() -> None:
+    sets, tasks = [], [digits_task(name, seed=1) for name in EIGHT[:2]]
+    for task in tasks:
+        data = residents(task, InputFormat(1, 8, 8))[2]
+        sets.append(EvaluationSet.of_task(task, data))
+    rows = digits8(seed=1).tasks[EIGHT[0]].test.source
+    assert all(np.array_equal(each.source, rows) for each in sets)
+    assert np.array_equal(shared_rows(Subset(tasks[0].test, np.array([3, 1]))), rows[[3, 1]])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():  # of the second task the network sees the first one's logits: all errors are common
+        network[1].weight.copy_(torch.randn(10, 64, generator=torch.Generator().manual_seed(0)))
+    one = evaluate(network, sets[0])
+    joint = combine([one, replace(one, task="again", source=sets[1].source)])
+    own, both = one.intervals["accuracy"], joint.joint["accuracy"]
+    assert both.high - both.low == pytest.approx(own.high - own.low, rel=0.2)
 
 
 def test_tasks_that_overlap_in_part_or_through_others() -> None:
