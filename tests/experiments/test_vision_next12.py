@@ -139,7 +139,6 @@ def test_idx_files_may_be_compressed_and_emnist_may_lie_as_it_is_unpacked(tmp_pa
     assert not tasks.find("emnist_letters").missing(tmp_path / "unpacked")
 
 
-@pytest.mark.usefixtures("no_sums")
 def test_places_in_fer2013_name_the_part(tmp_path: Path) -> None:
     build("fer2013", tmp_path)
     parts = tasks.load("fer2013", tmp_path).parts
@@ -147,6 +146,7 @@ def test_places_in_fer2013_name_the_part(tmp_path: Path) -> None:
     assert str(tmp_path / "fer2013/fer2013.csv") in parts["test"].place(0)
 
 
+@pytest.mark.usefixtures("no_sums")
 def test_fer2013_tables_hold_the_same_and_come_in_torchvisions_precedence(tmp_path: Path) -> None:
     for form in ("fer2013.csv", "icml_face_data.csv", "train.csv"):
         build("fer2013", tmp_path / form, form=form)
