@@ -15,6 +15,8 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -116,15 +118,16 @@ def expansion(spec: GridSpec) -> Expansion:
             key = tuple(index.get(name, 0) for name in rank)
             sorted_records.append((key, {**first, **rest}, active))
     sorted_records.sort(key=lambda item: item[0])
-    runs: dict[str, RunSpec] = {}
+    runs: dict[tuple[Any, ...], RunSpec] = {}
     excluded = 0
     for _, record, active in sorted_records:
-        found = [k for k, match in enumerate(overrides) if matches(match, {**_defaults(), **record})]
+        stated = {**_defaults(), **record} if overrides else {}
+        found = [k for k, match in enumerate(overrides) if matches(match, stated)]
         used["overrides"] |= set(found)
         for k in found:
             record |= spec.overrides[k].set
         run = _run(spec, record, active, found)
-        out = [k for k, match in enumerate(excludes) if matches(match, _as_record(run))]
+        out = [k for k, match in enumerate(excludes) if matches(match, run.__dict__)]
         used["exclude"] |= set(out)
         if out:
             excluded += 1
@@ -258,8 +261,9 @@ def _as_record(run: RunSpec) -> Record:
     return {name: getattr(run, name) for name in type(run).model_fields}
 
 
-def _key(run: RunSpec) -> str:
-    return run.model_dump_json()
+def _key(run: RunSpec) -> tuple[Any, ...]:
+    """What tells runs of one expansion apart (its bases are the same objects)."""
+    return tuple(id(value) if name == "base" else value for name, value in run.__dict__.items())
 
 
 def _run(spec: GridSpec, record: Record, active: Sequence[int], found: Sequence[int]) -> RunSpec:
@@ -282,9 +286,10 @@ def _run(spec: GridSpec, record: Record, active: Sequence[int], found: Sequence[
         ) from error
 
 
-def _defaults() -> Record:
+@cache
+def _defaults() -> Mapping[str, Any]:
     skip = ("task", "base", "checkpoints", "learning_rate", "steps", "batch_size")
-    return {name: info.default for name, info in RunSpec.model_fields.items() if name not in skip}
+    return MappingProxyType({name: info.default for name, info in RunSpec.model_fields.items() if name not in skip})
 
 
 def laid(checkpoints: Any, steps: int) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ def cli(*words: str) -> int:
     return 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(2, 60),
     st.integers(1, 20),
