@@ -244,7 +244,7 @@ class Subset:
 
 
 def shared_rows(images: Images) -> np.ndarray | None:
-    """Numbers of the images in a source that other data sets have too, (n,), or ``None``: :attr:`ArrayImages.shared`."""
+    """Numbers of the images in a source that others have too, (n,), or ``None``: :attr:`ArrayImages.shared`."""
     if isinstance(images, Subset):
         whole = shared_rows(images.whole)
         return None if whole is None else whole[images.rows]
