@@ -140,9 +140,11 @@ class _Chunk:
             )
             worst, gradient = self._gradient(moved, batches)
         entries, gradient = self._entries(losses, worst, gradient)
-        entries[:, 0] = [length for length, _ in sorted(_lengths(batches), key=lambda pair: pair[1])]
+        for rows, lengths, _, _ in batches:
+            entries[rows, 0] = lengths
         good = np.isfinite(entries).all(1)
-        good[: len(good)] &= np.isfinite(worst.double().cpu().numpy())
+        if worst is not losses:
+            good &= np.isfinite(worst.double().cpu().numpy())
         self._finish_step(step, entries, good, gradient, before)
 
     def _finish_step(
@@ -249,11 +251,12 @@ class _Chunk:
         rates = np.array(self.rules.rates(step))
         norms = np.hypot(entries[:, 5], entries[:, 6])
         momentum = np.array([run.momentum for run in self.rules.runs])
-        if self.rules.adaptive:
-            decay = np.array([run.weight_decay for run in self.rules.runs])
-            self.bound = self.bound * np.maximum(np.abs(1.0 - rates * decay), 1.0) + 1e6 * rates
-        else:
-            self.bound = self.bound + rates * norms / (1.0 - momentum) ** 2
+        with np.errstate(over="ignore"):
+            if self.rules.adaptive:
+                decay = np.array([run.weight_decay for run in self.rules.runs])
+                self.bound = self.bound * np.maximum(np.abs(1.0 - rates * decay), 1.0) + 1e6 * rates
+            else:
+                self.bound = self.bound + rates * norms / (1.0 - momentum) ** 2
         return not bool((self.bound < _LARGE).all())
 
     # --- coming and going ---
@@ -286,10 +289,6 @@ class _Chunk:
         clipped = () if self.runs[m].clip_norm is None else (clip, used_shared, used_head)
         log = TrainingLog(size, loss, shared, head, seconds, self.finite[m], *clipped)
         return RunResult("finished" if self.finite[m] else "diverged", self.states[m], log, seconds=seconds)
-
-
-def _lengths(batches: Sequence[tuple[list[int], list[int], Tensor, Tensor]]) -> list[tuple[int, int]]:
-    return [(length, row) for rows, lengths, _, _ in batches for row, length in zip(rows, lengths, strict=True)]
 
 
 def batch_losses(logits: Tensor, labels: Tensor, lengths: Sequence[int], smoothing: Tensor) -> Tensor:
