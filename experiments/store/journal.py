@@ -54,6 +54,7 @@ def choose_journal(connection: sqlite3.Connection, file: Path, wanted: Journal =
     if wanted == "wal" and shared:
         raise StoreError(f"{file}: lies on {kind}, where a write-ahead log is not safe; leave the journal to 'auto'")
     mode = "delete" if wanted == "delete" or shared else "wal"
+    new = connection.execute("PRAGMA user_version").fetchone()[0] == 0
     if current != mode:
         try:
             got = str(connection.execute(f"PRAGMA journal_mode = {mode}").fetchone()[0])
@@ -62,9 +63,9 @@ def choose_journal(connection: sqlite3.Connection, file: Path, wanted: Journal =
             if "locked" in str(error) or "busy" in str(error):
                 raise
             got = str(connection.execute("PRAGMA journal_mode = delete").fetchone()[0])
-        if got != "wal" and wanted != "delete":
-            reason = f"it lies on {kind}" if shared else "the file system has no shared memory for a write-ahead log"
-            _LOG.warning("%s: a rollback journal is used, because %s; many runners at once are slower", file, reason)
         mode = got
+    if new and mode != "wal" and wanted != "delete":
+        reason = f"it lies on {kind}" if shared else "the file system has no shared memory for a write-ahead log"
+        _LOG.warning("%s: a rollback journal is used, because %s; many runners at once are slower", file, reason)
     connection.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'FULL'}")
     return mode

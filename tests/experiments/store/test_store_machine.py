@@ -120,4 +120,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=12, stateful_step_count=15, deadline=None)
+TestMachine.settings = settings(max_examples=7, stateful_step_count=12, deadline=None)
