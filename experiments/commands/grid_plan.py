@@ -231,7 +231,7 @@ def _show(found: Estimate, stored: bool) -> None:
         typer.echo(
             f"time: about {time_text(found.seconds)} with {found.workers} worker{plural} on {found.machine} "
             f"({found.device}), {time_text(found.low)} to {time_text(found.high)} by the spread of the timed steps; "
-            "the networks' arithmetic in a plain loop, without bookkeeping (some milliseconds a step on a busy machine), "
+            "the networks' arithmetic in a plain loop, without bookkeeping (milliseconds a step where it is busy), "
             "reading the data, pretraining and writing"
         )
         for row in found.rows:
