@@ -110,4 +110,3 @@ def difference_of_logs(one: TrainingLog, other: TrainingLog) -> float:
 def bits(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two states are equal bit by bit."""
     return all(torch.equal(tensor, other[name]) for name, tensor in state.items())
-

@@ -41,7 +41,8 @@ WAYS: dict[str, Any] = {"folded": train_folded, "vmap": train_vmapped}
 @pytest.mark.parametrize("way", WAYS)
 def test_companions_and_chunks_change_nothing_but_rounding(way: str) -> None:
     """Within 1e-12 in float64, whoever is beside an expert and however many are trained at a time."""
-    net, specs = build_model("resnet_bn", 10, 0), runs(*({**change, "steps": 3, "warm_up": 1, "checkpoints": (2, 3)} for change in DIFFERENT))
+    changes = ({**change, "steps": 3, "warm_up": 1, "checkpoints": (2, 3)} for change in DIFFERENT)
+    net, specs = build_model("resnet_bn", 10, 0), runs(*changes)
     data, begin = [images(seed=m) for m in range(3)], starts(net, 3)
     whole = WAYS[way](specs, net, begin, data, cohort(way))
     for chunk in (1, 2):
@@ -241,7 +242,9 @@ def test_networks_that_do_not_fold_say_why() -> None:
     dropping = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
     assert "1 (Dropout): it drops units at random" in str(supports_folding(dropping))
     assert "1 (Dropout): it drops units at random" in str(supports_vmap(dropping))
-    assert "0 (Conv1d): its parameter 'weight' has no folded form" in str(supports_folding(nn.Sequential(nn.Conv1d(1, 1, 1))))  # noqa: E501
+    assert "0 (Conv1d): its parameter 'weight' has no folded form" in str(
+        supports_folding(nn.Sequential(nn.Conv1d(1, 1, 1)))
+    )  # noqa: E501
     normed = nn.Sequential(nn.BatchNorm2d(2, momentum=None))
     assert "cumulative average" in str(supports_folding(normed))
     assert "cumulative average" in str(supports_vmap(normed))
