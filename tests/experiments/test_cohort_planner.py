@@ -108,9 +108,12 @@ def test_what_does_not_work_is_left_out() -> None:
 
 
 def test_the_probe_ends_in_time() -> None:
-    ticks = iter(range(0, 100, 10))
-    made = plan([run(seed=s) for s in range(4)], lambda name, chunk: 2.0, probe_seconds=15, clock=lambda: next(ticks))
+    ticks = iter(range(0, 1000, 10))
+    made = plan([run(seed=s) for s in range(9)], lambda name, chunk: 2.0, probe_seconds=5, clock=lambda: next(ticks))
     assert "the time for the probe was over" in made.cohorts[0].reason
+    assert max(cohort.chunk for cohort in made.cohorts) <= 9  # no chunk grew
+    slow = plan([run(seed=s) for s in range(9)], lambda name, chunk: 2.0, probe_seconds=0.1)
+    assert slow.cohorts[0].way == "loop"  # 0.01 s a step: four experts would take 0.8 s
 
 
 def test_kinds_are_probed_once_and_heads_are_kept_apart() -> None:
@@ -150,13 +153,13 @@ def test_a_clock_that_counts_steps() -> None:
 
     def train(each: Candidate, run: RunSpec, opened: Opened, seed: int, steps: int) -> None:
         nonlocal elapsed
-        elapsed += 7.0 + steps * each.chunk * (0.5 if each.way == "vmap" else 2.0)
+        elapsed += 0.7 + steps * each.chunk * (0.05 if each.way == "vmap" else 0.2)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_train", train)
         found = measure([Candidate("loop", 1), Candidate("vmap", 6)], run(), opened(run()), clock=lambda: elapsed)
-    assert found[Candidate("loop", 1)].seconds == pytest.approx(2.0)
-    assert found[Candidate("vmap", 6)].seconds == pytest.approx(0.5)
+    assert found[Candidate("loop", 1)].seconds == pytest.approx(0.2)
+    assert found[Candidate("vmap", 6)].seconds == pytest.approx(0.05)
 
 
 def test_a_real_probe_finds_that_theory_scale_networks_gain() -> None:

@@ -32,6 +32,8 @@ PAYS = 1.05
 LARGEST, LOOPED = 64, 8
 """Most experts at a time; runs of one cohort where they are trained one after the other."""
 SHARE_OF_MEMORY = 0.5
+_PROBED = 20
+"""About as many steps are trained to time a way."""
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +64,8 @@ def make_plan(
             split, and once per kind of runs that is probed.
         device: where they will be trained.
         seed: of the probe.
-        probe_seconds: after that many seconds for one kind of runs, no further candidate is tried.
+        probe_seconds: after that many seconds for one kind of runs, chunks do not grow any more; a way that is expected
+            to need more for itself is not tried.
         memory: bytes that one cohort may take; default: half of what is available, divided among one-thread workers.
         probe: stands in for :func:`experiments.finetune.cohort.probe.measure`.
         clock: of ``probe_seconds``.
@@ -174,13 +177,18 @@ def _choose(
     largest = min(LARGEST, most, room)
     best: dict[str, tuple[float, Candidate, Timing]] = {}  # by way and options: times the loop
     failed: dict[str, str] = {}
+    alone = probe([loop], run, opened)[loop]
+    if alone.seconds is None:
+        raise MergeboundError(f"{run.task}, {run.architecture}: it cannot be trained: {alone.reason}")
     late = False
     for start in _candidates(run, opened[0], largest):
         each: Candidate | None = start
-        while each is not None and not (late := clock() - began > budget):
+        while each is not None:
+            grown = each is not start
+            if alone.seconds * each.chunk * _PROBED > budget or (grown and clock() - began > budget):
+                late = True
+                break
             found = probe([loop, each], run, opened)
-            if found[loop].seconds is None:
-                raise MergeboundError(f"{run.task}, {run.architecture}: it cannot be trained: {found[loop].reason}")
             ratio = _ratio(found[loop], found[each])
             if ratio is None:
                 failed.setdefault(str(each), found[each].reason)
@@ -191,8 +199,6 @@ def _choose(
                 best[str(each)] = (ratio, each, found[each])
             compiled = ("engine", "compiled") in each.options  # one expert after the other: as fast in any number
             each = _larger(each, largest) if better and not compiled else None
-    if not best and not failed and most > 1 and not late:
-        return Choice(loop, "loop: no other way takes this network")
     return _decide(run, best, failed, largest, most, late)
 
 
@@ -216,7 +222,9 @@ def _decide(
     if largest < min(LARGEST, most):
         told.append(f"memory for {largest} experts at a time")
     if not ranked or ranked[0][1][0] < PAYS:
-        return Choice(Candidate("loop", 1), "; ".join(["loop", *told] if told else ["loop: one run, no faster way"]))
+        return Choice(
+            Candidate("loop", 1), "; ".join(["loop", *told] if told else ["loop: no other way takes these runs"])
+        )
     chosen = ranked[0][1][1]
     if ("engine", "compiled") in chosen.options:
         chosen = replace(chosen, chunk=largest)

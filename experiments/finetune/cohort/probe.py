@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ Opened = tuple[nn.Module, Mapping[str, Tensor], TrainingData]
 STEPS, ROUNDS = 5, 2
 _ENOUGH = 0.02
 """Seconds that a timed piece should take; small networks make more steps."""
-_MOST_STEPS = 200
+_MOST_STEPS = 320
+_SLOW = 5.0
+"""Where one step of all takes longer, a second step says nothing new."""
 _log = logging.getLogger(__name__)
 
 
@@ -62,9 +65,9 @@ def measure(
     clock: Callable[[], float] | None = None,
     rounds: int = ROUNDS,
 ) -> dict[Candidate, Timing]:
-    """Train a few steps in each way, in turns; the quickest turn of each counts.
+    """Train a few steps in each way, in turns; the quickest of each counts.
 
-    What comes before the first step is taken out: a turn's time is that of 1 + s steps less that of 1 step.
+    What comes before the first step is taken out: the time is that of 1 + s steps less that of 1 step.
 
     Args:
         candidates: what to try.
@@ -75,35 +78,54 @@ def measure(
     """
     on_cpu = opened[2].labels.device.type == "cpu"
     now = clock or (time.process_time if on_cpu else time.perf_counter)
-    found: dict[Candidate, Timing] = {}
+    clocks = {each: _Clock() for each in candidates}
     with one_thread(on_cpu):
-        for turn in range(rounds + 1):
-            for each in candidates:
-                known = found.get(each)
-                if known is not None and known.reason:
-                    continue
+        for turn in range(rounds):
+            for each, mine in clocks.items():
                 try:
-                    found[each] = _turn(each, run, opened, seed, now, None if turn == 0 else known)
+                    if turn == 0:
+                        _begin(mine, each, run, opened, seed, now)
+                    elif not mine.reason and not mine.slow:
+                        mine.add(*(_time(each, run, opened, seed, 1 + steps, now) for steps in (0, mine.steps)))
                 except (MergeboundError, RuntimeError, NotImplementedError) as error:
-                    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                    _log.info("%s does not work for %s: %s", each, run.architecture, reason)
-                    found[each] = Timing(None, 0, reason)
-    return found
+                    mine.reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                    _log.info("%s does not work for %s: %s", each, run.architecture, mine.reason)
+    return {each: mine.timing(each.chunk) for each, mine in clocks.items()}
 
 
-def _turn(
-    each: Candidate, run: RunSpec, opened: Opened, seed: int, now: Callable[[], float], known: Timing | None
-) -> Timing:
-    if known is None:  # warms up, and says how many steps to take
-        _train(each, run, opened, seed, 1)
-        short = _time(each, run, opened, seed, 1, now)
-        long = _time(each, run, opened, seed, 1 + STEPS, now)
-        pace = max(long - short, 1e-9) / STEPS
-        return Timing(pace / each.chunk, int(min(_MOST_STEPS, max(STEPS, _ENOUGH / pace))))
-    short = _time(each, run, opened, seed, 1, now)
-    long = _time(each, run, opened, seed, 1 + known.steps, now)
-    seconds = max(long - short, 1e-9) / known.steps / each.chunk
-    return Timing(seconds if known.seconds is None else min(seconds, known.seconds), known.steps)
+@dataclass
+class _Clock:
+    """Of one candidate: quickest turns of 1 and of 1 + ``steps`` steps, in seconds."""
+
+    short: float = math.inf
+    long: float = math.inf
+    steps: int = STEPS
+    slow: bool = False
+    reason: str = ""
+
+    def add(self, short: float, long: float) -> None:
+        self.short, self.long = min(self.short, short), min(self.long, long)
+
+    def timing(self, chunk: int) -> Timing:
+        if self.reason:
+            return Timing(None, 0, self.reason)
+        if self.slow:
+            return Timing(self.short / chunk, 1)
+        return Timing(max(self.long - self.short, self.long * 1e-3) / self.steps / chunk, self.steps)
+
+
+def _begin(mine: _Clock, each: Candidate, run: RunSpec, opened: Opened, seed: int, now: Callable[[], float]) -> None:
+    """Warm up, and find how many steps take long enough to be timed; a step that takes very long is enough itself."""
+    _time(each, run, opened, seed, 1, now)
+    mine.short = _time(each, run, opened, seed, 1, now)
+    if mine.short > _SLOW:
+        mine.slow = True
+        return
+    while True:
+        mine.long = _time(each, run, opened, seed, 1 + mine.steps, now)
+        if mine.long - mine.short >= _ENOUGH or mine.steps >= _MOST_STEPS:
+            return
+        mine.steps = min(4 * mine.steps, _MOST_STEPS)
 
 
 def _time(each: Candidate, run: RunSpec, opened: Opened, seed: int, steps: int, now: Callable[[], float]) -> float:

@@ -1,0 +1,183 @@
+"""One case: the plan is probed, the two loops take turns, and their final weights are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+
+from benchmarks.cohort_speed.cases import Case, seeded
+from benchmarks.cohort_speed.plain import Expert, plain_loop
+from benchmarks.merge_speed.meter import measure
+from experiments.bases.spec import BaseSpec
+from experiments.finetune.cohort.planner import make_plan
+from experiments.finetune.cohort.train import train_cohort
+from experiments.finetune.loop import batches
+from experiments.grid.run_spec import RunSpec
+from experiments.inputs.shares import nested_subset
+from experiments.tasks.types import Split
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one case gave.
+
+    Attributes:
+        case, device, precision: what was trained, where and how.
+        experts, batch, steps: of each expert.
+        way, reason: of the planner.
+        plain, cohort: seconds of one turn (of the processor on a processor, of the clock on an accelerator), medians;
+            ``plain`` is in float32.
+        ratio: median of the quotients of neighbouring turns.
+        over_same: ratio over the plain loop in the same precision.
+        rate: samples per second of the cohort.
+        plain_memory, memory: largest use above the level before, MiB.
+        agreement: largest difference of final weights over the largest change of a weight, both in float32.
+        target: the ratio that is asked for, 0 for none.
+        remark: ``not measured`` and why.
+    """
+
+    case: str
+    device: str
+    precision: str
+    experts: int = 0
+    batch: int = 0
+    steps: int = 0
+    way: str = ""
+    reason: str = ""
+    plain: float = 0.0
+    cohort: float = 0.0
+    ratio: float = 0.0
+    over_same: float = 0.0
+    rate: float = 0.0
+    plain_memory: float = 0.0
+    memory: float = 0.0
+    agreement: float = 0.0
+    target: float = 0.0
+    remark: str = ""
+
+
+def run_case(case: Case, precision: str, *, device: str = "cpu", rounds: int = 5, probe_seconds: float = 20.0) -> Row:
+    """Measure one case in one precision."""
+    count = case.experts if device == "cpu" else case.gpu_experts
+    images, labels = _data(case, device)
+    data = Split(images, labels, np.arange(len(labels)))
+    base = BaseSpec(kind="random", architecture=case.name, classes=10)
+    rates = np.geomspace(0.01, 0.05, count)
+    values = {"steps": case.steps, "batch_size": case.batch, "momentum": 0.9, "weight_decay": 1e-4}
+    runs = {
+        f"{m:03d}": RunSpec(
+            task="noise", base=base, learning_rate=float(rates[m]), seed=m, **values, precision=precision
+        )  # type: ignore[arg-type]
+        for m in range(count)
+    }
+    network = seeded(case, SEED).to(device)
+    starts = [{k: v.detach().clone().to(device) for k, v in seeded(case, m).state_dict().items()} for m in range(count)]
+    plan = make_plan(
+        runs, open_network=lambda run: (network, starts[0], data), device=device, probe_seconds=probe_seconds
+    )
+
+    def together() -> dict[str, dict[str, torch.Tensor]]:
+        found = {}
+        for cohort in plan.cohorts:
+            rows = [int(digest) for digest in cohort.runs]
+            some = [runs[digest] for digest in cohort.runs]
+            results = train_cohort(some, network, [starts[m] for m in rows], [data] * len(rows), cohort)
+            found.update({d: dict(r.states[case.steps]) for d, r in zip(cohort.runs, results, strict=True)})
+        return found
+
+    experts = [_expert(run, len(labels), device) for run in runs.values()]
+
+    def plain(half: bool = False) -> list[dict[str, torch.Tensor]]:
+        return plain_loop(network, starts, experts, images, labels, bfloat16=half)
+
+    agreement = _agreement(plain(), [together()[d] for d in runs], starts) if precision == "float32" else float("nan")
+    turns = []
+    for _ in range(rounds):
+        one, other = _timed(plain, device), _timed(together, device)
+        same = one if precision == "float32" else _timed(lambda: plain(True), device)
+        turns.append((one, other, same))
+    chosen = plan.cohorts[0]
+    seconds = median(other[0] for _, other, _ in turns)
+    return Row(
+        case.name,
+        device,
+        precision,
+        count,
+        case.batch,
+        case.steps,
+        " ".join([chosen.way, *(k if v is True else str(v) for k, v in chosen.options.items() if v)]),
+        chosen.reason,
+        median(one[0] for one, _, _ in turns),
+        seconds,
+        median(one[0] / other[0] for one, other, _ in turns),
+        median(same[0] / other[0] for _, other, same in turns),
+        count * case.batch * case.steps / seconds,
+        max(one[1] for one, _, _ in turns) / 2**20,
+        max(other[1] for _, other, _ in turns) / 2**20,
+        agreement,
+        _target(case, precision, device),
+    )
+
+
+def absent(case: Case, precision: str, device: str, why: str) -> Row:
+    """A row that says that nothing was measured."""
+    return Row(case.name, device, precision, target=_target(case, precision, device), remark=f"not measured: {why}")
+
+
+def smaller(case: Case) -> Case:
+    """The same in seconds: the smallest work that exercises everything."""
+    return replace(case, experts=2, batch=4, steps=2, gpu_experts=2)
+
+
+def _target(case: Case, precision: str, device: str) -> float:
+    if device != "cpu":
+        return case.gpu_target
+    return case.target if precision == case.target_precision else 1.0 if precision == "float32" else 0.0
+
+
+def _data(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng([SEED, 0xC0])
+    images = rng.standard_normal((case.images, case.channels, case.size, case.size), dtype=np.float32)
+    return torch.from_numpy(images).to(device), torch.from_numpy(rng.integers(0, 10, case.images)).to(device)
+
+
+def _expert(run: RunSpec, n: int, device: str) -> Expert:
+    """The batches of the run, for the plain loop: all of one size, as the images are a multiple of it."""
+    rows = nested_subset(n, run.data_share, run.seed)
+    rng = np.random.default_rng([run.seed, 0xBA7C])
+    order = np.stack(list(batches(n, run.batch_size, run.steps, run.sampling, rng)))
+    return Expert(run.learning_rate, run.momentum, run.weight_decay, torch.from_numpy(rows[order]).to(device))
+
+
+def _timed(work: Callable[[], object], device: str) -> tuple[float, float]:
+    """Seconds, and bytes above the level before."""
+    if device == "cpu":
+        reading = measure(work)
+        return reading.user + reading.system, float(reading.above)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    level = torch.cuda.memory_allocated()
+
+    def waited() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    return measure(waited).wall, float(torch.cuda.max_memory_allocated() - level)
+
+
+def _agreement(
+    plain: list[dict[str, torch.Tensor]], ours: list[dict[str, torch.Tensor]], starts: list[dict[str, torch.Tensor]]
+) -> float:
+    worst = 0.0
+    for one, other, start in zip(plain, ours, starts, strict=True):
+        names = [name for name, tensor in one.items() if tensor.is_floating_point()]
+        change = max(float((one[name] - start[name]).abs().max()) for name in names)
+        gap = max(float((one[name].cpu() - other[name].cpu()).abs().max()) for name in names)
+        worst = max(worst, gap / change)
+    return worst
