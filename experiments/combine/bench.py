@@ -18,8 +18,7 @@ from experiments.evaluate.fast import FastModel, fast_evaluator, plain_evaluator
 from experiments.evaluate.many import without_scores
 from experiments.evaluate.metrics import join
 from experiments.evaluate.results import Evaluation, JointEvaluation
-from experiments.finetune.task_expert import start_from
-from experiments.models import head_logits, head_tensors, input_format
+from experiments.models import head_logits, head_tensors, input_format, replace_head
 from experiments.models.parts import head_units
 from merging.batchnorm import reestimate_batchnorm
 from merging.flat import FlatSpace
@@ -191,7 +190,7 @@ class Bench:
     def _head(self, state: Mapping[str, Tensor], classes: int) -> nn.Module:
         """The module of a head of so many classes, with these weights; one module per number of classes."""
         if classes not in self._heads:
-            network, _ = start_from(self.base, classes, 0)
+            network = replace_head(self.base.model(), classes, 0)
             units = head_units(network)
             linear = len(units) == 1 and isinstance(network.get_submodule(units[0]), nn.Linear)
             module = copy.deepcopy(network.get_submodule(units[0])) if linear else HeadOf(network)
