@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.atomic import write_atomically
 from experiments.pipeline import Frames
-from experiments.report import Tables, compute_tables, write_atomically, write_report
+from experiments.report import Tables, compute_tables, write_report
 from experiments.runner import Status, run_validation
 from experiments.spec import ValidationSpec
 from experiments.tasks.digits8 import digits8

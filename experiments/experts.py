@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.atomic import write_atomically
 from experiments.finetune.loop import TrainingLog, finetune, pretrain
 from experiments.inputs.shares import nested_subset
 from experiments.models import build_model
 from experiments.pool import PlannedExpert
-from experiments.report import write_atomically
 from experiments.spec import ValidationSpec
 from experiments.tasks.types import Family, Split
 from merging.checkpoint import load_state_dict, save_state_dict

@@ -7,9 +7,7 @@ figures as PNG and SVG.  Every file is written atomically.
 from __future__ import annotations
 
 import html
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ import pandas as pd
 
 from experiments import plots
 from experiments import validation as v
+from experiments.atomic import write_atomically
 
 Columns = Mapping[str, str]
 
@@ -568,21 +567,6 @@ def _figure(name: str, picture: plots.Picture, svg: bytes | None = None) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- files
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write ``content`` to a temporary file beside ``path``, then rename it over ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def write_report(

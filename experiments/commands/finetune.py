@@ -115,7 +115,7 @@ def _table(rows: list[dict[str, Any]], out: Path) -> None:
     """Write ``experts.csv`` and show the main columns."""
     import pandas as pd
 
-    from experiments.report import write_atomically
+    from experiments.atomic import write_atomically
 
     frame = pd.DataFrame(rows)
     write_atomically(out / "experts.csv", frame.to_csv(index=False).encode())

@@ -167,7 +167,7 @@ def merge_groups(
                 device=device,
             )
     if out is not None:
-        from experiments.report import write_atomically
+        from experiments.atomic import write_atomically
 
         write_atomically(out, table.to_csv(index=False).encode())
     _show(table, metric, design, as_json)

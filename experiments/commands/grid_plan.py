@@ -124,8 +124,8 @@ def expand_command(
     ] = None,
 ) -> None:
     """List the runs of a grid as a table (CSV): one row per run with all its hyperparameters."""
+    from experiments.atomic import write_atomically
     from experiments.grid.yaml_source import read_grid, read_runs
-    from experiments.report import write_atomically
 
     expansion = read_runs(read_grid(source))
     rows = [flat(run) for run in expansion.runs]

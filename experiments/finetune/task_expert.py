@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from experiments.atomic import write_atomically
 from experiments.bases.base import Base
 from experiments.bases.spec import BaseSpec
 from experiments.evaluate.evaluate import evaluate
@@ -27,7 +28,6 @@ from experiments.inputs.resident import residents
 from experiments.inputs.shares import subset_size
 from experiments.models import head_prefix, replace_head
 from experiments.models.form import input_format
-from experiments.report import write_atomically
 from experiments.spec import NUMERICS_VERSION
 from experiments.tasks.dataset import ImageTask
 from merging.checkpoint import save_state_dict

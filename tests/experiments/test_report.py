@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments import atomic
 from experiments import report as r
 from experiments import validation as v
+from experiments.atomic import write_atomically
 from tests.experiments.synthetic_frames import Frames, make_frames
 
 QUICK = v.Settings(resamples=40)
@@ -137,14 +139,14 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_atomic_write_leaves_the_old_file_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = r.write_atomically(tmp_path / "a.txt", b"old")
+    target = write_atomically(tmp_path / "a.txt", b"old")
 
     def fail(*_: object) -> None:
         raise OSError("disk")
 
-    monkeypatch.setattr(r.os, "replace", fail)
+    monkeypatch.setattr(atomic.os, "replace", fail)
     with pytest.raises(OSError, match="disk"):
-        r.write_atomically(target, b"new")
+        write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
