@@ -205,6 +205,13 @@ def _token_vit() -> nn.Module:
     )  # fmt: skip
 
 
+def _wide_vit() -> nn.Module:
+    """So many numbers that LayerNorm takes one expert after the other."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(img_size=16, patch_size=2, in_chans=1, num_classes=5, embed_dim=96, depth=1, num_heads=2)
+
+
 def _bottlenecks() -> nn.Module:
     from timm.models.resnet import Bottleneck, ResNet
 
@@ -217,10 +224,10 @@ def _convnext() -> nn.Module:
     return ConvNeXt(in_chans=1, num_classes=5, depths=(1, 1, 1, 1), dims=(4, 4, 8, 8))
 
 
-@pytest.mark.parametrize("make", [_token_vit, _bottlenecks, _convnext])
+@pytest.mark.parametrize("make", [_token_vit, _wide_vit, _bottlenecks, _convnext])
 def test_networks_that_fold(make: Any) -> None:
     """``supports_folding`` compares outputs, gradients and statistics of two experts with each alone, in float64."""
-    size = 8 if make is _token_vit else 32
+    size = {_token_vit: 8, _wide_vit: 16}.get(make, 32)
     assert supports_folding(make(), image=(1, size, size)) is None
 
 
@@ -244,7 +251,7 @@ def test_networks_that_do_not_fold_say_why() -> None:
     assert "1 (Dropout): it drops units at random" in str(supports_vmap(dropping))
     assert "0 (Conv1d): its parameter 'weight' has no folded form" in str(
         supports_folding(nn.Sequential(nn.Conv1d(1, 1, 1)))
-    )  # noqa: E501
+    )
     normed = nn.Sequential(nn.BatchNorm2d(2, momentum=None))
     assert "cumulative average" in str(supports_folding(normed))
     assert "cumulative average" in str(supports_vmap(normed))
