@@ -16,7 +16,6 @@ from experiments.combine.testing import Opener, TestSet, TestSets
 from experiments.evaluate.evaluate import apply_head, combine, evaluation, scored
 from experiments.evaluate.fast import FastModel, fast_evaluator, plain_evaluator
 from experiments.evaluate.many import without_scores
-from experiments.evaluate.metrics import join
 from experiments.evaluate.results import Evaluation, JointEvaluation
 from experiments.models import head_logits, head_tensors, input_format, replace_head
 from experiments.models.parts import head_units
@@ -68,6 +67,11 @@ class Bench:
         self._network = base.model().to(device)
         names = head_tensors(self._network)
         self._head_names = names
+        if not any(name not in names and tensor.is_floating_point() for name, tensor in base.state.items()):
+            raise MergeboundError(
+                f"{base.architecture}: has no layers before its head, which stays private to its task, so there is nothing "
+                "to merge; run the grid with a network that has hidden layers"
+            )
         self.partition: Partition = partition(base.state, private=[glob.escape(name) for name in names])
         like = {name: tensor.double() for name, tensor in base.state.items() if tensor.is_floating_point()}
         self.space: FlatSpace = flat_space(base.state, self.partition, {"": {**base.state, **like}} if double else None)
@@ -147,8 +151,8 @@ class Bench:
         out = {}
         for member in members:
             head = self._head(heads[member.name], test.classes)
-            parts = [scored(apply_head(head, rows), labels, test.data.name) for rows, labels in features]
-            out[member.name] = evaluation(test.data, join(parts), fast.path, bins=self.evaluate.bins, resamples=0)
+            parts = [(apply_head(head, rows), labels) for rows, labels in features]
+            out[member.name] = self._evaluation(test, parts, fast.path)
         return out
 
     def reestimated(self, vector: Tensor, group: Group) -> Tensor:
@@ -182,10 +186,13 @@ class Bench:
             torch._foreach_copy_([own[name].data for name in pieces], list(pieces.values()))
 
     def _score(self, fast: FastModel, test: TestSet, head: nn.Module) -> Evaluation:
-        parts = [
-            scored(apply_head(head, fast.run(images)), labels, test.data.name) for images, labels in test.batches(fast)
-        ]
-        return evaluation(test.data, join(parts), fast.path, bins=self.evaluate.bins, resamples=0)
+        parts = [(apply_head(head, fast.run(images)), labels) for images, labels in test.batches(fast)]
+        return self._evaluation(test, parts, fast.path)
+
+    def _evaluation(self, test: TestSet, parts: Sequence[tuple[Tensor, Tensor]], path: str) -> Evaluation:
+        """Heads read batch by batch, as a plain evaluation does; images are scored all at once."""
+        logits, labels = (torch.cat([pair[side] for pair in parts]) for side in (0, 1))
+        return evaluation(test.data, scored(logits, labels, test.data.name), path, bins=self.evaluate.bins, resamples=0)
 
     def _head(self, state: Mapping[str, Tensor], classes: int) -> nn.Module:
         """The module of a head of so many classes, with these weights; one module per number of classes."""

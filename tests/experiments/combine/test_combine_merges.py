@@ -207,6 +207,26 @@ def test_task_vectors_that_do_not_fit_are_mapped_and_give_the_same(tmp_path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_test_sets_take_no_more_memory_than_allowed() -> None:
+    from experiments.combine.bench import Bench
+    from experiments.combine.groups import Member
+
+    store = small()
+    base = store.base(store.frame()["base_digest"].iloc[0])
+    room = 3 * 40 * 64 * 5  # three sets of 40 images: a byte, and four prepared, for each pixel
+    bench = Bench(base, Evaluate(), tiny_task, memory=room)
+    opened = []
+    bench.tests._open = lambda name, seed: opened.append(name) or tiny_task(name, seed)
+    names = ("ants", "bees", "ants", "cats", "dogs", "ants", "cats")
+    for name in names:
+        assert bench.tests.of(Member(name, "r", 1)).data.name == name
+        assert bench.tests.bytes <= room
+    assert opened == ["ants", "bees", "cats", "dogs", "ants"][: len(opened)]
+    assert len(opened) in (4, 5)
+    less = Bench(base, Evaluate(), tiny_task, memory=room // 3)
+    assert less.tests.of(Member("ants", "r", 1)).ready is None  # prepared anew every time
+
+
 def test_jobs_hold_no_more_experts_than_fit() -> None:
     from experiments.combine.merge_many_groups import merge_jobs
 
@@ -268,6 +288,12 @@ def test_other_data_than_the_grids_are_refused() -> None:
     groups = list(random_groups(store.frame(), sizes=(2,), groups=1))
     with pytest.raises(MergeboundError, match=r"ants.*are not those that the grid was run with|.*are not those"):
         combine(store, groups, ["average"], open_task=lambda name, seed: tiny_task(name, seed, images=20))
+
+
+def test_a_network_that_is_all_head_is_refused() -> None:
+    store = finished_grid("logistic", seeds=(0,), steps=(10,), options={"img_size": 8, "in_chans": 1})
+    with pytest.raises(MergeboundError, match="logistic: has no layers before its head"):
+        combine(store, random_groups(store.frame(), sizes=(2,), groups=1), ["average"], open_task=tiny_task)
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
