@@ -88,17 +88,18 @@ class Channel:
 def work(spec: WorkerSpec, connection: Connection) -> None:
     """Main function of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, _stop)
-    channel = Channel(connection)
-    threading.Thread(target=_pulse, args=(channel, spec.parent), daemon=True, name="pulse").start()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # timm scripts functions at import
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        _serve(spec, channel)
+        signal.signal(signal.SIGTERM, _stop)
+        channel = Channel(connection)
+        threading.Thread(target=_pulse, args=(channel, spec.parent), daemon=True, name="pulse").start()
+        warnings.filterwarnings("ignore", category=FutureWarning)  # timm scripts functions at import
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        try:
+            _serve(spec, channel)
+        except MergeboundError as error:
+            channel.send("disk", str(error))
     except _Stopped:
         os._exit(0)  # nothing of value is in memory
-    except MergeboundError as error:
-        channel.send("disk", str(error))
 
 
 def _serve(spec: WorkerSpec, channel: Channel) -> None:

@@ -18,7 +18,11 @@ from experiments.grid.run_spec import RunSpec
 from experiments.store import Store
 
 META: dict[str, Any] = {"grid": {"name": "tiny"}, "digest": "tiny"}
-HEAVY = ["torch", "timm", "sklearn.datasets", "experiments.engines.local", "experiments.engines.cohort_job"]
+HEAVY = [
+    *("torch", "torch.func", "timm", "sklearn.datasets", "scipy.stats", "experiments.inputs.kernels"),
+    *("experiments.engines.local", "experiments.engines.cohort_job", "experiments.engines.worker"),
+    *("experiments.finetune.reference", "experiments.finetune.cohort.vmapped", "experiments.models.build"),
+]
 
 
 def tiny_runs(tasks: tuple[str, ...] = ("identity", "flip"), seeds: int = 4, **fields: Any) -> tuple[RunSpec, ...]:

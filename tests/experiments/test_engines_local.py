@@ -1,0 +1,174 @@
+"""Worker processes: killed, stopped, stuck; and grids that go on to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.engines.dispatch import Dispatcher
+from experiments.engines.prepare import tidy
+from experiments.store import Store
+from tests.experiments.engine_grids import contents, run_in_group, tiny_runs, tiny_store, warm
+
+__all__ = ["warm"]
+LIMIT = 120.0
+KILLS = 5
+
+
+def _runner(warm: Any, folder: Path, trap: str = "", **options: Any) -> tuple[Any, Any]:
+    ours, theirs = warm.Pipe()
+    process = warm.Process(target=run_in_group, args=(folder, {"workers": 2} | options, theirs, trap))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _ended(process: Any, channel: Any) -> Any:
+    assert channel.poll(LIMIT), "the runner did not end"
+    found = channel.recv()
+    process.join(LIMIT)
+    return found
+
+
+def _group_is_gone(group: int) -> bool:
+    """Whether no process of a group is left."""
+    until = time.monotonic() + 20.0
+    while time.monotonic() < until:
+        members = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == group and fields[0] not in "ZX":
+                members.append(path)
+        if not members:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _stored(folder: Path) -> int:
+    with Store.open(folder, "r") as store:
+        return store.status().runs - store.status().missing
+
+
+def test_five_kills_leave_every_run_once_with_the_bits_of_a_grid_that_was_not_killed(warm: Any, tmp_path: Path) -> None:
+    runs = tiny_runs(seeds=10, steps=30, checkpoints=(15, 30))
+    for name in ("whole", "killed"):
+        tiny_store(tmp_path / name, runs, way="vmap", chunk=2, size=6)
+    kind, outcome = _ended(*_runner(warm, tmp_path / "whole"))
+    assert (kind, outcome.complete, outcome.new, outcome.failed) == ("outcome", True, len(runs), {})
+    rng = np.random.default_rng([0, 0x50AC])
+    seen = 0
+    for number in range(KILLS):
+        process, channel = _runner(warm, tmp_path / "killed")
+        wanted = seen + int(rng.integers(1, 2 * (len(runs) - seen) // (KILLS - number + 3) + 1))
+        until = time.monotonic() + LIMIT
+        while (seen := _stored(tmp_path / "killed")) < wanted and time.monotonic() < until:
+            time.sleep(0.01 * rng.random())
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join(LIMIT)
+        assert _group_is_gone(process.pid)
+        channel.close()
+    assert 0 < _stored(tmp_path / "killed") < len(runs)
+    kind, outcome = _ended(*_runner(warm, tmp_path / "killed"))
+    assert (kind, outcome.complete, outcome.done) == ("outcome", True, len(runs))
+    assert outcome.new < len(runs)
+    tidy(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    with Store.open(tmp_path / "killed") as store:
+        assert len(store.runs()) == len(set(store.runs())) == len(runs)
+        assert store.gc(dry_run=True, older_than=0.0).files == ()
+        assert store.verify().good
+        assert store.status().conflicts == 0
+
+
+def test_two_runners_share_one_store(warm: Any, tmp_path: Path) -> None:
+    runs = tiny_runs(seeds=8)
+    for name in ("one", "two"):
+        tiny_store(tmp_path / name, runs, size=2)
+    _ended(*_runner(warm, tmp_path / "one", workers=1))
+    first, second = (_runner(warm, tmp_path / "two", workers=1) for _ in range(2))
+    ends = [_ended(*first)[1], _ended(*second)[1]]
+    assert all(each.complete for each in ends)
+    assert sum(each.new for each in ends) == len(runs)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("trap", "error"),
+    [("killed", "its worker was killed"), ("refused", "this cannot be trained"), ("stuck", "its worker was killed")],
+)
+def test_a_cohort_that_cannot_be_done_is_given_up_and_the_others_go_on(
+    warm: Any, tmp_path: Path, trap: str, error: str
+) -> None:
+    tiny_store(tmp_path, tiny_runs(seeds=3))
+    options = {"attempts": 1, "silence": 8.0} if trap == "stuck" else {"attempts": 2}
+    kind, outcome = _ended(*_runner(warm, tmp_path, trap, **options))
+    assert kind == "outcome"
+    assert list(outcome.failed) == ["c1"]
+    assert error in outcome.failed["c1"]
+    assert not outcome.complete
+    assert outcome.done == 12 - 4
+    with Store.open(tmp_path) as store:
+        assert not store.status().leases
+        plan = store.plan()
+        assert plan is not None
+        assert set(store.missing()) == set(plan.cohorts[1].runs)
+
+
+def test_a_passing_trouble_is_tried_again(warm: Any, tmp_path: Path) -> None:
+    tiny_store(tmp_path, tiny_runs(seeds=2))
+    outcome = _ended(*_runner(warm, tmp_path, "once"))[1]
+    assert outcome.complete
+    assert outcome.failed == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_everything_and_gives_leases_back(warm: Any, tmp_path: Path, number: int) -> None:
+    tiny_store(tmp_path, tiny_runs(("identity",), seeds=2, steps=100_000, checkpoints=(100_000,)))
+    process, channel = _runner(warm, tmp_path)
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        with Store.open(tmp_path, "r") as store:
+            if store.status().leases:
+                break
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    assert _ended(process, channel)[0] == "stopped"
+    assert _group_is_gone(process.pid)
+    with Store.open(tmp_path) as store, Dispatcher(store) as leases:
+        assert not store.status().leases
+        assert leases.next() is not None
+
+
+def test_workers_end_when_only_their_parent_is_killed(warm: Any, tmp_path: Path) -> None:
+    tiny_store(tmp_path, tiny_runs(("identity",), seeds=2, steps=100_000, checkpoints=(100_000,)))
+    process, channel = _runner(warm, tmp_path)
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        with Store.open(tmp_path, "r") as store:
+            if store.status().leases:
+                break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(LIMIT)
+    assert _group_is_gone(process.pid)
+    channel.close()
+
+
+def test_a_store_that_cannot_be_written_ends_the_run_with_one_line(warm: Any, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere; the soak test fills a disk")
+    tiny_store(tmp_path, tiny_runs(seeds=1))
+    (tmp_path / "blobs").chmod(0o500)
+    kind, error = _ended(*_runner(warm, tmp_path))
+    assert kind == "error"
+    assert "may not be written" in error
