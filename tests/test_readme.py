@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 import theory
 from experiments.cli import build_app
 from experiments.commands.methods import markdown_table
+from experiments.grid.expand import expand
+from experiments.grid.yaml_source import parse_grid
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/merging.md", "docs/tasks-and-models.md", "docs/theory.md")
+PAGES = ("README.md", "docs/grid.md", "docs/merging.md", "docs/tasks-and-models.md", "docs/theory.md")
 """Pages whose Python blocks are run, in order and in one namespace each."""
 
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
@@ -58,6 +60,15 @@ def test_the_page_on_tasks_and_models_runs(capsys: pytest.CaptureFixture[str]) -
     assert lines[2].split()[:3] == ["108", "12", "40"]
     assert lines[4] == "True"  # half of the data lies within four fifths of them
     assert lines[2].split()[3] == lines[7].split()[2]  # the split's digest comes with the expert
+
+
+def test_the_page_on_grids_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for code in blocks("python", "docs/grid.md"):
+        exec(compile(code, "docs/grid.md", "exec"), {})
+    assert capsys.readouterr().out.split()[:2] == ["1000", "logistic"]
+    grid = parse_grid(blocks("yaml", "docs/grid.md")[0], "docs/grid.md")
+    sgd, adamw = 3 * 2, 2  # learning rates x tied batch sizes; AdamW has one learning rate
+    assert len(expand(grid.spec)) == 2 * 2 * (sgd + adamw) * 2  # tasks, networks, seeds
 
 
 def test_calculators_named_on_the_page_on_theory_are_exported() -> None:
