@@ -69,7 +69,7 @@ class Bench:
         self._head_names = names
         if not any(name not in names and tensor.is_floating_point() for name, tensor in base.state.items()):
             raise MergeboundError(
-                f"{base.architecture}: has no layers before its head, which stays private to its task, so there is nothing "
+                f"{base.architecture}: has no layers before its head, which stays private to its task: nothing is left "
                 "to merge; run the grid with a network that has hidden layers"
             )
         self.partition: Partition = partition(base.state, private=[glob.escape(name) for name in names])
