@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -302,17 +302,40 @@ def _show(table: pd.DataFrame, metric: str, design: Design, as_json: bool) -> No
         return
     console = Console()
     console = console if console.is_terminal else Console(width=_WIDTH)
-    console.print(_table(means, f"{metric} of {len(table)} merges (measured, 95 % over experts)", design.factor))
+    bases = _bases(table)
+    console.print(_table(means, f"{metric} of {len(table)} merges (measured, 95 % over experts)", design.factor, bases))
     if differences is not None:
-        console.print(_table(differences, f"paired differences of {metric}", design.factor))
+        console.print(_table(differences, f"paired differences of {metric}", design.factor, bases))
 
 
-def _table(rows: pd.DataFrame, title: str, factor: str) -> Table:
+def _bases(table: pd.DataFrame) -> dict[str, str]:
+    """What to call each base: its network, with the beginning of its digest where a network has several bases."""
+    pairs = table[["base_digest", "architecture"]].drop_duplicates()
+    several = pairs["architecture"].duplicated(keep=False)
+    return {
+        digest: f"{name} ({digest[:8]})" if twice else str(name)
+        for digest, name, twice in zip(pairs["base_digest"], pairs["architecture"], several, strict=True)
+    }
+
+
+def _held(stratum: str, bases: Mapping[str, str]) -> str:
+    """What the groups of a row have in common, in words."""
+    fields: dict[str, Any] = json.loads(stratum) if stratum else {}
+    base = str(fields.pop("base_digest", ""))
+    return ", ".join([bases.get(base, base[:8]), *(f"{name}={value}" for name, value in fields.items())])
+
+
+def _table(rows: pd.DataFrame, title: str, factor: str, bases: Mapping[str, str]) -> Table:
     paired = "reference" in rows.columns
-    names = ["method", "size", *([factor] if factor else []), *(["minus"] if paired else [])]
+    names = ["base", "method", "size", *([factor] if factor else []), *(["minus"] if paired else [])]
     found = Table(*names, "groups", "mean", "95 %", title=title)
     for row in rows.to_dict("records"):
-        cells = [str(row["label"]), str(row["size"]), *([str(row["level"])] if factor else [])]
+        cells = [
+            _held(row["stratum"], bases),
+            str(row["label"]),
+            f"{row['size']:g}",
+            *([str(row["level"])] if factor else []),
+        ]
         cells += [str(row["reference"])] if paired else []
         found.add_row(*cells, str(row["groups"]), f"{row['mean']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}")
     return found
