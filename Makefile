@@ -7,7 +7,7 @@ PEERS  ?= .venv-peers
 RESULTS ?= out/merging
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench bench-peers clean
+.PHONY: help install demo test lint soak bench bench-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ install: $(STAMP)  ## create .venv and install the project with its development 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,ray]'
 	touch $@
 
 demo: $(STAMP)  ## fine-tune, predict, merge, measure and report on the embedded digits (about 4 minutes)
@@ -30,6 +30,9 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: $(STAMP)  ## 1,000 short runs killed 20 times, by two runners, on a full disk: equal bits (about an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak
 
 bench: $(STAMP)  ## timings, as ratios measured in one run
 	for f in $(filter-out benchmarks/merging.py,$(wildcard benchmarks/*.py)); do \

@@ -98,7 +98,9 @@ class Meter:
         """The end of a session: counted in the store."""
         missing = len(store.missing())
         self.others(missing)
-        return Outcome(self.total, self.total - missing, len(self.seen), self.diverged, dict(failed), seconds)
+        return Outcome(
+            self.total, self.total - missing, len(self.seen), self.diverged, dict(failed) if missing else {}, seconds
+        )
 
 
 def meter_of(store: Store) -> Meter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ PIECE_LIMIT = 24 * 3600.0
 """Seconds that a cohort's next run may take to arrive before the cohort is given up."""
 START_LIMIT = 600.0
 """Seconds that a cluster may take to place a first task."""
+REACH_LIMIT = 20.0
+"""Seconds in which the cluster's address must answer."""
 _TICK = 0.5
 
 
@@ -99,7 +102,7 @@ def run_ray(
     """
     ray = imported()
     taken = share or Share(gpus=0.0 if device == "cpu" else 1.0)
-    with Store.open(store_folder) as store, stoppable(), connected(ray, address, workers):
+    with Store.open(store_folder) as store, connected(ray, address, workers), stoppable():  # Ray sets a handler, too
         if store.plan() is None:
             raise EngineError(f"{store_folder}: its plan is not made yet; use `mergebound grid run` or `grid resume`")
         most = workers or room(ray, taken)
@@ -261,8 +264,11 @@ class _Driver:
 
     def _failed(self, each: _Running, error: str, *, again: bool) -> None:
         self._running.remove(each)
-        if not self._leases.went_wrong(each.cohort.name, error, again=again):
-            _log.warning("cohort %s is given up: %s", each.cohort.name, error)
+        retried = self._leases.went_wrong(each.cohort.name, error, again=again)
+        _log.log(
+            logging.INFO if retried else logging.WARNING,
+            "cohort %s %s: %s", each.cohort.name, "is tried again" if retried else "is given up", error,
+        )  # fmt: skip
 
 
 # --- on a worker -----------------------------------------------------------------------------------------------------
@@ -293,7 +299,8 @@ def _collected(
     for piece in pieces(cohort):
         missing = [digest for digest in piece.runs if digest in wanted]
         if missing:
-            yield from results_of(piece, known, missing, place, resamples=resamples)
+            for found in results_of(piece, known, missing, place, resamples=resamples):
+                yield found  # noqa: UP028  Ray sends values into its generators
 
 
 def _committed(
@@ -306,7 +313,8 @@ def _committed(
     yield None
     with Store.open(folder) as store:
         place = Workplace(store.base, root, device=device)
-        yield from committed(store, cohort, place, owner=owner, resamples=resamples)
+        for done in committed(store, cohort, place, owner=owner, resamples=resamples):
+            yield done  # noqa: UP028  Ray sends values into its generators
 
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
@@ -338,6 +346,7 @@ class connected:
         options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
         if self._address is None:
             options |= {"include_dashboard": False, "num_cpus": self._workers}
+        _check_address(self._address)
         try:
             self._ray.init(address=self._address or "local", **options)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -351,6 +360,20 @@ class connected:
     def __exit__(self, *_: object) -> None:
         if self._opened:
             self._ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """Refuse at once what nobody listens at; Ray itself would try for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_LIMIT).close()
+    except OSError as error:
+        raise EngineError(
+            f"Ray at {address}: nobody answers ({error.strerror or error}); start it with `ray start --head`, or "
+            "check --address"
+        ) from error
 
 
 def room(ray: Any, share: Share) -> int:
