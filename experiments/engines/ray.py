@@ -271,7 +271,7 @@ class _Driver:
         )  # fmt: skip
 
 
-# --- on a worker -----------------------------------------------------------------------------------------------------
+# --- on a worker (generators: Ray sends values into them, which `yield from` would pass on) --------------------------
 
 
 def _collected(
@@ -299,8 +299,8 @@ def _collected(
     for piece in pieces(cohort):
         missing = [digest for digest in piece.runs if digest in wanted]
         if missing:
-            for found in results_of(piece, known, missing, place, resamples=resamples):
-                yield found  # noqa: UP028  Ray sends values into its generators
+            for found in results_of(piece, known, missing, place, resamples=resamples):  # noqa: UP028
+                yield found
 
 
 def _committed(
@@ -313,8 +313,8 @@ def _committed(
     yield None
     with Store.open(folder) as store:
         place = Workplace(store.base, root, device=device)
-        for done in committed(store, cohort, place, owner=owner, resamples=resamples):
-            yield done  # noqa: UP028  Ray sends values into its generators
+        for done in committed(store, cohort, place, owner=owner, resamples=resamples):  # noqa: UP028
+            yield done
 
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
