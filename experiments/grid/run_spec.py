@@ -17,6 +17,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Trained = Literal["full", "backbone", "head", "low_rank"]
+_READ_BY = {"beta2": "adamw", "epsilon": "adamw", "sam_radius": "sam"}
+"""Fields that one optimizer reads."""
 
 
 class RunSpec(BaseModel):
@@ -27,8 +29,9 @@ class RunSpec(BaseModel):
         base: x_0 and with it the architecture and its options.
         learning_rate, steps, batch_size, data_share, momentum, weight_decay: theory.md's eta, K, b, share, beta, omega.
         optimizer: ``sgd`` (heavy ball; ``nesterov``), ``adamw`` (decoupled decay), ``sam`` (sharpness-aware SGD).
-        beta2, epsilon: of ``adamw``; its first moment's rate is ``momentum``.
-        sam_radius: rho of ``sam``.
+        beta2, epsilon: of ``adamw``; its first moment's rate is ``momentum``.  Other optimizers do not read them: there they
+            are put back to their defaults, and such runs are the same run.
+        sam_radius: rho of ``sam``; likewise.
         schedule, warm_up: factor on the learning rate.
         label_smoothing: share of uniform labels.
         clip_norm: largest norm of a batch gradient (shared part and head together), ``None`` for no clipping.
@@ -73,9 +76,14 @@ class RunSpec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _last_checkpoint(cls, content: Any) -> Any:
-        if isinstance(content, dict) and not content.get("checkpoints") and "steps" in content:
-            return {**content, "checkpoints": (content["steps"],)}
+    def _normal_form(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        optimizer = content.get("optimizer", "sgd")
+        unread = [name for name, reader in _READ_BY.items() if reader != optimizer]
+        content = {name: value for name, value in content.items() if name not in unread}
+        if not content.get("checkpoints") and "steps" in content:
+            content["checkpoints"] = (content["steps"],)
         return content
 
     @model_validator(mode="after")
