@@ -29,8 +29,8 @@ class RunSpec(BaseModel):
         base: x_0 and with it the architecture and its options.
         learning_rate, steps, batch_size, data_share, momentum, weight_decay: theory.md's eta, K, b, share, beta, omega.
         optimizer: ``sgd`` (heavy ball; ``nesterov``), ``adamw`` (decoupled decay), ``sam`` (sharpness-aware SGD).
-        beta2, epsilon: of ``adamw``; its first moment's rate is ``momentum``.  Other optimizers do not read them: there they
-            are put back to their defaults, and such runs are the same run.
+        beta2, epsilon: of ``adamw``; its first moment's rate is ``momentum``.  For other optimizers they
+            are put back to their defaults, since nothing reads them: such runs are the same run.
         sam_radius: rho of ``sam``; likewise.
         schedule, warm_up: factor on the learning rate.
         label_smoothing: share of uniform labels.
