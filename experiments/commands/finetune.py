@@ -112,12 +112,13 @@ def run(
 
 
 def _table(rows: list[dict[str, Any]], out: Path) -> None:
-    """Write ``experts.csv`` and show the main columns."""
+    """Write ``experts.csv``, of all experts in the folder, and show the main columns of these."""
     import pandas as pd
 
     from experiments.atomic import write_atomically
+    from experiments.finetune.task_expert import records
 
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame([record["row"] for record in records(out)])
     write_atomically(out / "experts.csv", frame.to_csv(index=False).encode())
     table = Table("task", "test images", "accuracy", "95 %", "loss", "steps", "seconds", title="measured")
     for row in rows:

@@ -58,7 +58,8 @@ def finetune_tasks(
         One row per task, in the order of ``names``.
 
     Raises:
-        MergeboundError: a task that cannot be opened or does not fit, or a worker that ended.
+        MergeboundError: a task that cannot be opened or does not fit, a folder with other experts of the same names or
+            of another base, or a worker that ended.
     """
     spec.check()
     rows: dict[str, dict[str, Any]] = {}
@@ -74,9 +75,12 @@ def finetune_tasks(
                 watch(rows[name], True)
         else:
             jobs.append((name, stems[name]))
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "base.safetensors"
-    save_base(file, base)
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_base(file, base)
+    elif read_base(file).digest != base.digest:
+        raise MergeboundError(f"{file}: experts of another base lie there; give another folder")
     if jobs:
         _run(jobs, spec, folder, file, root, split_seed, workers, watch, limit, rows)
     return [rows[name] for name in names]

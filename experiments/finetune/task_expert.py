@@ -228,12 +228,34 @@ def save_expert(folder: Path, name: str, expert: TaskExpert) -> Path:
 
 
 def finished(folder: Path, name: str, wanted: str) -> dict[str, Any] | None:
-    """The record of a complete expert of the same identity, or ``None``."""
+    """The record of a complete expert of the same identity, or ``None`` where none is complete.
+
+    Raises:
+        MergeboundError: another expert lies there under that name.
+    """
     record, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     if not record.is_file() or not weights.is_file():
         return None
+    content = _record(record)
+    if content is None:
+        raise MergeboundError(f"{record}: not the record of an expert; give another folder, or remove the file")
+    if content["identity"] != wanted:
+        raise MergeboundError(
+            f"{weights}: another expert (of another base, split or specification) lies there; give another folder, or "
+            "remove it and its .json file"
+        )
+    return content
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Records of all complete experts in a folder, by file name; other JSON files are passed over."""
+    found = (_record(path) for path in sorted(folder.glob("*.json")) if path.with_suffix(".safetensors").is_file())
+    return [content for content in found if content is not None]
+
+
+def _record(path: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return content if content.get("identity") == wanted else None
+    return content if isinstance(content, dict) and {"identity", "row"} <= set(content) else None

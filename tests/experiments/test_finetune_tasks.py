@@ -14,13 +14,13 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from experiments.bases.base import Base, random_base
+from experiments.bases.base import Base, random_base, save_base
 from experiments.cli import build_app
 from experiments.finetune import many_tasks
 from experiments.finetune.loop import finetune
 from experiments.finetune.many_tasks import finetune_tasks
 from experiments.finetune.schedules import schedule
-from experiments.finetune.task_expert import FinetuneSpec, finetune_task, identity, save_expert, start_from
+from experiments.finetune.task_expert import FinetuneSpec, finetune_task, identity, records, save_expert, start_from
 from experiments.tasks.digits8 import digits8
 from experiments.tasks.named import expand, open_task
 from experiments.tasks.types import Split
@@ -170,6 +170,21 @@ def test_command_line_makes_experts_in_workers_keeps_finished_ones_and_makes_oth
 def test_every_expert_has_a_file_of_its_own(names: tuple[str, ...]) -> None:
     stems = many_tasks._stems(names)
     assert len({stem.lower() for stem in stems.values()} | {"base"}) == len(names) + 1
+
+
+def test_other_experts_in_the_folder_are_not_overwritten(folder: Path, base: Base, tmp_path: Path) -> None:
+    name = str(folder / "upright.npz")
+    save_expert(tmp_path, "upright", finetune_task(base, open_task(name), SPEC, resamples=0))
+    bits = (tmp_path / "upright.safetensors").read_bytes()
+    other = FinetuneSpec(steps=13, batch_size=16, augment="none", data_share=0.5, seed=3)
+    with pytest.raises(MergeboundError, match="another expert"):
+        finetune_tasks(base, [name], other, tmp_path)
+    save_base(tmp_path / "base.safetensors", random_base("resnet_bn", classes=10, seed=2))
+    with pytest.raises(MergeboundError, match="another base"):
+        finetune_tasks(base, [name], SPEC, tmp_path)
+    assert (tmp_path / "upright.safetensors").read_bytes() == bits
+    (tmp_path / "notes.json").write_text("[]")
+    assert [record["task"]["name"] for record in records(tmp_path)] == ["upright"]
 
 
 def test_identity_changes_with_everything_that_changes_bits(folder: Path, base: Base) -> None:
