@@ -59,7 +59,7 @@ def put_blob(folder: Path, data: bytes, *, durable: bool = True) -> str:
     """
     name = blob_hash(data)
     target = blob_path(folder, name)
-    if _renewed(target, len(data)):
+    if _renewed(target, data):
         return name
     temporary = target.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
     try:
@@ -159,10 +159,13 @@ def disk_error(error: OSError, path: Path) -> StoreError:
     )
 
 
-def _renewed(target: Path, size: int) -> bool:
-    """Whether a blob is there; if so it is made young, so that ``gc`` takes it for one that is about to be used."""
+def _renewed(target: Path, data: bytes) -> bool:
+    """Whether a blob is there, whole; if so it is made young, so that ``gc`` takes it for one that is about to be used.
+
+    A damaged file under its name is not: it is written again.
+    """
     try:
-        if target.stat().st_size != size:
+        if target.stat().st_size != len(data) or target.read_bytes() != data:
             return False
         now = time.time()
         os.utime(target, (now, now))

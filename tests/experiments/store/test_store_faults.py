@@ -156,6 +156,20 @@ def test_a_damaged_file_is_named_and_its_run_can_be_done_again(tmp_path: Path) -
         assert store.verify(lambda d, run: result(run.seed, bits=1), sample=2).unequal[0][1] == "the weights at step 2"
 
 
+def test_a_run_that_is_done_again_replaces_the_damaged_file_of_its_name(tmp_path: Path) -> None:
+    """The same bits have the same name, and the damaged file may have the right size."""
+    with new_store(tmp_path / "s") as store:
+        name = next(iter(specs(1)))
+        store.commit(name, result(0))
+        path = blob_path(tmp_path / "s", store._database.read("SELECT blob FROM results")[0]["blob"])
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+        assert store.forget(store.verify().damaged) == 1
+        assert store.commit(name, result(0))
+        assert store.verify(deep=True).good
+
+
 def test_other_bits_for_the_same_run_are_refused_and_recorded(tmp_path: Path) -> None:
     with new_store(tmp_path / "s") as store:
         first, second, _ = specs(3)
