@@ -188,8 +188,11 @@ def _merge_jobs(setup: Setup, source: Source, pending: Sequence[tuple[Group, Mer
         state = source.base(base).state
         width = sum(tensor.numel() * max(4, tensor.element_size()) for tensor in state.values())
         experts = max(1, (setup.memory - min(BLOCK, setup.memory // 4)) // 2 // max(1, width))
-        methods = {method.label: method for group, method in pending if group.base == base}
-        for method in methods.values():
+        methods: list[MergeMethod] = []
+        for group, method in pending:
+            if group.base == base and method not in methods:
+                methods.append(method)
+        for method in methods:
             own = (group for group, by in pending if group.base == base and by == method)
             yield from merge_jobs(own, method, base, size=size, experts=experts)
 

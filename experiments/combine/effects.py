@@ -18,7 +18,7 @@ from theory.errors import MergeboundError
 
 RESAMPLES = 1000
 _DOMAINS = {"accuracy": (0.0, 1.0), "ece": (0.0, 1.0), "brier": (0.0, 2.0), "loss": (0.0, np.inf)}
-_CELL = ("factor", "stratum", "size", "label", "evaluation")
+_CELL = ("factor", "stratum", "size", "label", "merge_seed", "evaluation")
 
 
 def factor_means(

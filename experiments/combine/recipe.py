@@ -47,6 +47,11 @@ class MergeMethod:
         return self.method.settings(self.settings)
 
     @property
+    def used_seed(self) -> int:
+        """The seed; 0 where the method draws nothing."""
+        return 0 if self.method.deterministic else self.seed
+
+    @property
     def label(self) -> str:
         """The method and the settings that were given, as text."""
         given = [f"{name}={value}" for name, value in sorted(self.settings.items())]
@@ -143,7 +148,7 @@ def merge_key(group: Group, method: MergeMethod, evaluation: Evaluate) -> str:
         "method": method.name,
         "settings": json.dumps(method.filled, sort_keys=True, default=str),
         "coefficients": method.for_size(len(group.members)),
-        "seed": 0 if method.method.deterministic else method.seed,
+        "seed": method.used_seed,
         "evaluation": evaluation.text,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

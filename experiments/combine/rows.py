@@ -49,7 +49,7 @@ def merge_row(
     row: Row = {"key": merge_key(group, method, spec), "kind": MERGE, "group": group.digest, "size": len(group.members)}
     row |= {"experts": ";".join(member.name for member in group.members), "tasks": ";".join(group.tasks)}
     row |= {"base_digest": group.base, "architecture": architecture, "method": method.name, "label": method.label}
-    row |= {"settings": json.dumps(method.filled, sort_keys=True, default=str), "merge_seed": method.seed}
+    row |= {"settings": json.dumps(method.filled, sort_keys=True, default=str), "merge_seed": method.used_seed}
     row |= {"coefficients": method.for_size(len(group.members)), "evaluation": spec.text, "batchnorm": spec.batchnorm}
     row |= {"tier": "measured", "n": sum(one.metrics.n for one in joint.tasks), "path": joint.path}
     row |= {name: joint.joint[name].value for name in METRICS}

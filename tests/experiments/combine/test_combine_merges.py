@@ -12,6 +12,7 @@ import torch
 
 from experiments.combine.api import Progress, combine
 from experiments.combine.designs import all_groups, by_factor, random_groups
+from experiments.combine.effects import factor_differences
 from experiments.combine.groups import Group
 from experiments.combine.recipe import Evaluate, MergeMethod
 from experiments.combine.rows import results
@@ -310,3 +311,17 @@ def test_progress_has_a_rate() -> None:
     assert Progress("merges", 10, 20, 0, 2.0).rate == 5.0
     assert json.loads(Evaluate().text)["batch_size"] == 256
     assert torch.get_num_threads() >= 1
+
+
+def test_one_method_with_two_seeds_is_two_methods() -> None:
+    store = small()
+    design = by_factor(store.frame(), "learning_rate", sizes=(2,), groups=3)
+    seeds = [MergeMethod("dare", {"drop": 0.5}, seed=seed) for seed in (0, 1)]
+    table = combine(store, design, seeds, open_task=tiny_task)
+    assert len(table) == 2 * len(design)
+    assert sorted(set(table["merge_seed"])) == [0, 1]
+    gaps = factor_differences(table, "loss")
+    assert list(gaps["groups"]) == [3, 3]
+    for seed, gap in zip((0, 1), gaps["mean"], strict=True):
+        own = table[table["merge_seed"] == seed].set_index(["level", "seed"])["loss"]
+        assert gap == pytest.approx(float((own.loc[0.1] - own.loc[0.01]).mean()))
