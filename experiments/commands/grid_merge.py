@@ -85,9 +85,7 @@ def merge_groups(
     ] = "merged",
     calibration: Annotated[int, typer.Option("--calibration", help="Images per task for `reestimated`.")] = 256,
     fast: Annotated[bool, typer.Option("--fast", help="Evaluate by the fastest path that is close enough.")] = False,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the data sets. Default: MERGEBOUND_DATA.")
-    ] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="Folder of the data sets. Default: the grid's.")] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes of one thread each.")] = 1,
     memory: Annotated[float, typer.Option("--memory", help="GiB of task vectors in memory; the rest is mapped.")] = 2.0,
     test_memory: Annotated[float, typer.Option("--test-memory", help="GiB of test images in memory.")] = 2.0,
@@ -110,6 +108,7 @@ def merge_groups(
     """
     import experiments.combine.api as api
     from experiments.combine.recipe import Evaluate
+    from experiments.commands.grid_store import data_root
     from experiments.store import Store
 
     evaluate = Evaluate(
@@ -157,7 +156,7 @@ def merge_groups(
                 design,
                 methods,
                 evaluate=evaluate,
-                root=root,
+                root=data_root(opened, root),
                 workers=workers,
                 watch=_Watch(bar),
                 memory=round(memory * 2**30),

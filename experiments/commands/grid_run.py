@@ -132,7 +132,7 @@ def resume(
     mirror: Mirror = None,
 ) -> None:
     """Go on with a grid from its store alone, with the plan that was frozen when it began."""
-    from experiments.engines.prepare import prepare, spread
+    from experiments.engines.prepare import check_same_grid, prepare, spread
     from experiments.grid.expand import expand
     from experiments.grid.spec import GridSpec
     from experiments.store import Store as Kept
@@ -140,10 +140,12 @@ def resume(
     _check_engine(engine, address)
     console = Console(stderr=True)
     with Kept.open(store) as kept:
-        meta, begun, ready = kept.meta, bool(kept.runs()), kept.plan() is not None and not kept.unplanned()
-    if "grid" not in meta:
-        raise MergeboundError(f"{store}: was not made by `mergebound grid run`; give the folder of a grid")
-    device = str(meta.get("device", "cpu"))
+        meta, plan = kept.meta, kept.plan()
+        if "grid" not in meta:
+            raise MergeboundError(f"{store}: was not made by `mergebound grid run`; give the folder of a grid")
+        check_same_grid(kept, meta)
+        begun, ready = bool(kept.runs()), plan is not None and not kept.unplanned()
+    device = str(meta.get("device", "cpu") if plan is None else plan.device)
     where = root if root is not None else meta.get("root")
     if not ready:
         runs = () if begun else spread(expand(GridSpec.model_validate(meta["grid"])), meta.get("limit_runs"))

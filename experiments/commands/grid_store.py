@@ -141,7 +141,7 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Unpack every checkpoint too.")] = False,
     root: Annotated[
         Path | None,
-        typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).", show_default=False),
+        typer.Option("--root", help="Folder of the data sets (default: the grid's).", show_default=False),
     ] = None,
     repair: Annotated[
         bool,
@@ -164,6 +164,11 @@ def verify(
         raise typer.Exit(DAMAGED)
 
 
+def data_root(store: Store, given: Path | None) -> str | Path | None:
+    """The folder of the data sets: the one that is given, or else the one that the grid was given."""
+    return given if given is not None else store.meta.get("root")
+
+
 def _rerun(store: Store, root: Path | None) -> Callable[[str, RunSpec], RunResult]:
     """Does a run of the store again, stacked with the runs that it was stacked with."""
     from experiments.engines.cohort_job import known_runs, pieces, results_of
@@ -171,7 +176,7 @@ def _rerun(store: Store, root: Path | None) -> Callable[[str, RunSpec], RunResul
     from experiments.grid.result import Cohort
 
     plan = store.plan()
-    place = Workplace(store.base, root, device="cpu" if plan is None else plan.device)
+    place = Workplace(store.base, data_root(store, root), device="cpu" if plan is None else plan.device)
     cohorts = () if plan is None else plan.cohorts
     where = {digest: piece for cohort in cohorts for piece in pieces(cohort) for digest in piece.runs}
 

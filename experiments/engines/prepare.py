@@ -24,6 +24,7 @@ from experiments.grid.result import Plan
 from experiments.grid.run_spec import RunSpec
 from experiments.spec import NUMERICS_VERSION
 from experiments.store import Store
+from experiments.store.columns import OTHER, base_text
 from experiments.tasks.named import open_task
 
 _log = logging.getLogger(__name__)
@@ -122,16 +123,28 @@ def spread(runs: Sequence[RunSpec], most: int | None) -> tuple[RunSpec, ...]:
 def _add_runs(
     store: Store, runs: Sequence[RunSpec], root: str | Path | None, device: str, download: bool, tell: Report
 ) -> int:
-    bases = _bases(store, runs, root, device, download, tell)
+    old_splits, old_bases = store.sources()
     splits: dict[tuple[str, int], str] = {}
     for task, seed in dict.fromkeys((run.task, run.split_seed) for run in runs):
         splits[task, seed] = open_task(task, root, seed=seed).digest
+        if old_splits.get((task, seed), splits[task, seed]) != splits[task, seed]:
+            raise EngineError(
+                f"task {task}: its images or their split are not those that the grid began with; give the --root that "
+                "it began with, or start in an empty store"
+            )
+    bases = _bases(store, runs, root, device, download, tell)
+    for run in {_key(run.base): run for run in runs}.values():
+        if old_bases.get(base_text(run), bases[_key(run.base)]) != bases[_key(run.base)]:
+            raise EngineError(
+                f"the base {run.architecture} ({run.base.kind}) is not the one that the grid began with: its tensors "
+                "have changed; give the weights that it began with, or start in an empty store"
+            )
     named: dict[str, RunSpec] = {}
     of_base: dict[str, str] = {}
     of_split: dict[str, str] = {}
     for run in runs:
         base, split = bases[_key(run.base)], splits[run.task, run.split_seed]
-        digest = run.digest(base=base, split=split)
+        digest = run.digest(base=base.partition(OTHER)[0], split=split)
         if digest in named:
             raise EngineError(
                 f"tasks {named[digest].task} and {run.task} hold the same images, so that their runs would be the "
@@ -144,14 +157,13 @@ def _add_runs(
 def _bases(
     store: Store, runs: Sequence[RunSpec], root: str | Path | None, device: str, download: bool, tell: Report
 ) -> dict[str, str]:
-    """Digest of every base; those that the store does not have are made and added."""
+    """What every base is called in the store; those that it does not have are made and added."""
     found: dict[str, str] = {}
     for spec in {_key(run.base): run.base for run in runs}.values():
         words = "pretraining" if spec.kind == "pretrain" else "opening"
         tell(f"{words} the base {spec.architecture} ({spec.kind}, seed {spec.seed})")
         base = open_base(spec, root, cache=store.folder / BASES, download=download, device=device)
-        store.add_base(base)
-        found[_key(spec)] = base.digest
+        found[_key(spec)] = store.add_base(base)
     return found
 
 

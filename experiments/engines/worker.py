@@ -139,6 +139,8 @@ def _serve(spec: WorkerSpec, channel: Channel) -> None:
 
 def is_of_disk(error: BaseException) -> bool:
     """Whether the store itself cannot be written, so that no cohort can go on."""
+    if isinstance(error, StoreBusy):  # others hold it now, and will let go
+        return False
     return isinstance(error, StoreError) and isinstance(error.__cause__, OSError | sqlite3.Error)
 
 

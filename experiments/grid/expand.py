@@ -31,6 +31,8 @@ from experiments.grid.run_spec import RunSpec
 from experiments.grid.spec import Every, GridSpec
 
 Record = dict[str, Any]
+MOST_CHECKPOINTS = 10_000
+"""Of a run."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,13 @@ def laid(checkpoints: Any, steps: int) -> tuple[int, ...]:
     """
     if checkpoints is None:
         return (steps,)
+    if isinstance(checkpoints, Every) and -(-steps // checkpoints.every) > MOST_CHECKPOINTS:
+        number = -(-steps // checkpoints.every)
+        raise GridError(
+            f"{number:,} checkpoints of a run of {steps:,} steps are more than {MOST_CHECKPOINTS:,}; give a larger "
+            "number for every",
+            ("checkpoints",),
+        )
     stated = range(checkpoints.every, steps, checkpoints.every) if isinstance(checkpoints, Every) else checkpoints
     return (*(step for step in stated if step < steps), steps)
 

@@ -190,6 +190,12 @@ def _base_problem(
             place = "data"
             if not base.data:
                 return GridError("a base of kind pretrain needs data: the task that it is pretrained on", ("kind",))
+            for other, seed in tasks:
+                if seed != 0 and _one_source(other, base.data):
+                    said = (
+                        f"it is pretrained on split 0 of {base.data}, whose images split {seed} of {other} may test on"
+                    )
+                    return GridError(f"{said}; leave split_seed at 0, or pretrain on other data", (place,))
             if not any(base.data == name for name, _ in tasks):
                 open_task(base.data, root)
         place = "architecture"
@@ -203,6 +209,11 @@ def _base_problem(
     except MergeboundError as error:
         return GridError(str(error), (place,))
     return None
+
+
+def _one_source(task: str, other: str) -> bool:
+    """Whether two tasks are splits of the same images: the same task, or both of the embedded digits."""
+    return task == other or (task.startswith("digits8:") and other.startswith("digits8:"))
 
 
 def check_batches(

@@ -15,7 +15,8 @@ from experiments.spec import NUMERICS_VERSION
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Seed = Annotated[int, Field(ge=0, le=2**53)]
 Trained = Literal["full", "backbone", "head", "low_rank"]
 _READ_BY = {"beta2": "adamw", "epsilon": "adamw", "sam_radius": "sam"}
 """Fields that one optimizer reads."""
@@ -71,8 +72,8 @@ class RunSpec(BaseModel):
     trained: Trained = "full"
     rank: Count | None = None
     checkpoints: tuple[Count, ...] = ()
-    seed: Annotated[int, Field(ge=0)] = 0
-    split_seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+    split_seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,8 @@ SPEC_COLUMNS = tuple(RunSpec.model_fields)
 RUN_COLUMNS = ("digest", "architecture", "base_kind", "base_digest", "split_digest", *SPEC_COLUMNS)
 _JSON = ("base", "checkpoints")
 BOOLEANS = ("nesterov",)
+OTHER = "-"
+"""Between the digest of a base's tensors and what tells apart networks with the same tensors."""
 
 
 def run_row(digest: str, run: RunSpec, base: str, split: str) -> tuple[Any, ...]:
@@ -28,6 +30,11 @@ def run_row(digest: str, run: RunSpec, base: str, split: str) -> tuple[Any, ...]
     known = {"digest": digest, "architecture": run.architecture, "base_kind": run.base.kind}
     values |= known | {"base_digest": base, "split_digest": split}
     return tuple(values[name] for name in RUN_COLUMNS)
+
+
+def base_text(run: RunSpec) -> str:
+    """The column ``base`` of a run."""
+    return json.dumps(run.base.model_dump(mode="json"), sort_keys=True)
 
 
 def spec_of(row: dict[str, Any]) -> RunSpec:

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.grid.result import Cohort, Plan
 from experiments.grid.run_spec import RunSpec
-from experiments.store.columns import RUN_COLUMNS, run_row
+from experiments.store.columns import OTHER, RUN_COLUMNS, run_row
 from experiments.store.database import Database
 from experiments.store.errors import StoreError
 from experiments.store.leases import cohort_of
@@ -32,7 +32,7 @@ def add_runs(
     for digest, run in runs.items():
         of_base = base if isinstance(base, str) else base[digest]
         of_split = split if isinstance(split, str) else split[digest]
-        if run.digest(base=of_base, split=of_split) != digest:
+        if run.digest(base=of_base.partition(OTHER)[0], split=of_split) != digest:
             raise StoreError(
                 f"run {digest[:12]} ({run.task}): the name is not that of its specification, base and split; name runs "
                 "with RunSpec.digest"
@@ -46,6 +46,16 @@ def add_runs(
         if added:
             connection.execute("ANALYZE runs")
     return added
+
+
+def sources(database: Database) -> tuple[dict[tuple[str, int], str], dict[str, str]]:
+    """What the runs are made of: splits by task and seed of the split, and bases by their specifications (JSON)."""
+    splits = database.read("SELECT DISTINCT task, split_seed, split_digest FROM runs")
+    bases = database.read("SELECT DISTINCT base, base_digest FROM runs")
+    return (
+        {(row["task"], row["split_seed"]): row["split_digest"] for row in splits},
+        {row["base"]: row["base_digest"] for row in bases},
+    )
 
 
 def freeze(database: Database, plan: Plan) -> int:

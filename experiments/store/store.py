@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from experiments.grid.result import Cohort, Plan, RunResult
 from experiments.grid.run_spec import RunSpec
 from experiments.store import leases, merges, planned, table
 from experiments.store.blobs import FOLDER, TEMPORARY, blob_path, disk_error, make_folders, put_blob, remove
-from experiments.store.columns import spec_of
+from experiments.store.columns import OTHER, spec_of
 from experiments.store.commits import commit
 from experiments.store.content import TaskVectors, unpack_log, unpack_state
 from experiments.store.database import DATABASE, PATIENCE, Database, Mode
@@ -152,10 +153,22 @@ class Store:
 
     # what is to be done
 
-    def add_base(self, base: Base) -> None:
-        """Keep x_0, once; task vectors of runs from it are stored against it."""
-        if self._database.read("SELECT 1 FROM bases WHERE digest = ?", (base.digest,)):
-            return
+    def add_base(self, base: Base) -> str:
+        """Keep x_0, once; task vectors of runs from it are stored against it.
+
+        Returns:
+            What the base is called here: its digest; with an addition where another network with the same tensors has
+            that name (another activation from the same random start, other options).
+        """
+        described = base.describe()
+        name = base.digest
+        for _ in range(2):
+            known = self._database.read("SELECT record FROM bases WHERE digest = ?", (name,))
+            if not known:
+                break
+            if _network(json.loads(known[0]["record"])) == _network(described):
+                return name
+            name = f"{base.digest}{OTHER}{hashlib.sha256(_network(described).encode()).hexdigest()[:12]}"
         temporary = self.folder / FOLDER / f"{TEMPORARY}{secrets.token_hex(4)}.safetensors"
         try:
             save_base(temporary, base)
@@ -167,11 +180,12 @@ class Store:
         with self._database.writing() as connection:
             connection.execute(
                 "INSERT INTO bases VALUES (?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
-                (base.digest, base.architecture, base.classes, blob, json.dumps(base.describe(), default=str)),
+                (name, base.architecture, base.classes, blob, json.dumps(described, default=str)),
             )
+        return name
 
     def base(self, digest: str) -> Base:
-        """A base that was added.
+        """A base that was added, by what :meth:`add_base` called it.
 
         Raises:
             MergeboundError: not there, or damaged.
@@ -188,7 +202,7 @@ class Store:
 
         Args:
             runs: by digest.
-            base: digest of the base's tensors, of all runs or by run.
+            base: what :meth:`add_base` called the base, of all runs or by run.
             split: digest of the split, of all runs or by run.
         """
         return planned.add_runs(self._database, runs, base, split)
@@ -206,13 +220,17 @@ class Store:
         return spec_of(dict(self._run(digest)))
 
     def digests(self, digest: str) -> tuple[str, str]:
-        """Digests of the base and of the split of a run."""
+        """What the base of a run is called, and the digest of its split."""
         row = self._run(digest)
         return row["base_digest"], row["split_digest"]
 
     def runs(self) -> tuple[str, ...]:
         """Digests of all runs, done or not, in the order in which they were added."""
         return tuple(row["digest"] for row in self._database.read("SELECT digest FROM runs ORDER BY id"))
+
+    def sources(self) -> tuple[dict[tuple[str, int], str], dict[str, str]]:
+        """What the runs are made of; see :func:`experiments.store.planned.sources`."""
+        return planned.sources(self._database)
 
     def missing(self, runs: Cohort | Iterable[str] | None = None) -> tuple[str, ...]:
         """Those of a cohort (of some runs, of all) that are not done."""
@@ -399,6 +417,12 @@ class Store:
                 self._bases.pop(next(iter(self._bases)))
             self._bases[digest] = self.base(digest).state
         return self._bases[digest]
+
+
+def _network(described: Mapping[str, Any]) -> str:
+    """What a base computes with its tensors, as text."""
+    kept = {name: described[name] for name in ("architecture", "classes", "options")}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _name(cohort: Cohort | str) -> str:
