@@ -24,7 +24,7 @@ demo: $(STAMP)  ## fine-tune, predict, merge, measure and report on the embedded
 	$(BIN)/mergebound demo --out out/demo
 
 test: $(STAMP)  ## run the test suite (under 6 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

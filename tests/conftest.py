@@ -1,6 +1,24 @@
-"""Every random draw comes from a named seed: hypothesis derives its examples from the name of each test."""
+"""Every random draw comes from a named seed: hypothesis derives its examples from the name of each test.
 
+Files that take long come first, so that two workers end together (`pytest -n 2 --dist loadfile --no-loadscope-reorder`).
+"""
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("named_seeds", derandomize=True, deadline=None)
 settings.load_profile("named_seeds")
+
+LONG = (
+    "test_engines_local.py",
+    "test_combine_store.py",
+    "test_engines_ray.py",
+    "test_pipeline.py",
+    "test_engines.py",
+    "test_finetune_tasks.py",
+    "test_merge_command_streaming.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

@@ -112,13 +112,15 @@ def run(
 
 
 def _table(rows: list[dict[str, Any]], out: Path) -> None:
-    """Write ``experts.csv``, of all experts in the folder, and show the main columns of these."""
+    """Write ``experts.csv``, of these experts and then of others in the folder; show the main columns of these."""
     import pandas as pd
 
     from experiments.atomic import write_atomically
     from experiments.finetune.task_expert import records
 
-    frame = pd.DataFrame([record["row"] for record in records(out)])
+    these = {(row["task"], row["split_digest"]) for row in rows}
+    kept = [dict(record["row"]) for record in records(out)]
+    frame = pd.DataFrame([*rows, *(row for row in kept if (row["task"], row["split_digest"]) not in these)])
     write_atomically(out / "experts.csv", frame.to_csv(index=False).encode())
     table = Table("task", "test images", "accuracy", "95 %", "loss", "steps", "seconds", title="measured")
     for row in rows:
