@@ -1,6 +1,6 @@
 """Every random draw comes from a named seed: hypothesis derives its examples from the name of each test.
 
-Files that take long come first, so that two workers end together (`pytest -n 2 --dist loadfile --no-loadscope-reorder`).
+Files that take long come first, so that workers end together (`pytest -n 2 --dist loadfile --no-loadscope-reorder`).
 """
 
 import pytest
