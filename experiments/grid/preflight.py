@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from experiments.bases.spec import BaseSpec
+from experiments.finetune.low_rank import matrices
 from experiments.grid.bases import base_specs, weights_file
 from experiments.grid.cost import shapes
 from experiments.grid.errors import GridError, Place
@@ -20,7 +21,7 @@ from experiments.grid.run_spec import RunSpec
 from experiments.grid.spec import GridSpec
 from experiments.grid.yaml_source import GridFile
 from experiments.inputs.shares import subset_size
-from experiments.models import input_format
+from experiments.models import head_tensors, input_format
 from experiments.tasks.catalogue import find
 from experiments.tasks.dataset import ImageTask
 from experiments.tasks.named import expand as expand_tasks
@@ -62,7 +63,11 @@ def check_grid(
     tasks, problems = open_tasks(spec, runs, root)
     found += problems
     found += _check_bases(spec, root, download, tasks)
-    found += check_batches(spec, runs, _facts(runs, tasks, root))
+    facts = _facts(runs, tasks, root)
+    found += check_batches(spec, runs, facts)
+    if not found:
+        found += check_parts(spec, runs)
+        found += check_lone_images(spec, runs, facts)
     placed = {str(error): error for error in (_placed(grid, each) for each in found)}
     return sorted(placed.values(), key=lambda error: error.line or 0)
 
@@ -240,6 +245,68 @@ def check_batches(
         )
         for (task, place), (size, used, run) in worst.items()
     ]
+
+
+def check_parts(spec: GridSpec, runs: Iterable[RunSpec]) -> list[GridError]:
+    """Runs that train a part which their network does not have."""
+    found: dict[tuple[str, Place], GridError] = {}
+    lacking: dict[tuple[str, str], str] = {}
+    for run in runs:
+        if run.trained not in ("backbone", "low_rank"):
+            continue
+        key = (run.trained, run.base.model_dump_json())
+        if key not in lacking:
+            network = shapes(run.base, run.base.classes or 10)
+            head = head_tensors(network)
+            there = [name for name, _ in network.named_parameters() if name not in head]
+            there = there if run.trained == "backbone" else list(matrices(network, head))
+            what = "no parameters" if run.trained == "backbone" else "no matrices"
+            lacking[key] = "" if there else f"{run.architecture} has {what} outside its head"
+        if lacking[key]:
+            place = origin(spec, run, "trained")
+            said = f"{run.trained}: {lacking[key]}; train it in full, or leave the network out"
+            found.setdefault((lacking[key], place), GridError(said, place))
+    return list(found.values())
+
+
+def check_lone_images(
+    spec: GridSpec, runs: Iterable[RunSpec], tasks: Mapping[tuple[str, int], TaskFacts]
+) -> list[GridError]:
+    """Runs with a batch of one image, where BatchNorm has one number per channel: one problem per task and place."""
+    found: dict[tuple[str, Place], GridError] = {}
+    needs: dict[str, bool] = {}
+    for run in runs:
+        facts = tasks.get((run.task, run.split_seed))
+        if facts is None or run.trained not in ("full", "backbone"):
+            continue
+        used = subset_size(facts.train, run.data_share)
+        last = run.sampling == "reshuffle" and used % run.batch_size == 1 and run.steps > used // run.batch_size
+        if run.batch_size > 1 and not last:
+            continue
+        key = run.base.model_dump_json()
+        if key not in needs:
+            needs[key] = _needs_two(run.base)
+        if needs[key]:
+            place = origin(spec, run, "batch_size")
+            which = f"the last of an epoch of {used} images of {run.task} holds one" if last else "hold one image"
+            said = f"batches of {run.batch_size}: {which}, which {run.architecture}'s BatchNorm cannot normalise"
+            remedy = "give another batch_size or data_share, or sampling: without_replacement"
+            found.setdefault((run.task, place), GridError(f"{said}; {remedy if last else 'give 2 or more'}", place))
+    return list(found.values())
+
+
+def _needs_two(base: BaseSpec) -> bool:
+    """Whether a network cannot be trained on one image; found by its shapes."""
+    network = shapes(base, base.classes or 10)
+    form = input_format(network)
+    device = next(network.parameters()).device
+    try:
+        network.train()(torch.zeros(1, form.channels, form.height, form.width, device=device))
+    except ValueError as error:  # PyTorch's own words
+        return "more than 1 value per channel" in str(error)
+    except (RuntimeError, NotImplementedError):  # an operation that shapes alone do not tell
+        return False
+    return False
 
 
 def facts_without_data(

@@ -199,6 +199,29 @@ def test_a_batch_larger_than_the_data() -> None:
     assert found.line == 9
 
 
+def test_a_batch_of_one_image_where_batchnorm_has_one_number() -> None:
+    text = GOOD.replace("architecture: vit", "architecture: resnet_bn").replace("[digits8]", "[digits8:flip]")
+    lone = text.replace("batch_size: 8", "batch_size: [8, 79]")
+    (found,) = check_grid(parse_grid(lone, "mine.yaml"))
+    assert (found.line, found.place) == (5, ("batch_size", 1))
+    assert "the last of an epoch of 80 images of digits8:flip holds one" in str(found)
+    assert check_grid(parse_grid(lone.replace("steps: 10", "steps: 1"))) == []  # it never comes to that batch
+    assert check_grid(parse_grid(lone + "sampling: without_replacement\n")) == []
+    assert check_grid(parse_grid(lone + "trained: head\n")) == []
+    assert check_grid(parse_grid(lone.replace("resnet_bn", "resnet_gn"))) == []
+    (found,) = check_grid(parse_grid(text.replace("batch_size: 8", "batch_size: 1"), "mine.yaml"))
+    assert "give 2 or more" in str(found)
+
+
+def test_a_part_that_the_network_does_not_have() -> None:
+    text = GOOD.replace("architecture: vit", "architecture: [vit, logistic]")
+    assert check_grid(parse_grid(text + "trained: head\n")) == []
+    for line in ("trained: [full, backbone]", "trained: low_rank\nrank: 2"):
+        (found,) = check_grid(parse_grid(text + line + "\n", "mine.yaml"))
+        assert found.line == 7
+        assert "logistic has no" in str(found)
+
+
 def test_a_missing_data_set(tmp_path: Path) -> None:
     found = problems("2:tasks:\n  - digits8:flip\n  - mnist\n  - npz8:gtsrb", root=tmp_path)
     assert [(each.line, each.place) for each in found] == [(4, ("tasks", 1)), (5, ("tasks", 2))]

@@ -87,7 +87,7 @@ def measure(
                         _begin(mine, each, run, opened, seed, now)
                     elif not mine.reason and not mine.slow:
                         mine.add(*(_time(each, run, opened, seed, 1 + steps, now) for steps in (0, mine.steps)))
-                except (MergeboundError, RuntimeError, NotImplementedError) as error:
+                except (MergeboundError, RuntimeError, NotImplementedError, ValueError) as error:
                     mine.reason = str(error).strip().partition("\n")[0] or type(error).__name__
                     _log.info("%s does not work for %s: %s", each, run.architecture, mine.reason)
     return {each: mine.timing(each.chunk) for each, mine in clocks.items()}
