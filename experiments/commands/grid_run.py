@@ -214,6 +214,8 @@ def _work(
     from experiments.engines.prepare import tidy
 
     logging.getLogger("experiments.engines").setLevel(logging.WARNING)
+    if engine == "local":
+        _check_machine(store, device, console)
     with Display(console) as display:
         if engine == "local":
             from experiments.engines.local import run_local
@@ -237,6 +239,25 @@ def _work(
         copied = mirror_store(store, mirror)
         console.print(f"{copied} files copied to {mirror}", highlight=False)
     _say(outcome, store, console)
+
+
+def _check_machine(store: Path, device: str, console: Console) -> None:
+    """Refuse a device that is not here, and say where the plan was made for another machine."""
+    from experiments.finetune.cohort.planner import machine
+    from experiments.grid.preflight import check_device
+    from experiments.store import Store as Kept
+
+    _refuse(check_device(device), console)
+    with Kept.open(store, "r") as kept:
+        plan = kept.plan()
+    here = machine(device)
+    if plan is not None and plan.machine not in ("", here):
+        console.print(
+            f"[bold]note:[/] the plan was made on {_plain(plan.machine)}, this is {_plain(here)}: the last bits of "
+            "runs may differ between the two",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _say(outcome: Outcome, store: Path, console: Console) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 
 from experiments.bases.base import random_base
 from experiments.commands import grid_run, grid_store
@@ -127,6 +129,23 @@ def test_a_resume_goes_on_where_the_plan_was_made_for(tmp_path: Path, monkeypatc
         base.execute("UPDATE meta SET value = replace(value, '\"cpu\"', '\"cuda\"') WHERE key = 'plan'")
     base.close()
     assert _resumed(tmp_path, monkeypatch)["device"] == "cuda"
+
+
+def test_a_resume_elsewhere_says_so_and_needs_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_store(tmp_path, tiny_runs(seeds=1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(GridError, match="PyTorch finds no GPU here"):
+        grid_run._check_machine(tmp_path, "cuda", Console(stderr=True))
+    grid_run._check_machine(tmp_path, "cpu", Console(stderr=True))
+    assert capsys.readouterr().err == ""
+    base = sqlite3.connect(tmp_path / "store.sqlite")
+    with base:
+        base.execute('UPDATE meta SET value = replace(value, \'"machine": ""\', \'"machine": "an abacus"\')')
+    base.close()
+    grid_run._check_machine(tmp_path, "cpu", Console(stderr=True))
+    assert "the plan was made on an abacus, this is " in capsys.readouterr().err
 
 
 def test_a_sample_is_run_again_on_the_data_that_the_grid_was_given(tmp_path: Path) -> None:
