@@ -98,6 +98,7 @@ def work(spec: WorkerSpec, connection: Connection) -> None:
             _serve(spec, channel)
         except MergeboundError as error:
             channel.send("disk", str(error))
+        os._exit(0)  # a signal that comes while Python shuts down would be shown as a fault
     except _Stopped:
         os._exit(0)  # nothing of value is in memory
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,36 @@ def test_workers_end_when_only_their_parent_is_killed(warm: Any, tmp_path: Path)
     process.join(LIMIT)
     assert _group_is_gone(process.pid)
     channel.close()
+
+
+_STOPPED_WHILE_IT_ENDS = """
+import atexit, multiprocessing, os, signal, sys, time
+from experiments.engines import worker
+from experiments.store.errors import StoreError
+
+def serve(spec, channel):
+    atexit.register(time.sleep, 2.0)  # as a slow end of the interpreter
+    raise StoreError("the disk is full")
+
+ours, theirs = multiprocessing.Pipe()
+child = os.fork()
+if child == 0:
+    worker._serve = serve
+    worker.work(worker.WorkerSpec("store", None, "cpu", "me", parent=os.getppid()), theirs)
+    sys.exit(0)
+while ours.recv()[0] != "disk":
+    pass
+time.sleep(0.5)
+os.kill(child, signal.SIGTERM)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_worker_that_is_stopped_while_it_ends_says_nothing() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _STOPPED_WHILE_IT_ENDS], capture_output=True, text=True, timeout=LIMIT, check=True
+    )
+    assert ended.stderr == ""
 
 
 def test_a_store_that_cannot_be_written_ends_the_run_with_one_line(warm: Any, tmp_path: Path) -> None:
