@@ -513,6 +513,7 @@ def test_an_interrupted_merge_to_a_url_goes_on_where_it_was(
         def progress(done: int, total: int, calls: list[int] = calls, stops: int | None = stops) -> None:
             calls.append(done)
             if stops is not None and done > stops:
+                time.sleep(0.3)  # what is written behind gets into the journal
                 raise KeyboardInterrupt
 
         try:
