@@ -292,6 +292,8 @@ PAPER = {
     "digits-full": (2048, 3680),
     "local-npz": (288, 1152),
     "one-gpu-30min": (432, 1728),
+    "npz8-mild": (56, 56),
+    "npz8-harsh": (56, 56),
 }
 
 
