@@ -41,8 +41,8 @@ class SeveralValues(TyperCommand):
         return super().parse_args(ctx, spread(args))
 
 
-def spread(args: Sequence[str]) -> list[str]:
-    """Repeat ``--experts`` and ``--data`` before each of their values.
+def spread(args: Sequence[str], several: Sequence[str] = SEVERAL) -> list[str]:
+    """Repeat ``--experts`` and ``--data`` (or other options that take several values) before each of their values.
 
     >>> spread(["--experts", "a", "b", "--seed", "1"])
     ['--experts', 'a', '--experts', 'b', '--seed', '1']
@@ -55,7 +55,7 @@ def spread(args: Sequence[str]) -> list[str]:
             return found + list(args[number:])
         if token.startswith("-") and len(token) > 1:
             name = token.partition("=")[0]
-            option = name if name in SEVERAL else None
+            option = name if name in several else None
             fresh = option is not None and "=" not in token
             found.append(token)
         elif option is not None and not fresh:
