@@ -24,8 +24,9 @@ MOST = 1_000_000
 """Groups that a design may have."""
 SIZE, GROUPS = 6, 10
 """Protocol A: 10 random groups of 6 tasks."""
-_ATTEMPTS = 10_000
-_DRAW, _LEVEL, _RANDOM = 0x6209, 0x1E7E, 0x4A4D
+_ATTEMPTS, _LISTED_AFTER = 10_000, 64
+"""Draws without a new group after which there is none, or after which the groups that are left are listed."""
+_DRAW, _LEVEL, _RANDOM, _LEFT = 0x6209, 0x1E7E, 0x4A4D, 0x1EF7
 
 Others = Literal["middle", "all", "free"]
 
@@ -129,7 +130,7 @@ def random_groups(
 
     Args:
         frame, sizes, fixed: as :func:`by_factor`.
-        groups: per size and base.
+        groups: per size and base; a design with more of them begins with these.
         seed: of the draws; groups have the seeds ``seed``, ``seed + 1``, ...
         steps: the ``last`` checkpoint of every run, or ``any`` of them.
 
@@ -200,32 +201,42 @@ def _factor_groups(design: Design) -> Iterator[Group]:
 
 def _random_groups(design: Design) -> Iterator[Group]:
     for base, pool in design._options["pools"]:
-        names = sorted(pool)
         stratum = json.dumps({"base_digest": base})
         for size in design.sizes:
             first, wanted = design._options["seed"], design._options["groups"]
-            if (
-                _combinations([len(own) for own in pool.values()], size) <= 2 * wanted
-            ):  # most of them: drawn from a list
-                every = list(_every(pool, size))
-                order = np.random.default_rng([first, _RANDOM, size]).permutation(len(every))[:wanted]
-                for seed, k in enumerate(order, start=first):
-                    yield group_of(every[k], base, design="random", seed=seed, stratum=stratum)
-                continue
-            seen: set[tuple[Member, ...]] = set()
-            for seed in range(first, first + wanted):
-                for attempt in range(_ATTEMPTS):
-                    rng = np.random.default_rng([seed, _RANDOM, attempt])
-                    order, draws = rng.permutation(len(names)), rng.random(len(names))
-                    chosen = tuple(sorted(_pick(pool[names[order[k]]], draws[k]) for k in range(size)))
-                    if chosen not in seen:
-                        break
-                else:
-                    raise MergeboundError(
-                        f"no new group of {size} experts in {_ATTEMPTS} draws after {len(seen)}; ask for fewer groups"
-                    )
-                seen.add(chosen)
-                yield group_of(chosen, base, design="random", seed=seed, stratum=stratum)
+            chosen = itertools.islice(_different(pool, size, first), wanted)
+            for seed, group in enumerate(chosen, start=first):
+                yield group_of(group, base, design="random", seed=seed, stratum=stratum)
+
+
+def _different(pool: Mapping[str, Sequence[Member]], size: int, first: int) -> Iterator[tuple[Member, ...]]:
+    """All groups, each once, in an order that does not depend on how many are asked for.
+
+    Each is drawn until it is new.  Where that takes long, as most are drawn already, those that are left are listed
+    once, and come in an order of their own draw.
+    """
+    names = sorted(pool)
+    there_are = _combinations([len(own) for own in pool.values()], size)
+    attempts = _LISTED_AFTER if there_are <= MOST else _ATTEMPTS
+    seen: set[tuple[Member, ...]] = set()
+    for seed in itertools.count(first):
+        for attempt in range(attempts):
+            rng = np.random.default_rng([seed, _RANDOM, attempt])
+            order, draws = rng.permutation(len(names)), rng.random(len(names))
+            chosen = tuple(sorted(_pick(pool[names[order[k]]], draws[k]) for k in range(size)))
+            if chosen not in seen:
+                break
+        else:
+            if there_are > MOST:
+                raise MergeboundError(
+                    f"no new group of {size} experts in {_ATTEMPTS} draws after {len(seen)}; ask for fewer groups"
+                )
+            left = [group for every in _every(pool, size) if (group := tuple(sorted(every))) not in seen]
+            for k in np.random.default_rng([seed, _LEFT, size]).permutation(len(left)):
+                yield left[k]
+            return
+        seen.add(chosen)
+        yield chosen
 
 
 def _all_groups(design: Design) -> Iterator[Group]:

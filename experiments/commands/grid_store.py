@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 DAMAGED = 1
 """Exit code of ``grid verify`` where something is wrong."""
 _WIDTH = 118
-_DEFAULT = ("digest", "task", "learning_rate", "batch_size", "steps", "momentum", "seed", "outcome", "step")
 _SHORT = 12
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the store, as `mergebound grid run` was given it.")]
@@ -64,7 +63,9 @@ def query(
     columns: Annotated[
         str | None,
         typer.Option(
-            "--columns", help="Names, separated by commas; `all` for all; default: a few.", show_default=False
+            "--columns",
+            help="Names, separated by commas; `all` for all; default: what varies in the grid.",
+            show_default=False,
         ),
     ] = None,
     final: Annotated[bool, typer.Option("--final", help="Last checkpoints only.")] = False,
@@ -85,7 +86,9 @@ def query(
             typer.echo("\n".join(store.columns()))
             return
         frame = store.query(expression, limit=limit, final=final, nullable=True)
-    frame = _picked(frame, columns, wide=as_csv or as_json)
+        shared = store.constants()
+    brief = columns is None and not (as_csv or as_json)
+    frame = frame[_varying(frame, shared)] if brief else _picked(frame, columns)
     if as_csv:
         typer.echo(frame.to_csv(index=False, na_rep="").rstrip("\n"))
     elif as_json:
@@ -96,6 +99,9 @@ def query(
             table.add_row(*(escape(_cell(value)) for value in row))
         _console().print(table)
         _console().print(f"{len(frame):,} rows", highlight=False)
+        same = ", ".join(f"{name} {_cell(value)}" for name, value in shared.items() if value is not None)
+        if brief and same:
+            _console().print(f"the same in all runs: {escape(same)}", highlight=False)
 
 
 def export(
@@ -225,15 +231,22 @@ def _summary(found: Status) -> list[tuple[str, str]]:
     return rows
 
 
-def _picked(frame: pd.DataFrame, columns: str | None, *, wide: bool) -> pd.DataFrame:
+def _varying(frame: pd.DataFrame, shared: Mapping[str, Any]) -> list[str]:
+    """What a table shows where nothing was asked for: the fields that vary in the grid, and how its runs ended."""
+    from experiments.store.constant import FIELDS
+
+    known = [str(name) for name in frame.columns]
+    fields = [name for name in FIELDS if name not in shared and name in known]
+    measured = [name for name in known if name in ("test_accuracy", "test_loss")]
+    return ["digest", *fields, "outcome", "step", *measured]
+
+
+def _picked(frame: pd.DataFrame, columns: str | None) -> pd.DataFrame:
     """The columns that were asked for."""
     from experiments.store.errors import QueryError
     from theory.errors import nearest
 
     known = [str(name) for name in frame.columns]
-    if columns is None and not wide:
-        measured = [name for name in known if name in ("test_accuracy", "test_loss")]
-        return frame[[*_DEFAULT, *measured]]
     if columns is None or columns.strip() == "all":
         return frame
     names = [name.strip() for name in columns.split(",") if name.strip()]

@@ -25,7 +25,7 @@ from experiments.grid.run_spec import RunSpec
 from experiments.spec import NUMERICS_VERSION
 from experiments.store import Store
 from experiments.store.columns import OTHER, base_text
-from experiments.tasks.named import open_task
+from experiments.tasks.named import anchored, open_task
 
 _log = logging.getLogger(__name__)
 LOCK, BASES = "prepare.lock", "bases"
@@ -65,7 +65,8 @@ def prepare(
     Args:
         folder: of the store; made where there is none.
         runs: of the grid.
-        meta: ``grid`` (content of the specification, JSON data), ``digest`` (of it), and anything else to be kept.
+        meta: ``grid`` (content of the specification, JSON data), ``digest`` (of it), ``folder`` (that relative paths of
+            the grid start from; default: the current one), and anything else to be kept.
         root: of the data sets.
         device: where the grid will run.
         download: allow the network, for bases.
@@ -81,11 +82,13 @@ def prepare(
     tell = report or _log.info
     place = Path(folder)
     with _alone(place, patience, tell):
+        begun_in = str(meta.get("folder") or Path.cwd())
         about = {**meta, "root": None if root is None else str(Path(root).resolve()), "numerics": NUMERICS_VERSION}
+        about["folder"] = begun_in
         options: dict[str, Any] = {"task_vectors": task_vectors, "durable": durable}
         with Store.create(place, about, exist_ok=True, **options) as store:
             check_same_grid(store, meta)
-            added = _add_runs(store, runs, root, device, download, tell)
+            added = _add_runs(store, anchored_runs(runs, begun_in), root, device, download, tell)
             plan = _plan(store, root, device, planner, tell)
     return Prepared(len(runs), added, plan)
 
@@ -118,6 +121,32 @@ def spread(runs: Sequence[RunSpec], most: int | None) -> tuple[RunSpec, ...]:
         raise EngineError(f"--limit-runs {most}: give 1 or more")
     rows = np.unique(np.linspace(0, len(runs) - 1, most).round().astype(int))
     return tuple(runs[int(row)] for row in rows)
+
+
+def anchored_runs(runs: Sequence[RunSpec], folder: str | Path | None = None) -> tuple[RunSpec, ...]:
+    """Runs whose tasks' and weights' paths are absolute, so that workers and resumes in any folder find them.
+
+    A run's digest does not depend on either.  Relative weights that are not below ``folder`` stay as they are: they are
+    looked up below the folder of the data sets.
+
+    Args:
+        runs: of a grid.
+        folder: that relative paths start from; default: the current one.
+    """
+    start = Path.cwd() if folder is None else Path(folder)
+    tasks = {name: anchored(name, start) for name in {run.task for run in runs}}
+    bases: dict[str, BaseSpec] = {}
+    for run in runs:
+        weights = run.base.weights
+        if weights is not None and _key(run.base) not in bases:
+            given = start / weights.expanduser()
+            bases[_key(run.base)] = run.base.model_copy(update={"weights": given if given.exists() else weights})
+    if not bases and all(name == absolute for name, absolute in tasks.items()):
+        return tuple(runs)
+    return tuple(
+        run.model_copy(update={"task": tasks[run.task]} | ({"base": bases[_key(run.base)]} if run.base.weights else {}))
+        for run in runs
+    )
 
 
 def _add_runs(

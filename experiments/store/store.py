@@ -20,6 +20,7 @@ from experiments.store import leases, merges, planned, table
 from experiments.store.blobs import FOLDER, TEMPORARY, blob_path, disk_error, make_folders, put_blob, remove
 from experiments.store.columns import OTHER, spec_of
 from experiments.store.commits import commit
+from experiments.store.constant import constant_fields
 from experiments.store.content import TaskVectors, unpack_log, unpack_state
 from experiments.store.database import DATABASE, PATIENCE, Database, Mode
 from experiments.store.errors import StoreError
@@ -352,6 +353,10 @@ class Store:
     def columns(self) -> tuple[str, ...]:
         """Names that expressions may use."""
         return tuple(table.known_columns(self._database))
+
+    def constants(self) -> dict[str, Any]:
+        """Fields that all runs share, with their value; see :func:`experiments.store.constant.constant_fields`."""
+        return constant_fields(self._database)
 
     def status(self) -> Status:
         """Counts, rate, leases and time left."""

@@ -31,6 +31,20 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def anchored(name: str, folder: str | Path | None = None) -> str:
+    """A task's name that means the same in every folder: a path becomes absolute, every other name stays.
+
+    Args:
+        name: as :func:`open_task` takes it.
+        folder: that a relative path starts from; default: the current one.
+    """
+    if name.startswith(("digits8:", "npz8:")):
+        return name
+    path = (Path.cwd() if folder is None else Path(folder)) / Path(name)
+    is_path = path.suffix == ".npz" or "/" in name or path.is_dir()
+    return str(path.absolute()) if is_path else name
+
+
 def open_task(name: str, root: str | Path | None = None, *, seed: int = 0) -> ImageTask:
     """One task.
 

@@ -121,6 +121,16 @@ def test_random_groups_that_are_nearly_all_groups_end() -> None:
         random_groups(GRID, sizes=(1,), groups=33)
 
 
+def test_more_random_groups_keep_the_first_ones_also_beyond_half_of_all() -> None:
+    every = list(random_groups(GRID, sizes=(1,), groups=32, seed=3))
+    for count in (1, 15, 17, 25, 31):
+        assert list(random_groups(GRID, sizes=(1,), groups=count, seed=3)) == every[:count]
+    pairs = all_groups(GRID)
+    drawn = list(random_groups(GRID, sizes=(2,), groups=len(pairs)))
+    assert {frozenset(g.runs) for g in drawn} == {frozenset(g.runs) for g in pairs}
+    assert list(random_groups(GRID, sizes=(2,), groups=len(pairs) - 5)) == drawn[:-5]
+
+
 def test_any_checkpoint_may_be_drawn() -> None:
     groups = list(random_groups(GRID, sizes=(4,), groups=20, steps="any"))
     assert {member.step for g in groups for member in g.members} == {5, 10}

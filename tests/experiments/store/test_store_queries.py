@@ -117,6 +117,20 @@ def test_every_field_of_a_run_has_a_column(folder: Path) -> None:
     assert open_results(folder).shape[0] == 8
 
 
+def test_fields_that_all_runs_share(folder: Path, tmp_path: Path) -> None:
+    with Store.open(folder, "r") as store:
+        found = store.constants()
+    content = [run.model_dump(mode="json") for run in RUNS]
+    names = [n for n in content[0] if n not in ("base", "checkpoints") and len({str(c[n]) for c in content}) == 1]
+    alike = {n: content[0][n] for n in names}
+    assert {n: v for n, v in found.items() if n not in ("architecture", "base_kind", "base_digest")} == alike
+    assert found["base_digest"] == BASE.digest
+    with Store.create(tmp_path / "s") as store:  # two bases that architecture and kind do not tell apart
+        runs = {run.digest(base=name, split="s"): run for name, run in zip("ab", RUNS, strict=False)}
+        store.add_runs(runs, dict(zip(runs, "ab", strict=True)), "s")
+        assert "base_digest" not in store.constants()
+
+
 def test_leases_end_are_renewed_and_survive_a_clock_that_jumps(tmp_path: Path, monkeypatch) -> None:
     with Store.create(tmp_path / "s", durable=False) as store:
         store.add_runs({digest(RUNS[0]): RUNS[0]}, BASE.digest, "s")
@@ -170,6 +184,13 @@ def test_commands(folder: Path, tmp_path: Path) -> None:
     rows = json.loads(call("query", folder, "isnan(accuracy)", "--final", "--json", "--columns", "seed,test_accuracy"))
     assert rows == [{"seed": 1, "test_accuracy": "nan"}]
     assert call("query", folder, "seed == 3", "--csv", "--columns", "seed,step").split() == ["seed,step", "3,2", "3,4"]
+    shown = call("query", folder)
+    table, _, same = shown.partition("8 rows")
+    assert "clip_norm" in table
+    assert "batch_size" not in table
+    assert f"the same in all runs: architecture {RUNS[0].architecture}, " in same
+    assert f"batch_size {RUNS[0].batch_size}, " in " ".join(same.split())
+    assert "clip_norm" not in same
     assert "0 problems" in call("verify", folder, "--deep")
     assert "0 files would be deleted" in call("gc", folder, "--dry-run", "--older-than", 0)
     pytest.importorskip("pyarrow")
