@@ -3,7 +3,9 @@
 The merged coordinates x (shared parameters and BatchNorm running statistics) are one vector; features are what the
 task's own linear head is applied to.  Forward-mode products do not pass through BatchNorm's running statistics nor
 through fused attention kernels, so a copy of the model is used in which BatchNorm is its affine map in evaluation mode
-(exactly the same function) and attention is written out.
+(exactly the same function) and attention is written out.  LayerNorm is written out too: torch's own keeps its mean and
+scale fixed in second derivatives that are taken forward over forward, and in forward-over-``jacrev`` Hessian products,
+which are then wrong without a warning (checked against differences with torch 2.15; other normalisations are right).
 """
 
 from __future__ import annotations
@@ -54,8 +56,40 @@ class EvaluationBatchNorm(nn.Module):
         return out
 
 
+class WrittenLayerNorm(nn.Module):
+    """LayerNorm from elementary operations (same tensors, same names), over the last dimensions or the channels."""
+
+    def __init__(self, source: nn.LayerNorm, channels: bool) -> None:
+        super().__init__()
+        self.eps = float(source.eps)
+        self.dims = (1,) if channels else tuple(range(-len(source.normalized_shape), 0))
+        self.weight = source.weight
+        self.bias = source.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(dim=self.dims, keepdim=True)
+        out = centred * torch.rsqrt(centred.square().mean(dim=self.dims, keepdim=True) + self.eps)
+        shape = (-1,) + (1,) * (x.ndim - 2) if self.dims == (1,) else None
+        for tensor, multiply in ((self.weight, True), (self.bias, False)):
+            if tensor is not None:
+                own = tensor if shape is None else tensor.view(shape)
+                out = out * own if multiply else out + own
+        return out
+
+
+def _written(source: nn.LayerNorm) -> nn.Module:
+    from timm.layers import LayerNorm, LayerNorm2d
+
+    if isinstance(source, LayerNorm2d):
+        return WrittenLayerNorm(source, channels=True)
+    plain = type(source).forward in (nn.LayerNorm.forward, LayerNorm.forward)
+    return WrittenLayerNorm(source, channels=False) if plain else source
+
+
 def differentiable_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode through which forward-mode products pass; tensor names are unchanged.
+
+    Norms of other kinds than BatchNorm and LayerNorm are kept as they are.
 
     Raises:
         ValueError: a BatchNorm layer keeps no running statistics.
@@ -69,6 +103,8 @@ def differentiable_copy(model: nn.Module) -> nn.Module:
                 if child.running_mean is None:
                     raise ValueError(f"{name}: BatchNorm without running statistics has no evaluation mode")
                 setattr(module, name, EvaluationBatchNorm(child))
+            elif isinstance(child, nn.LayerNorm):
+                setattr(module, name, _written(child))
     return twin.requires_grad_(False)
 
 
