@@ -17,7 +17,7 @@ from rich.table import Table
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
-    from experiments.grid.estimate import Estimate
+    from experiments.grid.estimate import Estimate, Row
     from experiments.grid.run_spec import RunSpec
 
 NOT_HERE = 1
@@ -72,7 +72,10 @@ def plan(
     store: Annotated[
         Path | None, typer.Option("--store", help="Folder of the results, to see whether they fit.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="cpu or cuda (default: what the file says, or cpu).", show_default=False),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes (default: one per core; one on a GPU).")
     ] = None,
@@ -91,17 +94,19 @@ def plan(
     """Show what a grid is and costs: runs, checkpoints, samples, operations, disk, time, and what would stop it here.
 
     Exit code 0: it can be run; 1: something is missing on this machine (each problem is listed with its line); 2: the
-    specification is wrong. The time is that of the plain training loop, one run after the other in each worker;
-    cohorts are as fast or faster.
+    specification is wrong. The time is that of `grid run` on a quiet machine: the planner's probe, cohorts in the way
+    that it would choose, evaluation and storing; where steps take too long to try cohorts, that of the plain loop.
     """
     from experiments.grid.estimate import estimate
     from experiments.grid.yaml_source import read_grid
 
+    file = read_grid(source)
+    place = store if store is not None or file.spec.store is None else Path(file.spec.store)
     found = estimate(
-        read_grid(source),
+        file,
         root=root,
-        store=store,
-        device=device,
+        store=place,
+        device=device or file.spec.device or "cpu",
         workers=workers,
         seconds=seconds if do_calibrate else 0.0,
         download=download,
@@ -111,7 +116,7 @@ def plan(
         content = asdict(found) | {"problems": [_problem(error) for error in found.problems]}
         typer.echo(json.dumps(content, indent=2))
     else:
-        _show(found, store is not None)
+        _show(found, place is not None)
     if found.problems:
         raise typer.Exit(NOT_HERE)
 
@@ -230,10 +235,11 @@ def _show(found: Estimate, stored: bool) -> None:
         plural = "s" * (found.workers > 1)
         typer.echo(
             f"time: about {time_text(found.seconds)} with {found.workers} worker{plural} on {found.machine} "
-            f"({found.device}), {time_text(found.low)} to {time_text(found.high)} by the spread of the timed steps; "
-            "the networks' arithmetic in a plain loop, without bookkeeping (milliseconds a step where it is busy), "
-            "reading the data, pretraining and writing"
+            f"({found.device}), {time_text(found.low)} to {time_text(found.high)} where nothing else runs; without "
+            "reading the data and pretraining"
         )
+        for row in found.rows:
+            typer.echo(f"      {row.architecture}: {_way_text(row)}")
         for row in found.rows:
             timing = row.timing
             if timing is not None and not set(timing.batches) & set(row.batch_sizes):
@@ -251,6 +257,16 @@ def _show(found: Estimate, stored: bool) -> None:
         typer.echo(f"\nthis grid cannot be run here: {len(found.problems)} problem(s)")
         for error in found.problems:
             typer.echo(f"- {error}")
+
+
+def _way_text(row: Row) -> str:
+    """How the runs of a network will be trained, as far as the calibration tells."""
+    if row.cohorts is None or row.work is None:
+        return "a plain loop, the network's arithmetic only (steps take too long to try cohorts)"
+    found, work = row.cohorts, row.work
+    way = "one after the other" if found.way == "loop" else f"{found.way}, {found.chunk} experts at a time"
+    gain = "" if found.way == "loop" else f", {found.speed_up:.1f} times the loop"
+    return f"{way}{gain}; {work.cohorts:,} cohorts, about {time_text(work.planning)} to choose"
 
 
 def size_text(size: float) -> str:

@@ -18,7 +18,10 @@ GIVEN_UP = 1
 """Exit code where some cohorts were given up, and everything else is stored."""
 ENGINES = ("local", "ray")
 
-Store = Annotated[Path, typer.Option("--store", help="Folder of the results.", show_default=False)]
+Store = Annotated[
+    Path | None,
+    typer.Option("--store", help="Folder of the results (default: what the file says).", show_default=False),
+]
 Root = Annotated[
     Path | None,
     typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).", show_default=False),
@@ -68,12 +71,15 @@ def register(group: typer.Typer) -> None:
 
 def run(
     source: Annotated[str, typer.Argument(help="A preset of `mergebound grid presets`, or a .yaml or .json file.")],
-    store: Store,
+    store: Store = None,
     root: Root = None,
     engine: Engine = "local",
     address: Address = None,
     workers: Workers = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="cpu or cuda (default: what the file says, or cpu).", show_default=False),
+    ] = None,
     limit_runs: Annotated[
         int | None,
         typer.Option("--limit-runs", min=1, help="Only so many, spread over the grid; more later.", show_default=False),
@@ -102,6 +108,11 @@ def run(
 
     _check_engine(engine, address)
     file = read_grid(source)
+    device = device or file.spec.device or "cpu"
+    if store is None:
+        if file.spec.store is None:
+            raise MergeboundError(f"{file.source}: says no store; give --store FOLDER, or write store: FOLDER into it")
+        store = Path(file.spec.store)
     runs = spread(read_runs(file).runs, limit_runs)
     console = Console(stderr=True)
     _refuse(check_grid(file, root, store, device, download=download, runs=runs), console)
@@ -244,10 +255,16 @@ def _work(
 def _check_machine(store: Path, device: str, console: Console) -> None:
     """Refuse a device that is not here, and say where the plan was made for another machine."""
     from experiments.finetune.cohort.planner import machine
+    from experiments.grid.errors import GridError
     from experiments.grid.preflight import check_device
     from experiments.store import Store as Kept
 
-    _refuse(check_device(device), console)
+    if problems := check_device(device):
+        said = problems[0].message.removeprefix(f"--device {device}: ").partition(";")[0]
+        raise GridError(
+            f"{store}: its plan was made for {device}: {said}; go on where there is one, or begin again in an empty "
+            "folder with another --device"
+        )
     with Kept.open(store, "r") as kept:
         plan = kept.plan()
     here = machine(device)

@@ -6,22 +6,38 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from experiments.bases.spec import BaseSpec
 from experiments.grid.calibrate import Timing, calibrate
+from experiments.grid.calibrate_cohorts import CohortTiming, calibrate_cohorts
 from experiments.grid.checks import all_bases
 from experiments.grid.cost import Cost, NetworkFacts, costs, network_facts
 from experiments.grid.errors import GridError
 from experiments.grid.expand import Expansion
-from experiments.grid.preflight import check_disk, check_grid, check_store, existing, facts_without_data, open_tasks
+from experiments.grid.facts import TaskFacts
+from experiments.grid.preflight import (
+    check_disk,
+    check_grid,
+    check_store,
+    existing,
+    facts_without_data,
+    open_tasks,
+    said_by,
+)
 from experiments.grid.run_spec import RunSpec
+from experiments.grid.wall_time import Work, wall_clock, work_of
 from experiments.grid.yaml_source import GridFile, read_runs
 from theory.errors import MergeboundError
+
+PLAIN = 0.25
+"""Share of the calibration that plain steps are timed for; the rest is for the planner's probe."""
+WITHIN = 1.5
+"""A factor within which cohorts on a quiet machine should lie."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +49,12 @@ class Row:
         parameters: with a head for the task of most classes.
         cost: of all its runs.
         batch_sizes: of its runs, ascending.
-        timing: measured; ``None`` without calibration.
-        seconds: of training and evaluation together, one worker, run after run; ``None`` without calibration.
+        timing: of plain steps, measured; ``None`` without calibration.
+        seconds: of training and evaluation together, one worker; ``None`` without calibration.
         low, high: between which ``seconds`` should lie.
+        cohorts: how runs are trained together, measured; ``None`` where steps take too long to be tried out, so that
+            ``seconds`` is the networks' arithmetic in a plain loop.
+        work: what a command does with them, with the probes of the planner; ``None`` without ``cohorts``.
     """
 
     architecture: str
@@ -47,6 +66,8 @@ class Row:
     seconds: float | None = None
     low: float | None = None
     high: float | None = None
+    cohorts: CohortTiming | None = None
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,8 @@ class Estimate:
         device, machine: what was timed.
         workers: that the time is divided by.
         free_bytes: on the disk of the store.
-        seconds, low, high: wall clock with all workers; ``None`` without calibration.
+        seconds, low, high: wall clock from the command to its end with all workers, reading data and pretraining left
+            out; ``None`` without calibration.
     """
 
     name: str
@@ -125,16 +147,15 @@ def estimate(
     total = sum(summed.values(), Cost())
     usable = device if device == "cpu" or torch.cuda.is_available() else "cpu"
     count = workers or (1 if usable != "cpu" else len(os.sched_getaffinity(0)))
-    most = max(facts.classes for facts in tasks.values())
     rows = []
     for k in sorted(networks):
         own = [run for run, number in zip(runs, numbers, strict=True) if number == k]
-        rows.append(_row(bases[k], networks[k], summed[k], own, most, usable, seconds / len(networks)))
+        rows.append(_row(bases[k], networks[k], summed[k], own, tasks, usable, seconds / len(networks)))
     where = existing(store if store is not None else Path.cwd())
     if store is not None and check and not check_store(store):
-        problems = [*problems, *check_disk(store, total.bytes)]
-    times = [[getattr(row, name) for row in rows] for name in ("seconds", "low", "high")]
-    wall = [None if None in each else sum(each) / count for each in times]
+        found = [said_by(file.spec, "store", store, each) for each in check_disk(store, total.bytes)]
+        problems = [*problems, *(file.error(each) if each.place else each for each in found)]
+    wall = _wall(rows, count)
     return Estimate(
         file.spec.name,
         len(runs),
@@ -152,6 +173,18 @@ def estimate(
     )
 
 
+def _wall(rows: Sequence[Row], workers: int) -> tuple[float | None, float | None, float | None]:
+    """Seconds with all workers, and between which they should lie; planned networks and plain ones added up."""
+    times = [(row.seconds, row.low, row.high) for row in rows]
+    if not rows or any(each[0] is None for each in times):
+        return None, None, None
+    work = [row.work or Work(0.0, row.seconds or 0.0, row.cost.runs, 0.0) for row in rows]
+    found = wall_clock(work, workers)
+    busy = sum(each[0] or 0.0 for each in times)
+    low, high = (sum(each[k] or 0.0 for each in times) / busy if busy else 1.0 for k in (1, 2))
+    return found, found * low, found * high
+
+
 def _network(file: GridFile, base: BaseSpec) -> NetworkFacts:
     try:
         return network_facts(base)
@@ -164,31 +197,33 @@ def _row(
     network: NetworkFacts,
     cost: Cost,
     runs: Sequence[RunSpec],
-    classes: int,
+    tasks: Mapping[str, TaskFacts],
     device: str,
     seconds: float,
 ) -> Row:
+    classes = max(tasks[run.task].classes for run in runs)
     sizes = tuple(sorted({run.batch_size for run in runs}))
     row = Row(base.architecture, base.kind, network.at(classes)[0], cost, sizes)
     if seconds <= 0:
         return row
     precision = Counter(run.precision for run in runs).most_common(1)[0][0]
-    timing = calibrate(base, network, sizes, device=device, precision=precision, seconds=seconds)
-    passes = cost.flops / max(network.at(classes)[2] * 3.0 * cost.samples, 1.0)
+    share = seconds * PLAIN
+    timing = calibrate(base, network, sizes, device=device, precision=precision, seconds=share)
+    passes = cost.flops / max(network.at(classes)[2] * cost.samples, 1.0)
+    together = calibrate_cohorts(
+        runs, network, timing, device=device, seconds=seconds - share, classes=classes
+    )  # fmt: skip
+    if together is not None:
+        work = work_of(runs, cost, tasks, together, passes)
+        low, high = min(timing.low, 1.0 / WITHIN), max(timing.high, WITHIN)
+        return replace(
+            row, timing=timing, seconds=work.busy, low=work.busy * low, high=work.busy * high, cohorts=together,
+            work=work,
+        )  # fmt: skip
     rate = timing.per_sample / 3.0  # a forward pass is a third of a step
-    guess = timing.seconds(cost.steps, cost.samples * min(max(passes, 1 / 3), 2.0) if _odd(runs) else cost.samples)
-    guess += rate * cost.evaluated
-    return Row(
-        base.architecture,
-        base.kind,
-        row.parameters,
-        cost,
-        sizes,
-        timing,
-        guess,
-        guess * timing.low,
-        guess * timing.high,
-    )
+    odd = min(max(passes / 3.0, 1 / 3), 2.0) if _odd(runs) else 1.0
+    guess = timing.seconds(cost.steps, cost.samples * odd) + rate * cost.evaluated
+    return replace(row, timing=timing, seconds=guess, low=guess * timing.low, high=guess * timing.high)
 
 
 def _odd(runs: Sequence[RunSpec]) -> bool:

@@ -52,14 +52,16 @@ def check_grid(
         runs: of the grid, where they are known already.
 
     Returns:
-        the problems, in the order of the file; empty where the grid can be run.
+        the problems, in the order of the file; empty where the grid can be run.  A problem with the device or the store
+        names the option of the command line, or the line of the file that says so.
     """
     spec = grid.spec if isinstance(grid, GridFile) else grid
     try:
         runs = expansion(spec).runs if runs is None else runs
     except GridError as error:
         return [_placed(grid, error)]
-    found: list[GridError] = [*check_device(device), *([] if store is None else check_store(store))]
+    found = [said_by(spec, "device", device, each) for each in check_device(device)]
+    found += [said_by(spec, "store", store, each) for each in ([] if store is None else check_store(store))]
     tasks, problems = open_tasks(spec, runs, root)
     found += problems
     found += _check_bases(spec, root, download, tasks)
@@ -83,6 +85,13 @@ def _facts(
         except MergeboundError:
             continue  # a file or folder that cannot be read, which is a problem of its own
     return found
+
+
+def said_by(spec: GridSpec, name: str, value: object, error: GridError) -> GridError:
+    """A problem with a device or store, in the file where the file says so, else with the option."""
+    if getattr(spec, name) is None or str(getattr(spec, name)) != str(value):
+        return error
+    return GridError(error.message.removeprefix(f"--{name} "), (name,))
 
 
 def _placed(grid: GridFile | GridSpec, error: GridError) -> GridError:

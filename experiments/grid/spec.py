@@ -30,6 +30,9 @@ MOST_RUNS = 100_000
 BASE_AXES = ("architecture", "seed", "quality")
 """Entries of a base that may be lists."""
 
+PLACE = ("device", "store")
+"""Entries that say where a grid runs, not what it is."""
+
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -119,6 +122,8 @@ class GridSpec(_Strict):
         order: fields, slowest first; the others follow in the order ``base``, ``task``, hyperparameters of a run.
         draw_seed: names everything that is drawn here.
         most_runs: a larger grid is refused.
+        device, store: where it runs and where its results go, unless the command line says otherwise.  They are no part
+            of what a grid is: :meth:`digest` leaves them out.
 
     All other fields are the hyperparameters of :class:`~experiments.grid.run_spec.RunSpec`.
     """
@@ -161,6 +166,8 @@ class GridSpec(_Strict):
     order: tuple[str, ...] = ()
     draw_seed: Annotated[int, Field(ge=0)] = 0
     most_runs: Count = MOST_RUNS
+    device: Annotated[str, Field(min_length=1)] | None = None
+    store: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -225,7 +232,8 @@ class GridSpec(_Strict):
 
     def digest(self) -> str:
         """Content hash of the specification and the numerics version, 64 hexadecimal digits."""
-        text = json.dumps({"numerics": NUMERICS_VERSION, **self.content()}, sort_keys=True, default=str)
+        content = {name: value for name, value in self.content().items() if name not in PLACE}
+        text = json.dumps({"numerics": NUMERICS_VERSION, **content}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def content(self) -> dict[str, Any]:

@@ -276,6 +276,21 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
         assert "--store /proc/self/store: /proc/self cannot be written" in str(found)
 
 
+def test_a_device_or_store_that_the_file_names_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    store = f"{tmp_path}/file/store"
+    lines = f"device: gpu0\nstore: {store}"
+    first, second = problems(lines, device="gpu0", store=store)
+    assert (dotted(first.place), dotted(second.place)) == ("device", "store")
+    assert second.line == (first.line or 0) + 1
+    assert "device: gpu0: there is no such kind of device; give cpu or cuda" in str(first)
+    assert f"store: {store}: {tmp_path}/file is a file; give a folder" in str(second)
+    (other,) = problems(lines, device="gpu1")  # said on the command line
+    assert (other.line, "--device gpu1: there is no such" in str(other)) == (None, True)
+    plain, placed = parse_grid(GOOD), parse_grid(GOOD + lines + "\n")
+    assert plain.spec.digest() == placed.spec.digest()  # where it runs is not what it is
+
+
 def test_all_problems_are_found_at_once(tmp_path: Path) -> None:
     found = problems("2:tasks: [mnist, digits8:flip]\nclip_norm: 1", root=tmp_path, device="gpu", store="/proc/x")
     assert [each.line for each in found] == [None, None, 2]

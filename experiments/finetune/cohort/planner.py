@@ -39,10 +39,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """What is decided about a kind of runs."""
+    """What is decided about a kind of runs: how they are trained, why, and seconds per step and expert so far measured.
+
+    Attributes:
+        candidate, reason: of the plan.
+        seconds: of one step of one expert in this way; ``loop_seconds`` in the loop.
+    """
 
     candidate: Candidate
     reason: str
+    seconds: float = 0.0
+    loop_seconds: float = 0.0
+
+    @property
+    def speed_up(self) -> float:
+        """Over the loop."""
+        return self.loop_seconds / self.seconds if self.seconds > 0 else 1.0
 
 
 def make_plan(
@@ -78,16 +90,16 @@ def make_plan(
     """
     if not runs:
         raise MergeboundError("there are no runs to plan; check the grid's specification")
-    limit = memory if memory is not None else _memory(device)
+    limit = memory if memory is not None else memory_of(device)
     timed = probe or partial(measure, seed=seed)
     groups = _groups(runs, open_network)
     choices: dict[str, Choice] = {}
     cohorts: list[Cohort] = []
     for _, members in groups:
         first = runs[members[0]]
-        kind = _kind(first)
+        kind = kind_of(first)
         if kind not in choices:
-            most = max(len(others) for _, others in groups if _kind(runs[others[0]]) == kind)
+            most = max(len(others) for _, others in groups if kind_of(runs[others[0]]) == kind)
             choices[kind] = _choose(first, open_network(first), most, limit, timed, probe_seconds, clock)
             _log.info("%s, batch %d: %s", first.architecture, first.batch_size, choices[kind].reason)
         cohorts += _cohorts(members, choices[kind], first, len(cohorts))
@@ -103,7 +115,8 @@ def machine(device: str) -> str:
     return f"{cpu()}, PyTorch {torch.__version__}"
 
 
-def _memory(device: str) -> int | None:
+def memory_of(device: str) -> int | None:
+    """Bytes that one cohort may take: half of what is available, divided among one-thread workers."""
     free = available_bytes(torch.device(device))
     if free is None:
         return None
@@ -111,7 +124,7 @@ def _memory(device: str) -> int | None:
     return int(SHARE_OF_MEMORY * free / workers)
 
 
-def _kind(run: RunSpec) -> str:
+def kind_of(run: RunSpec) -> str:
     """What decides how fast a run's steps are, but for the number of its classes."""
     return json.dumps(
         [
@@ -135,7 +148,7 @@ def _groups(
             start = open_network(run)[1]
             shapes[place] = json.dumps([[name, list(tensor.shape)] for name, tensor in start.items()])
             sizes[shapes[place]] = sum(tensor.numel() for tensor in start.values())
-        found.setdefault((_kind(run), shapes[place]), []).append(digest)
+        found.setdefault((kind_of(run), shapes[place]), []).append(digest)
     for members in found.values():
         members.sort(key=lambda digest: (-runs[digest].steps, runs[digest].task, runs[digest].data_share, digest))
 
@@ -149,7 +162,7 @@ def _groups(
 
 def _cohorts(members: Sequence[str], choice: Choice, run: RunSpec, before: int) -> list[Cohort]:
     candidate = choice.candidate
-    size = LOOPED if candidate.way == "loop" else candidate.chunk
+    size = cohort_size(candidate)
     parts = [tuple(members[k : k + size]) for k in range(0, len(members), size)]
     names = [f"{before + number:05d}-{run.architecture}-b{run.batch_size}" for number in range(len(parts))]
     chunk = candidate.chunk
@@ -159,7 +172,37 @@ def _cohorts(members: Sequence[str], choice: Choice, run: RunSpec, before: int) 
     ]
 
 
+def most_together(run: RunSpec, runs: Sequence[RunSpec]) -> int:
+    """How many of some runs may be trained together with one of them, heads of one size taken for granted."""
+    kind = kind_of(run)
+    return sum(kind_of(one) == kind for one in runs)
+
+
+def cohort_size(candidate: Candidate) -> int:
+    """Runs of one cohort, at most."""
+    return LOOPED if candidate.way == "loop" else candidate.chunk
+
+
 # --- choosing --------------------------------------------------------------------------------------------------------
+
+
+def choose(
+    run: RunSpec, opened: Opened, most: int, *, memory: int | None = None, budget: float = 20.0, seed: int = 0
+) -> Choice:
+    """The fastest way for runs like one of them, measured here.
+
+    Args:
+        run: whose network, batch size and update are timed.
+        opened: of that run.
+        most: runs that may be trained together.
+        memory: bytes that a cohort may take; ``None`` for no limit.
+        budget: seconds, as ``probe_seconds`` of :func:`make_plan`.
+        seed: of the probe.
+
+    Raises:
+        MergeboundError: it cannot be trained at all.
+    """
+    return _choose(run, opened, most, memory, partial(measure, seed=seed), budget, time.perf_counter)
 
 
 def _choose(
@@ -199,7 +242,9 @@ def _choose(
                 best[str(each)] = (ratio, each, found[each])
             compiled = ("engine", "compiled") in each.options  # one expert after the other: as fast in any number
             each = _larger(each, largest) if better and not compiled else None
-    return _decide(run, best, failed, largest, most, late)
+    chosen = _decide(run, best, failed, largest, most, late)
+    known = best.get(str(chosen.candidate))
+    return replace(chosen, seconds=alone.seconds / (known[0] if known else 1.0), loop_seconds=alone.seconds)
 
 
 def _decide(
