@@ -20,7 +20,8 @@ import importlib
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -201,6 +202,22 @@ def choose_runs(store: Any, runs: Sequence[str] | None, query: str | None) -> tu
 def _enough(count: int, at_least: int) -> None:
     if count < at_least:
         raise MergeboundError(f"{count} experts: this needs {at_least} or more")
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error for the length of a block: a function of (what is done, steps done, steps in all)."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def tell(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=escape(stage), completed=done, total=total or None)
+
+        yield tell
 
 
 # --- showing ---------------------------------------------------------------------------------------------------------
