@@ -156,9 +156,7 @@ class _Sample:
         return left * variance / max(m - 1, 1)
 
 
-def _part(
-    train: _Sample, fresh: _Sample | None, gaps: np.ndarray, pull: float, drag: float, seed: int
-) -> PartNoise:
+def _part(train: _Sample, fresh: _Sample | None, gaps: np.ndarray, pull: float, drag: float, seed: int) -> PartNoise:
     """Constants of one part; ``pull`` = |omega theta|^2, ``drag`` = <mean gradient, omega theta>."""
     squares, inner, n = train.squares, train.inner, train.population
     mean_square = float(inner[:, 0].mean())

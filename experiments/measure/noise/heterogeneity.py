@@ -93,7 +93,11 @@ def task_gradients(
     Raises:
         MergeboundError: the parts differ in length, or an unknown part.
     """
-    spans = {"shared": lambda o: slice(0, o.shared), "head": lambda o: slice(o.shared, None), "all": lambda o: slice(None)}
+    spans = {
+        "shared": lambda o: slice(0, o.shared),
+        "head": lambda o: slice(o.shared, None),
+        "all": lambda o: slice(None),
+    }
     if part not in spans:
         raise MergeboundError(f"part = {part!r}: choose from {', '.join(spans)}")
     rows = [
@@ -109,23 +113,17 @@ def task_gradients(
     squares = [_part_squares(m.squares, part) for m in found]
     gram = (means @ means.T).numpy()
     size = len(rows)
-    bias = np.array(
-        [_bias(s, u[:, j], n) for j, (s, u, n) in enumerate(zip(squares, inner, populations, strict=True))]
-    )
+    bias = np.array([_bias(s, u[:, j], n) for j, (s, u, n) in enumerate(zip(squares, inner, populations, strict=True))])
     own = np.maximum(np.diag(gram) - bias, 0.0)
     norms = tuple(
         root(from_parts(own[j], (2 * inner[j][:, j], populations[j]), seed=seed, lowest=0.0)) for j in range(size)
     )
-    cosines = tuple(
-        tuple(_cosine(a, b, gram, own, inner, populations, seed) for b in range(size)) for a in range(size)
-    )
+    cosines = tuple(tuple(_cosine(a, b, gram, own, inner, populations, seed) for b in range(size)) for a in range(size))
     total = float(gram.sum() - np.trace(gram) + own.sum()) / size**2
     joint = [2 * u.mean(axis=1) / size for u in inner]
     spread = [2 * (u[:, j] - u.mean(axis=1)) / size for j, u in enumerate(inner)]
     parts = list(zip(joint, populations, strict=True))
-    zeta = from_parts(
-        float(own.mean()) - total, *zip(spread, populations, strict=True), seed=seed, lowest=0.0
-    )
+    zeta = from_parts(float(own.mean()) - total, *zip(spread, populations, strict=True), seed=seed, lowest=0.0)
     return TaskGradients(
         point, tuple(tasks), norms, cosines, root(zeta), root(from_parts(total, *parts, seed=seed, lowest=0.0))
     )

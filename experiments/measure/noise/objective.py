@@ -93,7 +93,9 @@ def objective_of(subject: Subject, j: int, point: Point) -> Objective:
     offsets = [0, *accumulate(point.head[n].numel() for n in names)]
     fixed = {**net.constants, **{f"model.{n}": t for n, t in point.head.items()}}
     whole = point.x.detach()
-    segments = [(f"model.{n}", piece, shape) for (n, piece), shape in zip(net.space.segments(), net.space.shapes)]
+    segments = [
+        (f"model.{n}", piece, shape) for (n, piece), shape in zip(net.space.segments(), net.space.shapes, strict=True)
+    ]
     module: nn.Module = net.module
 
     def losses(theta: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -138,9 +140,7 @@ def path_of(subject: Subject, j: int, *, checkpoints: Sequence[Point] = (), betw
     chord = []
     for number in range(1, between + 1):
         share = number / (between + 1)
-        head = {
-            n: torch.lerp(start.head[n], last[n], share) if last[n].is_floating_point() else last[n] for n in last
-        }
+        head = {n: torch.lerp(start.head[n], last[n], share) if last[n].is_floating_point() else last[n] for n in last}
         chord.append(Point(f"between {share:.2f}", -1, torch.lerp(start.x, end.x, share), head))
     return (start, *checkpoints, *chord, end)
 

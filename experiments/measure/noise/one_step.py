@@ -2,10 +2,10 @@
 
     q = |x' - y'| / |x - y|,   kappa = (q - 1) / eta,   x' = x - eta (grad F_B(x) + omega x)
 
-If the Hessian of the batch loss lies in [m, L] along the segment, q <= max(|1 - eta (m + omega)|, |1 - eta (L + omega)|).
-Random directions of a high-dimensional space feel the mean curvature only and say little about the largest factor; the
-eigenvectors of both ends of the spectrum attain it to first order in r, and ``exchange`` (the difference of two
-samples' gradients) is where twins really part.
+If the Hessian of the batch loss lies in [m, L] along the segment, then
+q <= max(|1 - eta (m + omega)|, |1 - eta (L + omega)|).  Random directions of a high-dimensional space feel the mean
+curvature only and say little about the largest factor; the eigenvectors of both ends of the spectrum attain it to first
+order in r, and ``exchange`` (the difference of two samples' gradients) is where twins really part.
 """
 
 from __future__ import annotations
