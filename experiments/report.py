@@ -6,8 +6,6 @@ figures as PNG and SVG.  Every file is written atomically.
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +17,16 @@ import pandas as pd
 from experiments import plots
 from experiments import validation as v
 from experiments.atomic import write_atomically
-
-Columns = Mapping[str, str]
+from experiments.page import (
+    assumptions_table,
+    document,
+    escape,
+    figure_html,
+    html_table,
+    reproduce,
+    section,
+    summary_box,
+)
 
 
 @dataclass(frozen=True)
@@ -331,144 +337,6 @@ _OPTIMAL: dict[str, str] = _CELL | {
     "wins": "Better in",
 }
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1e; --soft: #5d5d63; --paper: #ffffff; --line: #d8d8dc; --tint: #f4f4f6;
-  --accent: #0072B2; --bad: #b34700; --good: #00704f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ececf0; --soft: #a5a5ad; --paper: #17181b; --line: #3a3b40;
-  --tint: #222328; --accent: #6db9ec; --bad: #ff9b57; --good: #4fd0a5; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.2rem 4rem; max-width: 74rem; color: var(--ink); background: var(--paper);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .6rem; } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; } p { max-width: 52rem; } a { color: var(--accent); }
-.summary { background: var(--tint); border-left: 4px solid var(--accent); padding: .9rem 1.2rem; border-radius: 4px; }
-.summary li { margin: .35rem 0; max-width: 62rem; } .lead { font-size: 1.1rem; margin: .2rem 0 .6rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
-th.text, td.text { text-align: left; } td.free { white-space: normal; min-width: 14rem; }
-tr.new td { border-top: 2px solid var(--line); } .ci { color: var(--soft); font-size: .88em; }
-.yes { color: var(--good); font-weight: 600; } .no { color: var(--bad); font-weight: 600; }
-figure { margin: 1.6rem 0 2.2rem; } .paper { background: #fff; border: 1px solid var(--line); border-radius: 6px;
-  padding: .6rem; } figure svg { display: block; width: 100%; height: auto; max-height: 120vh; }
-figcaption, .note { color: var(--soft); font-size: .9rem; margin-top: .5rem; max-width: 58rem; }
-code, pre { font: .88em ui-monospace, Menlo, Consolas, monospace; } pre { background: var(--tint); padding: .8rem 1rem;
-  border-radius: 4px; overflow-x: auto; } details summary { cursor: pointer; color: var(--accent); margin: .6rem 0; }
-@media print { body { max-width: none; padding: 0; font-size: 10.5pt; } figure, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; } .wide { overflow: visible; } table { font-size: 6.5pt; } th, td { padding: 1pt 3pt; } }
-"""
-
-_WORDS = frozenset(
-    [
-        "Regime",
-        "Architecture",
-        "Predictor",
-        "Kind",
-        "Tier",
-        "Method",
-        "Aim",
-        "Target",
-        "Assumption",
-        "Verdict",
-        "Why",
-        "Judged on half",
-        "Met",
-        "File",
-        "Version",
-        "Chosen or fitted on the other half",
-        "Package",
-        "SHA-256",
-        "Name",
-        "Value",
-    ]
-)
-
-
-def _escape(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _td(name: str, text: str) -> str:
-    classes = ["text"] if name in _WORDS else []
-    if name in ("Why", "Assumption", "Aim"):
-        classes.append("free")
-    body = _escape(text)
-    body = re.sub(r" (\[[^\]]*\])$", r' <span class="ci">\1</span>', body)
-    good, bad = ("yes", "holds", "met"), ("no", "violated", "not met")
-    if name in ("Met", "Verdict"):
-        first = text.lower().strip()
-        classes += ["yes"] if first in good else ["no"] if first in bad else []
-    return f'<td class="{" ".join(classes)}">{body}</td>' if classes else f"<td>{body}</td>"
-
-
-def html_table(table: pd.DataFrame, columns: Columns | None = None, digits: int = 3) -> str:
-    """An HTML table of ``table`` through :func:`experiments.validation.readable`; a rule separates the settings."""
-    shown = table.copy()
-    for name in ("architecture", "predictor", "method", "chosen"):
-        if name in shown:
-            shown[name] = [plots.pretty(value) for value in shown[name]]
-    text = v.readable(shown, columns, digits)
-    text = text.loc[:, [name for name in text.columns if name in _WORDS or not (text[name] == "–").all()]]
-    head = "".join(f'<th class="{"text" if name in _WORDS else "num"}">{_escape(name)}</th>' for name in text.columns)
-    body, previous = [], None
-    marks = [name for name in ("Regime", "Architecture", "N") if name in text.columns]
-    for values in text.to_dict("records"):
-        mark = tuple(values[name] for name in marks)
-        row = "".join(_td(str(name), str(value)) for name, value in values.items())
-        body.append(f'<tr class="{"new" if marks and mark != previous else "same"}">{row}</tr>')
-        previous = mark
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-
-
-def inline_svg(svg: bytes, prefix: str) -> str:
-    """An SVG document as an element for HTML.
-
-    No prologue, metadata or namespaces, identifiers made unique by ``prefix``.
-    """
-    text = svg.decode("utf-8")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    text = text.replace("xlink:href=", "href=")
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
-    text = re.sub(r"^<svg ", '<svg role="img" ', text)
-    return re.sub(r"\n\s*", "\n", text).strip()
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    if not body:
-        return ""
-    about = f'<p class="note">{_escape(note)}</p>' if note else ""
-    return f"<h2>{_escape(title)}</h2>{about}{body}"
-
-
-def _assumptions(items: Sequence[Sequence[object]]) -> str:
-    if not items:
-        return ""
-    frame = pd.DataFrame([[str(part) for part in item[:3]] for item in items], columns=["Assumption", "Verdict", "Why"])
-    return html_table(frame)
-
-
-def _reproduce(meta: Mapping[str, Any]) -> str:
-    parts = []
-    if meta.get("command"):
-        parts.append(f"<pre>{_escape(meta['command'])}</pre>")
-    if meta.get("seed") is not None:
-        parts.append(f"<p>Seed {_escape(meta['seed'])}. The same seed and versions give the same numbers.</p>")
-    for key, title, columns in (
-        ("versions", "Versions", ("Package", "Version")),
-        ("hashes", "Hashes", ("File", "SHA-256")),
-        ("settings", "Settings", ("Name", "Value")),
-    ):
-        values = meta.get(key)
-        if values:
-            frame = pd.DataFrame([[str(a), str(b)] for a, b in dict(values).items()], columns=list(columns))
-            parts.append(f"<h3>{title}</h3>{html_table(frame)}")
-    return "".join(parts)
-
 
 def render_html(
     merges: pd.DataFrame,
@@ -485,7 +353,6 @@ def render_html(
     ready = svgs or {}
     lead, *rest = headline(merges, tables)
     title = str(meta.get("title", "Predicted and measured risk of merged models"))
-    items = "".join(f"<li>{_escape(line)}</li>" for line in [*rest, *(str(note) for note in meta.get("notes", ()))])
     rank_note = (
         "Joint risk: measured test loss of the merge, mean over its tasks. Merging cost: that minus "
         "the experts' own loss. "
@@ -495,13 +362,13 @@ def render_html(
         "predictors keep their sign."
     )
     sections = [
-        f'<h1>{_escape(title)}</h1><div class="summary"><p class="lead">{_escape(lead)}</p><ul>{items}</ul></div>',
-        _section(
+        summary_box(title, lead, [*rest, *(str(note) for note in meta.get("notes", ()))]),
+        section(
             "Aims",
             html_table(tables.aims, _AIMS) if len(tables.aims) else "",
             "Stated: the aims of the project. Also: what a reader would ask next, held against the same target.",
         ),
-        _section(
+        section(
             "Chosen on one half of the experts, judged on the other",
             html_table(tables.selection, _SELECTION) if len(tables.selection) else "",
             "Choices and fits see one half's merges on the calibration images, judgements the other half's on the test "
@@ -509,61 +376,47 @@ def render_html(
             "prediction = (1 − w) log secant + "
             "w log tangent, w fitted on the fit half and kept in [0, 1], gap = log(tangent/secant).",
         ),
-        _section(
+        section(
             "The bracket from secant to tangent",
             html_table(tables.brackets, _BRACKETS) if len(tables.brackets) else "",
             "Inside: secant ≤ measured ≤ tangent, or the reverse order. The width is max/min of the two. Same images: "
             "merges measured on the calibration images themselves, so that only the error of linearisation is left. "
             "Worse than base: measured loss above the base's under the experts' final heads.",
         ),
-        _section(
+        section(
             "The bracket by merging method",
             html_table(tables.brackets_by_method, _BY_METHOD) if len(tables.brackets_by_method) else "",
             "TIES leaves the span of the experts, where the secant knows nothing.",
         ),
-        _section(
-            "Figures", "".join(_figure(name, picture, ready.get(name)) for name, picture in drawn.pictures.items())
+        section(
+            "Figures", "".join(figure_html(name, picture, ready.get(name)) for name, picture in drawn.pictures.items())
         ),
-        _section(
+        section(
             "Merging methods on held-out test sets", html_table(tables.optimal, _OPTIMAL) if len(tables.optimal) else ""
         ),
-        _section(
+        section(
             "BatchNorm statistics re-estimated on the calibration images",
             html_table(tables.reestimated) if len(tables.reestimated) else "",
             "Measured only: predictions and bounds cover the merged statistics, not re-estimated ones (verdict: not "
             "covered).",
         ),
-        _section(
+        section(
             "All predictors: ranks", html_table(tables.validation, _RANKS) if len(tables.validation) else "", rank_note
         ),
-        _section(
+        section(
             "All predictors: errors, validity, time",
             html_table(tables.validation, _ERRORS) if len(tables.validation) else "",
             "A certificate or bound is meant to lie above the measurement. On networks its constants "
             "are measured, so its tier "
             "is estimated and violations are possible.",
         ),
-        _section("Assumptions", _assumptions(list(meta.get("assumptions", ())))),
-        _section("How to reproduce", _reproduce(meta)),
+        section("Assumptions", assumptions_table(list(meta.get("assumptions", ())))),
+        section("How to reproduce", reproduce(meta)),
     ]
     if drawn.skipped:
-        reasons = "".join(f"<li>{_escape(f'{name}: {why}')}</li>" for name, why in drawn.skipped.items())
-        sections.append(_section("Not drawn", f"<ul>{reasons}</ul>"))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _figure(name: str, picture: plots.Picture, svg: bytes | None = None) -> str:
-    drawing = inline_svg(svg or plots.svg_bytes(picture.figure), name.replace("_", "-"))
-    return (
-        f'<figure id="{_escape(name)}"><div class="paper">{drawing}</div>'
-        f"<figcaption>{_escape(picture.caption)}</figcaption></figure>"
-    )
+        reasons = "".join(f"<li>{escape(f'{name}: {why}')}</li>" for name, why in drawn.skipped.items())
+        sections.append(section("Not drawn", f"<ul>{reasons}</ul>"))
+    return document(title, sections)
 
 
 # ---------------------------------------------------------------------------------------------- files
