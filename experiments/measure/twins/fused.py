@@ -1,4 +1,4 @@
-"""Updates of stacked rows in one pass over memory, compiled: arrays (lines, columns), lines perhaps apart in memory."""
+"""Updates of stacked rows in one pass over memory, compiled: flat arrays."""
 
 from __future__ import annotations
 
@@ -15,28 +15,22 @@ def heavy_ball(
     x: np.ndarray, v: np.ndarray, g: np.ndarray, rate: float, beta: float, decay: float, nesterov: bool
 ) -> None:
     """v <- beta v + g + decay x;  x <- x - rate v, or x - rate (g + decay x + beta v) for Nesterov."""
-    columns = x.shape[1]
-    for i in range(x.shape[0]):
-        xs, vs, gs = x[i], v[i], g[i]
-        if nesterov:
-            for k in range(columns):
-                gradient = gs[k] + decay * xs[k]
-                vs[k] = beta * vs[k] + gradient
-                xs[k] -= rate * (gradient + beta * vs[k])
-        else:
-            for k in range(columns):
-                vs[k] = beta * vs[k] + (gs[k] + decay * xs[k])
-                xs[k] -= rate * vs[k]
+    if nesterov:
+        for k in range(x.size):
+            gradient = g[k] + decay * x[k]
+            v[k] = beta * v[k] + gradient
+            x[k] -= rate * (gradient + beta * v[k])
+    else:
+        for k in range(x.size):
+            v[k] = beta * v[k] + (g[k] + decay * x[k])
+            x[k] -= rate * v[k]
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def plain(x: np.ndarray, g: np.ndarray, rate: float, decay: float) -> None:
     """x <- x - rate (g + decay x)."""
-    columns = x.shape[1]
-    for i in range(x.shape[0]):
-        xs, gs = x[i], g[i]
-        for k in range(columns):
-            xs[k] -= rate * (gs[k] + decay * xs[k])
+    for k in range(x.size):
+        x[k] -= rate * (g[k] + decay * x[k])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -49,13 +43,10 @@ def adamw(
     numbers: np.ndarray,
 ) -> None:
     """AdamW; ``numbers``: 1 - beta1, beta2, 1 - beta2, epsilon, 1 - rate omega, 1 - beta1^t, sqrt(1 - beta2^t)."""
-    columns = x.shape[1]
     first, keep2, second, epsilon, keep = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    pace, root = rate / numbers[5], 1 / numbers[6]
-    for i in range(x.shape[0]):
-        xs, vs, ss, gs = x[i], v[i], square[i], g[i]
-        for k in range(columns):
-            gradient = gs[k]
-            vs[k] += first * (gradient - vs[k])
-            ss[k] = keep2 * ss[k] + second * gradient * gradient
-            xs[k] = keep * xs[k] - pace * vs[k] / (math.sqrt(ss[k]) * root + epsilon)
+    pace, root = rate / numbers[5], (rate * 0 + 1) / numbers[6]
+    for k in range(x.size):
+        gradient = g[k]
+        v[k] += first * (gradient - v[k])
+        square[k] = keep2 * square[k] + second * gradient * gradient
+        x[k] = keep * x[k] - pace * v[k] / (math.sqrt(square[k]) * root + epsilon)

@@ -203,10 +203,7 @@ def batch_of(
     rows, epoch = coupling.rows[step], int(coupling.epochs[step])
     images, labels = sample.batch(rows, epoch)
     chosen = np.asarray(members, dtype=np.int64)
-    if once:
-        kicked = coupling.starts[chosen] == step
-    else:
-        kicked = np.ones(len(chosen), dtype=bool)
+    kicked = coupling.starts[chosen] == step if once else np.ones(len(chosen), dtype=bool)
     hits = (samples[chosen][:, None] == rows[None, :]) & kicked[:, None]
     who, where = np.nonzero(hits)
     if len(who):

@@ -1,14 +1,15 @@
 """Coupled runs of logistic regression and MLPs: all twins see the same batch, so the first layer is one product.
 
-The matrices of M twins stand side by side as [inputs + 1, M, outputs] (the last line is the bias), and the batch X,
-which they share, meets them in one product X W and one X' E: large ones, near the processor's peak, where a loop makes
-M tiny ones.  A twin whose fresh sample is in the batch gets its own line of X W, and X' E the correction (x' - x) e'.
-Layers above are batched products.  Updates are one compiled pass (:mod:`experiments.measure.twins.fused`).
+The matrices of M twins stand side by side as [inputs + 1, M, outputs] (the last line is the bias; [.., outputs, M] in
+logistic regression).  The batch X, which they share, meets them in one product X W and one X' E: large ones, near the
+processor's peak, where a loop makes M tiny ones.  A twin whose fresh sample is in the batch gets its own line of X W,
+and X' E the correction (x' - x) e'.  Layers above are batched products.  Updates are one compiled pass
+(:mod:`experiments.measure.twins.fused`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.finetune.cohort.chain import GELU, NOTHING, RELU, TANH, Chain, read_chain
+from experiments.finetune.cohort.chain import GELU, RELU, TANH, read_chain
 from experiments.finetune.cohort.stack import DTYPES
 from experiments.finetune.schedules import schedule
 from experiments.grid.run_spec import RunSpec
@@ -30,25 +31,42 @@ _LEAST_NORM = 1e-12
 
 @dataclass
 class _Tensor:
-    """One tensor of M rows with gradient and buffers, as lines [lines, M columns] of which the first m count.
+    """One tensor of M rows with its optimizer's buffers, each contiguous.
 
     Attributes:
-        x, g: (lines, M, columns).
-        buffers: of the optimizer, of that shape.
-        start: of its numbers in a row of the chain.
+        parts: the tensor and its buffers, (lines, M, columns), or (lines, columns, M) where ``axis`` is 2.
+        gradient: of that shape.
+        axis: of the rows.
+        start, count: of its numbers in a row of the chain.
         trained: whether it is.
     """
 
-    x: Tensor
-    g: Tensor
-    buffers: list[Tensor]
+    parts: list[Tensor]
+    gradient: Tensor
+    axis: int
     start: int
+    count: int
     trained: bool
 
     @property
-    def count(self) -> int:
-        """Numbers of one row."""
-        return self.x.shape[0] * self.x.shape[2]
+    def x(self) -> Tensor:
+        """The numbers themselves."""
+        return self.parts[0]
+
+    def join(self, numbers: Sequence[Tensor], count: int) -> None:
+        """Append rows: (P,) numbers and buffers of a snapshot."""
+        for k, vector in enumerate(numbers):
+            old = self.parts[k]
+            shape = [old.shape[0], old.shape[3 - self.axis]]
+            new = vector[self.start : self.start + self.count].view(shape).unsqueeze(self.axis)
+            wide = [-1, -1, -1]
+            wide[self.axis] = count
+            self.parts[k] = torch.cat([old, new.expand(wide)], dim=self.axis)
+        self.gradient = torch.empty_like(self.parts[0])
+
+    def along(self, values: Tensor) -> Tensor:
+        """One number per row, shaped to multiply the parts."""
+        return values[None, :, None] if self.axis == 1 else values[None, None, :]
 
 
 class ChainStack:
@@ -79,6 +97,7 @@ class ChainStack:
         self._buffers = 2 if run.optimizer == "adamw" else int(run.momentum > 0)
         self._device = device
         self.row_bytes = self.size * (2 + self._buffers) * self.dtype.itemsize
+        self._alone = len(chain.layers) == 1
         self._rows = 0
         self._tensors: list[_Tensor] = []
 
@@ -91,33 +110,27 @@ class ChainStack:
         self._rows, self._tensors = 0, []
         lo, hi = self._chain.trained(self.run.trained)
 
-        def add(lines: int, columns: int, start: int) -> None:
-            parts = [
-                torch.zeros(lines, capacity, columns, dtype=self.dtype, device=self._device)
-                for _ in range(2 + self._buffers)
-            ]
-            self._tensors.append(_Tensor(parts[0], parts[1], parts[2:], start, lo <= start < hi))
+        def add(lines: int, columns: int, start: int, axis: int = 1) -> None:
+            shape = [lines, columns]
+            shape.insert(axis, 0)
+            parts = [torch.empty(shape, dtype=self.dtype, device=self._device) for _ in range(1 + self._buffers)]
+            self._tensors.append(_Tensor(parts, parts[0], axis, start, lines * columns, lo <= start < hi))
 
+        self._places: list[tuple[int, int]] = []  # of each layer above the first: its matrix, its bias or -1
         for number, layer in enumerate(self._chain.layers):
             if number == 0:
-                add(layer.inputs + bool(layer.bias), layer.outputs, layer.start)
+                add(layer.inputs + bool(layer.bias), layer.outputs, layer.start, 2 if self._alone else 1)
                 continue
+            place = len(self._tensors)
             add(1, layer.inputs * layer.outputs, layer.start)
             if layer.bias:
                 add(1, layer.outputs, layer.bias_start)
-        self._places: list[tuple[int, int]] = []  # of each layer above the first: its matrix, its bias or -1
-        place = 1
-        for layer in self._chain.layers[1:]:
             self._places.append((place, place + 1 if layer.bias else -1))
-            place += 2 if layer.bias else 1
 
     def join(self, snapshot: Snapshot, count: int) -> None:
         """See :class:`~.stack.Engine`."""
-        rows = slice(self._rows, self._rows + count)
         for tensor in self._tensors:
-            for mine, theirs in zip((tensor.x, *tensor.buffers), (snapshot.x, *snapshot.buffers), strict=True):
-                part = theirs[tensor.start : tensor.start + tensor.count]
-                mine[:, rows] = part.view(mine.shape[0], 1, mine.shape[2])
+            tensor.join((snapshot.x, *snapshot.buffers), count)
         self._rows += count
 
     def step(self, step: int, batch: Batch, *, loss: bool = False) -> Tensor | None:
@@ -126,16 +139,16 @@ class ChainStack:
         found = self._gradients(batch, loss)
         if run.optimizer == "sam":
             norm = self._norms().clamp(min=_LEAST_NORM)
-            before = [tensor.x[:, : self._rows].clone() for tensor in self._tensors]
+            before = [tensor.x.clone() for tensor in self._tensors]
             for tensor in self._trained():
-                tensor.x[:, : self._rows] += tensor.g[:, : self._rows] * (run.sam_radius / norm)[None, :, None]
+                tensor.x.add_(tensor.gradient * tensor.along(run.sam_radius / norm))
             self._gradients(batch, False)
             for tensor, kept in zip(self._tensors, before, strict=True):
-                tensor.x[:, : self._rows] = kept
+                tensor.x.copy_(kept)
         if run.clip_norm is not None:
             factors = (run.clip_norm / (self._norms() + _CLIP_EPSILON)).clamp(max=1.0)
             for tensor in self._trained():
-                tensor.g[:, : self._rows] *= factors[None, :, None]
+                tensor.gradient.mul_(tensor.along(factors))
         rate = run.learning_rate * self._factor(step)
         for tensor in self._trained():
             self._update(tensor, rate, step + 1)
@@ -144,15 +157,15 @@ class ChainStack:
     def snapshot(self, row: int) -> Snapshot:
         """See :class:`~.stack.Engine`."""
         x, *buffers = (
-            torch.cat([self._part(tensor, k)[:, row].reshape(-1) for tensor in self._tensors])
+            torch.cat([tensor.parts[k].select(tensor.axis, row).reshape(-1) for tensor in self._tensors])
             for k in range(1 + self._buffers)
         )
         return Snapshot(x, tuple(buffers))
 
     def vectors(self) -> Tensor:
         """See :class:`~.stack.Engine`."""
-        m = self._rows
-        return torch.cat([tensor.x[:, :m].transpose(0, 1).reshape(m, -1) for tensor in self._tensors], dim=1)
+        rows = [tensor.x.movedim(tensor.axis, 0).reshape(self._rows, -1) for tensor in self._tensors]
+        return torch.cat(rows, dim=1)
 
     def vector(self, snapshot: Snapshot) -> Tensor:
         """See :class:`~.stack.Engine`."""
@@ -165,73 +178,79 @@ class ChainStack:
     # --- one step ---
 
     def _gradients(self, batch: Batch, loss: bool) -> Tensor | None:
-        """Gradients of all rows into ``g``; the first row's loss, if wanted."""
-        chain, rows = self._chain, self._rows
-        count, classes = len(batch.labels), chain.layers[-1].outputs
-        targets = self._targets(torch.cat([batch.labels, batch.other_labels]), classes)
-        below, logits, x, others = self._forward(batch, count, rows)
-        last_first = len(chain.layers) == 1  # logits [b, M, C] then, else [M, b, C]
-        errors = torch.softmax(logits, dim=-1)
-        found = None
-        if loss:
-            one = logits[:, 0] if last_first else logits[0]
-            own = targets[:count].clone()
-            mine = batch.twins == 0
-            own[batch.places[mine]] = targets[count:][mine]
-            found = -(own * F.log_softmax(one, dim=-1)).sum(-1).mean()
-        shift = targets[:count][batch.places] - targets[count:]
-        if last_first:
-            errors.sub_(targets[:count].unsqueeze(1))
-            errors.index_put_((batch.places, batch.twins), shift, accumulate=True)
+        """Gradients of all rows; the first row's loss, if wanted.  Logits: [b, C, M] of one layer, else [M, C, b]."""
+        count = len(batch.labels)
+        targets = self._targets(torch.cat([batch.labels, batch.other_labels]), self._chain.layers[-1].outputs)
+        own, others = targets[:count], targets[count:]
+        x, fresh = self._samples(batch.images), self._samples(batch.other_images)
+        below, logits = self._forward(x, fresh, batch)
+        errors = torch.softmax(logits, dim=1)
+        found = self._loss(logits, own, others, batch) if loss else None
+        shift = own[batch.places] - others
+        if self._alone:
+            errors.sub_(own.unsqueeze(2))
+            errors.transpose(1, 2).index_put_((batch.places, batch.twins), shift, accumulate=True)
         else:
-            errors.sub_(targets[:count])
-            errors.index_put_((batch.twins, batch.places), shift, accumulate=True)
-            errors = self._backward(errors, below, 1.0 / count)
+            errors.sub_(own.t())
+            errors.transpose(1, 2).index_put_((batch.twins, batch.places), shift, accumulate=True)
+            errors = self._backward(errors.transpose(1, 2), below, 1.0 / count)
         if self._tensors[0].trained:
-            self._first_gradient(errors, x, others, batch, 1.0 / count)
+            self._first_gradient(errors, x, fresh, batch, 1.0 / count)
         return found
 
-    def _forward(self, batch: Batch, count: int, rows: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """Inputs of the layers above the first ([M, b, .]), the logits, X and x' with a one where there is a bias."""
-        chain = self._chain
-        first, matrix = chain.layers[0], self._tensors[0].x
-        x = _with_one(batch.images.reshape(count, -1).to(self.dtype), bool(first.bias))
-        others = _with_one(batch.other_images.reshape(len(batch.twins), x.shape[1] - bool(first.bias)).to(self.dtype),
-                           bool(first.bias))  # fmt: skip
-        lines, _, columns = matrix.shape
-        out = (x @ matrix.view(lines, -1)[:, : rows * columns]).view(count, rows, columns)
+    def _samples(self, images: Tensor) -> Tensor:
+        """Samples as lines, with a one at the end where there is a bias."""
+        x = images.reshape(len(images), self._chain.layers[0].inputs).to(self.dtype)
+        return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if self._chain.layers[0].bias else x
+
+    def _loss(self, logits: Tensor, own: Tensor, others: Tensor, batch: Batch) -> Tensor:
+        one = logits[:, :, 0] if self._alone else logits[0].t()
+        mine = batch.twins == 0
+        seen = own.index_put((batch.places[mine],), others[mine])
+        return -(seen * F.log_softmax(one, dim=-1)).sum(-1).mean()
+
+    def _forward(self, x: Tensor, fresh: Tensor, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """Inputs of the layers above the first, [M, b, .], and the logits."""
+        layers, rows, first = self._chain.layers, self._rows, self._tensors[0]
+        lines = first.x.shape[0]
+        out = (x @ first.x.view(lines, -1)).view(len(x), *first.x.shape[1:])
         if len(batch.twins):
-            out[batch.places, batch.twins] = torch.einsum("sd,dso->so", others, matrix[:, batch.twins])
+            matrices = first.x.movedim(first.axis, 1)[:, batch.twins]
+            mine = out.movedim(first.axis, 1)
+            mine[batch.places, batch.twins] = torch.einsum("sd,dso->so", fresh, matrices)
         self._slopes: list[Tensor] = []
         inputs: list[Tensor] = []
-        if len(chain.layers) == 1:
-            return inputs, out, x, others
-        out = self._activate(out, first.activation).transpose(0, 1)
-        for layer, (place, bias) in zip(chain.layers[1:], self._places, strict=True):
+        if self._alone:
+            return inputs, out
+        out = self._activate(out, layers[0].activation).transpose(0, 1)
+        for layer, (place, bias) in zip(layers[1:], self._places, strict=True):
             inputs.append(out)
-            weights = self._tensors[place].x[0, :rows].view(rows, layer.inputs, layer.outputs)
-            if bias < 0:
-                out = torch.bmm(out, weights)
-            else:
-                out = torch.baddbmm(self._tensors[bias].x[0, :rows].unsqueeze(1), out, weights)
-            if layer.activation != NOTHING:
-                out = self._activate(out, layer.activation)
-        return inputs, out, x, others
+            weights = self._tensors[place].x.view(rows, layer.inputs, layer.outputs)
+            if layer is layers[-1]:
+                product = torch.bmm(weights.transpose(1, 2), out.transpose(1, 2))
+                return inputs, product if bias < 0 else product.add_(self._tensors[bias].x[0].unsqueeze(2))
+            out = torch.bmm(out, weights)
+            out = out if bias < 0 else out.add_(self._tensors[bias].x[0].unsqueeze(1))
+            out = self._activate(out, layer.activation)
+        return inputs, out
 
     def _activate(self, z: Tensor, kind: int) -> Tensor:
-        """a(z), perhaps in place; notes a'(z)."""
+        """a(z), perhaps in place; notes what its slope needs."""
         if kind == RELU:
             z = z.relu_()
-            self._slopes.append(z > 0)
         elif kind == TANH:
             z = z.tanh_()
-            self._slopes.append(1 - z * z)
-        elif kind == GELU:
-            self._slopes.append(torch.ops.aten.gelu_backward(torch.ones_like(z), z))
-            z = F.gelu(z)
-        else:
-            self._slopes.append(torch.ones_like(z))
-        return z
+        self._slopes.append(z)
+        return F.gelu(z) if kind == GELU else z
+
+    def _back_through(self, errors: Tensor, number: int) -> Tensor:
+        """Errors times a'(z) of a layer."""
+        z, kind = self._slopes[number], self._chain.layers[number].activation
+        if kind == RELU:
+            return torch.ops.aten.threshold_backward(errors, z, 0)  # type: ignore[no-any-return]
+        if kind == TANH:
+            return torch.ops.aten.tanh_backward(errors, z)  # type: ignore[no-any-return]
+        return torch.ops.aten.gelu_backward(errors, z) if kind == GELU else errors  # type: ignore[no-any-return]
 
     def _backward(self, errors: Tensor, inputs: list[Tensor], share: float) -> Tensor:
         """From errors [M, b, C] of the logits to those of the first layer [b, M, .]; gradients on the way."""
@@ -240,28 +259,29 @@ class ChainStack:
             layer = self._chain.layers[number + 1]
             place, bias = self._places[number]
             if self._tensors[place].trained:
-                out = self._tensors[place].g[0, :rows].view(rows, layer.inputs, layer.outputs)
+                out = self._tensors[place].gradient.view(rows, layer.inputs, layer.outputs)
                 torch.baddbmm(out, inputs[number].transpose(1, 2), errors, beta=0, alpha=share, out=out)
                 if bias >= 0:
-                    torch.sum(errors, dim=1, out=self._tensors[bias].g[0, :rows]).mul_(share)
+                    torch.sum(errors, dim=1, out=self._tensors[bias].gradient[0])
+                    self._tensors[bias].gradient.mul_(share)
             if not any(tensor.trained for tensor in self._tensors[:place]):
                 return errors
-            weights = self._tensors[place].x[0, :rows].view(rows, layer.inputs, layer.outputs)
+            weights = self._tensors[place].x.view(rows, layer.inputs, layer.outputs)
             errors = torch.bmm(errors, weights.transpose(1, 2))
             if number == 0:
-                return torch.mul(errors.transpose(0, 1), self._slopes[0]).contiguous()
-            errors.mul_(self._slopes[number])
+                return self._back_through(errors.transpose(0, 1), 0).contiguous()
+            errors = self._back_through(errors, number)
         return errors
 
-    def _first_gradient(self, errors: Tensor, x: Tensor, others: Tensor, batch: Batch, share: float) -> None:
-        gradient = self._tensors[0].g
-        lines, _, columns = gradient.shape
-        out = gradient.view(lines, -1)[:, : self._rows * columns]
+    def _first_gradient(self, errors: Tensor, x: Tensor, fresh: Tensor, batch: Batch, share: float) -> None:
+        first = self._tensors[0]
+        out = first.gradient.view(first.gradient.shape[0], -1)
         torch.addmm(out, x.t(), errors.reshape(len(x), -1), beta=0, alpha=share, out=out)
         if len(batch.twins):
-            away = (others - x[batch.places]) * share
-            pushes = torch.einsum("sd,so->dso", away, errors[batch.places, batch.twins])
-            gradient.index_add_(1, batch.twins, pushes)
+            away = (fresh - x[batch.places]) * share
+            at = errors.movedim(first.axis, 1)[batch.places, batch.twins]
+            pushes = torch.einsum("sd,so->dso", away, at)
+            first.gradient.index_add_(first.axis, batch.twins, pushes.movedim(1, first.axis))
 
     def _targets(self, labels: Tensor, classes: int) -> Tensor:
         smoothing = self.run.label_smoothing
@@ -274,27 +294,20 @@ class ChainStack:
     def _trained(self) -> list[_Tensor]:
         return [tensor for tensor in self._tensors if tensor.trained]
 
-    def _part(self, tensor: _Tensor, k: int) -> Tensor:
-        return tensor.x if k == 0 else tensor.buffers[k - 1]
-
     def _norms(self) -> Tensor:
-        squares = [tensor.g[:, : self._rows].square().sum(dim=(0, 2)) for tensor in self._trained()]
+        """Norms of the rows' gradients, (M,)."""
+        squares = [tensor.gradient.square().sum(dim=(0, 3 - tensor.axis)) for tensor in self._trained()]
         return torch.stack(squares).sum(0).sqrt()
 
     def _update(self, tensor: _Tensor, rate: float, count: int) -> None:
         run = self.run
-        lines, _, columns = tensor.x.shape
-        used = self._rows * columns
-        x, g, *buffers = (each.view(lines, -1)[:, :used] for each in (tensor.x, tensor.g, *tensor.buffers))
+        x, *buffers = (part.view(-1) for part in tensor.parts)
+        g = tensor.gradient.view(-1)
         powers = (1.0 - run.momentum**count, float(np.sqrt(1.0 - run.beta2**count)))
         if self._device.type == "cpu":
             _compiled(run, x.numpy(), g.numpy(), [each.numpy() for each in buffers], rate, powers)
         else:
             _plain(run, x, g, buffers, rate, powers)
-
-
-def _with_one(x: Tensor, bias: bool) -> Tensor:
-    return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if bias else x
 
 
 def _compiled(
