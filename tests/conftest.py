@@ -6,7 +6,7 @@ Files that take long come first, so that workers end together (`pytest -n 2 --di
 import pytest
 from hypothesis import settings
 
-settings.register_profile("named_seeds", derandomize=True, deadline=None)
+settings.register_profile("named_seeds", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("named_seeds")
 
 LONG = (

@@ -154,7 +154,7 @@ def test_members_by_number_of_parameters() -> None:
 
 
 @given(st.integers(1, 600))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_patches_divide_the_image_or_the_error_names_sizes_that_work(size: int) -> None:
     try:
         patch = patch_of(size)

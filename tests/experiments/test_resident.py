@@ -250,7 +250,7 @@ def test_presets_and_bad_augmentation() -> None:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.tuples(st.integers(3, 70), st.integers(3, 70)),
     st.tuples(st.integers(4, 24), st.integers(4, 24)),

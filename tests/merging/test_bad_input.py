@@ -182,7 +182,7 @@ class TestSafetensors:
             open_checkpoint(path)
 
     @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=50, deadline=None)
     def test_flipped_bytes(self, folder: Path, flips: list[tuple[int, int]]) -> None:
         data = bytearray(save_bytes(content(), {"mergebound": '{"method": "ties"}'}))
         for place, value in flips:
@@ -199,7 +199,7 @@ class TestSafetensors:
                 assert bits(tensor) == bits(reference[name].ne(0) if tensor.dtype == torch.bool else reference[name])
 
     @given(st.binary(max_size=60), st.booleans())
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=50, deadline=None)
     def test_random_bytes(self, folder: Path, data: bytes, framed: bool) -> None:
         for suffix in (".safetensors", ".pt", ".safetensors.index.json"):
             (folder / f"m{suffix}").write_bytes(header_file(data) if framed else data)
@@ -359,7 +359,7 @@ class TestLegacy:
                 open_checkpoint(path)
 
     @given(st.booleans(), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=3))
-    @settings(max_examples=120, deadline=None)
+    @settings(max_examples=50, deadline=None)
     def test_flipped_bytes(self, folder: Path, zipped: bool, flips: list[tuple[int, int]]) -> None:
         data = bytearray(saved(content(), _use_new_zipfile_serialization=zipped))
         for place, value in flips:
@@ -524,7 +524,7 @@ class TestIndices:
             file_hash(path) and load_state_dict(path)
 
     @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=3))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     def test_flipped_bytes(self, folder: Path, flips: list[tuple[int, int]]) -> None:
         path = folder / "m.safetensors.index.json"
         if not (folder / "m-00001-of-00002.safetensors").exists():

@@ -198,7 +198,7 @@ def families(draw: st.DrawFn) -> tuple[State, dict[str, State]]:
 
 class TestDefinitions:
     @given(families())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     def test_against_sets(self, family: tuple[State, dict[str, State]]) -> None:
         base, experts = family
         before = {name: dict(state) for name, state in experts.items()}

@@ -164,7 +164,7 @@ def test_float64(method: str, given_case: dict[str, Any]) -> None:
 ENTRIES = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1e-40, -1e-40, 3e38, 0.1, -0.3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(sum),

@@ -98,7 +98,7 @@ def test_linear_methods_are_their_definitions(seed: int, experts: int) -> None:
     rounding=st.sampled_from(["up", "down"]),
     tied=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_ties_is_its_definition(
     seed: int, experts: int, density: float, scope: Any, aggregation: Any, rounding: Any, tied: bool
 ) -> None:
@@ -163,7 +163,7 @@ def test_ties_exact_cancellation_merges_to_zero() -> None:
     values=st.lists(st.integers(0, 4), min_size=1, max_size=30),
     data=st.data(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_selection_keeps_exactly_the_first_of_equal_magnitudes(values: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(values)))
     mask = largest(torch.tensor([values], dtype=torch.float32), count)[0]

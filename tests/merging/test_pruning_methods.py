@@ -90,7 +90,7 @@ def l1_matched(whole: Array, rest: Array) -> Array:
     election=st.sampled_from(["plain", "weighted"]),
     weighted=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_dare_and_dare_ties_are_their_definitions(
     seed: int,
     experts: int,
@@ -177,7 +177,7 @@ def numpy_chances(vector: dict[str, Tensor], ranking: str, **how: Any) -> Array:
     aggregation=st.sampled_from(["mean", "sum"]),
     tied=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_della_is_its_definition(
     seed: int,
     experts: int,
@@ -284,7 +284,7 @@ def test_order_of_experts_and_tensors_changes_no_bit(method: str, rescaling: str
     aggregation=st.sampled_from(["sum", "mean"]),
     tied=st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_breadcrumbs_is_its_definition(
     seed: int,
     experts: int,

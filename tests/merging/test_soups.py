@@ -47,7 +47,7 @@ def literal_recipe(vectors: list[State], scores: list[float], above: bool) -> li
     return ingredients
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 7), accept=st.sampled_from(["at_least", "above"]))
 def test_greedy_soup_is_recipe_1(seed: int, count: int, accept: Any) -> None:
     vectors = models(seed, count)

@@ -82,7 +82,7 @@ class TestGroups:
             max_size=7,
         )
     )
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     def test_equal_groups_against_all_pairs(self, kinds: list[tuple[tuple[int, ...], int, bool]]) -> None:
         state: State = {}
         for index, (shape, seed, half) in enumerate(kinds):

@@ -60,7 +60,7 @@ def test_limits() -> None:
     assert np.isinf(nu)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_any_schedule_is_the_literal_product(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -97,7 +97,7 @@ def test_heavy_ball_recursion_is_the_matrix_product() -> None:
     assert np.allclose(np.exp(no_momentum), [eta[k] * np.prod(q[k + 1 :]) for k in range(12)])
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_certified_response_covers_every_quadratic_mode(seed: int) -> None:
     """No mode h in [0, L] answers more strongly than the certified response, with momentum and decay."""
@@ -120,7 +120,7 @@ def convex_response(eta: float, beta: float, h: np.ndarray) -> np.ndarray:
     return w
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_certified_response_covers_curvature_that_changes_from_batch_to_batch(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -44,7 +44,7 @@ SLACK = 1 + 1e-8
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_stability_between_floor_and_bounds(seed: int) -> None:
     problem = random_problem(seed, size=1)
@@ -63,7 +63,7 @@ def test_stability_between_floor_and_bounds(seed: int) -> None:
     assert exact.epsilon <= expert_epsilon(expert)[0] * SLACK
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_drift_below_every_form_that_applies(seed: int) -> None:
     problem = random_problem(seed, size=1)
@@ -84,7 +84,7 @@ def test_drift_below_every_form_that_applies(seed: int) -> None:
     assert exact <= expert_drift(expert)[0] * SLACK
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_training_risk_below_the_pl_bound(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -102,7 +102,7 @@ def test_training_risk_below_the_pl_bound(seed: int) -> None:
     assert exact <= bound * SLACK
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_master_bound_and_dispersion(seed: int) -> None:
     rng = np.random.default_rng(seed + 1)

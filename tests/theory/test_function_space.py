@@ -180,7 +180,7 @@ def test_many_coefficients_at_once_equal_a_loop() -> None:
 # --- convexity and gradient ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(SEEDS, st.sampled_from([0.1, 2.0, 50.0]))
 def test_predicted_risk_is_convex_in_the_coefficients(seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)

@@ -20,7 +20,7 @@ def blocks_of(rng: np.random.Generator, low: float, high: float, dim: int) -> np
     return basis @ np.diag(rng.choice([low, high, rng.uniform(low, high)], dim)) @ basis.T
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_no_sequence_of_hessians_answers_more_strongly(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def test_no_sequence_of_hessians_answers_more_strongly(seed: int) -> None:
         product = product @ (np.eye(dim) * (1 - eta * omega) - eta * hessians[k])
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_split_covers_exact_quadratics(seed: int) -> None:
     """Two-point noise z = theta +- s: gaps are known exactly, and the stability of each block is closed form."""

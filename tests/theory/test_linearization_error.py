@@ -212,7 +212,7 @@ def test_best_weight_is_the_least_squares_minimum(seed: int, size: float) -> Non
 # --- the effect on the loss ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(SEEDS, st.sampled_from([1e-3, 0.1, 1.0, 5.0, 60.0]), st.integers(2, 6))
 def test_loss_change_is_bounded_on_both_sides(seed: int, size: float, classes: int) -> None:
     rng = np.random.default_rng(seed)
@@ -257,7 +257,7 @@ def test_third_central_moment_of_a_bounded_variable() -> None:
         assert np.abs(third).max() <= 1 / (6 * np.sqrt(3)) + 1e-15
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.floats(-700, 700), st.booleans())
 def test_taylor_factor_to_fifty_digits(r: float, near: bool) -> None:
     r = r / 500 if near else r
@@ -276,7 +276,7 @@ def test_formulas_are_what_runs() -> None:
     assert taylor_factor([-np.inf, np.inf]).tolist() == [0.0, np.inf]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.floats(1e-12, 2000), st.floats(0, 2000))
 def test_loss_interval_to_fifty_digits(loss: float, spread: float) -> None:
     low, high = loss_interval(loss, spread)
@@ -287,7 +287,7 @@ def test_loss_interval_to_fifty_digits(loss: float, spread: float) -> None:
     assert float(high) == pytest.approx(float(exact[1]), rel=1e-11)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(SEEDS, st.sampled_from([0.01, 1.0, 8.0]))
 def test_loss_interval_holds_is_attained_and_beats_the_square_root_form(seed: int, size: float) -> None:
     rng = np.random.default_rng(seed)

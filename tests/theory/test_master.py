@@ -38,7 +38,7 @@ def expert(name: str, **changes: object) -> Expert:
     return Expert(name, **known)  # type: ignore[arg-type]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_sharpest_aggregation_is_valid_and_never_above_minkowski(seed: int) -> None:
     """Literal points and literal L-smooth quadratics: Theorem 4 with the best anchor per task."""
@@ -70,7 +70,7 @@ def test_sharpest_aggregation_is_valid_and_never_above_minkowski(seed: int) -> N
     assert float(directional) == pytest.approx(float(one))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_bounds_with_base_anchors_and_unequal_smoothness(seed: int) -> None:
     """exact <= bound when tasks differ much in L and p, for small coefficients, where the base is the nearer anchor."""

@@ -64,7 +64,7 @@ def random_hessians(rng: np.random.Generator, steps: int, low: float, high: floa
     return np.stack([found[k % period] for k in range(steps)])
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_no_sequence_of_hessians_answers_more_strongly(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -212,7 +212,7 @@ def test_the_steps_are_those_of_torch(nesterov: bool, coupled: bool) -> None:
         assert np.allclose(ends[0] - ends[1], expected[:, kicked], rtol=1e-9)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_twins_of_nonlinear_convex_problems(seed: int) -> None:
     """Logistic losses: two runs that differ by one gradient kick end no further apart than w_k says."""

@@ -200,7 +200,7 @@ def test_trim_change_is_the_identity_of_the_dispersion() -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_shares_and_maps_sum_to_one(experts: int, size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     fisher = rng.exponential(size=(experts, size)) * (rng.random((experts, size)) < 0.7)
@@ -216,7 +216,7 @@ def test_shares_and_maps_sum_to_one(experts: int, size: int, seed: int) -> None:
 
 
 @given(st.integers(0, 10**6), st.floats(0.0, 0.8), st.floats(0.05, 1.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_della_probabilities_keep_mean_and_range(seed: int, drop: float, share: float) -> None:
     window = share * 2 * min(drop, 0.99 - drop)
     row = np.random.default_rng(seed).standard_normal(int(seed % 9) + 1)
@@ -378,7 +378,7 @@ EXTREME = [
 
 
 @given(st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_fuzz_effects_are_numbers_or_typed_errors(data: st.DataObject) -> None:
     found = operators()[data.draw(st.sampled_from(sorted(operators())))]
     names = [item.name for item in found.settings] + list(found.statistics) + ["coefficients"]

@@ -49,7 +49,7 @@ mp.dps = 50
 # --- worlds that can be listed ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_convex_bounds_hold_where_everything_is_listed(seed: int) -> None:
     merge, exact = world(seed, lambda rng: pseudo_huber(float(rng.uniform(0.3, 3))), 2.0)
@@ -62,7 +62,7 @@ def test_convex_bounds_hold_where_everything_is_listed(seed: int) -> None:
     assert hardt_convex(merge).tier == "certified"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_strongly_convex_bound_holds_and_does_not_grow(seed: int) -> None:
     def make(rng: np.random.Generator) -> Loss:
@@ -74,7 +74,7 @@ def test_strongly_convex_bound_holds_and_does_not_grow(seed: int) -> None:
     assert exact.gap <= hardt_convex(merge).value * SLACK
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(SEEDS)
 def test_bounded_nonconvex_bounds_hold(seed: int) -> None:
     merge, exact = world(seed, lambda rng: cosine(float(rng.uniform(0.3, 6))), 3.0)
@@ -145,7 +145,7 @@ def test_how_tight_the_upper_bounds_can_be() -> None:
 # --- the quadratic family ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(SEEDS, st.sampled_from(["without_replacement", "with_replacement"]), st.sampled_from(["convex", "smooth"]))
 def test_one_round_is_above_the_exact_training_risk(seed: int, sampling: str, curvature: str) -> None:
     problem = random_problem(seed, momentum=0.0, weight_decay=0.0, sampling=sampling, curvature=curvature)
@@ -178,7 +178,7 @@ def test_one_round_sees_descent_and_objective_inconsistency() -> None:
     assert float(fedavg_one_round(nova, joint_gradient_norm=1.0).value) < float(plain.value)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(SEEDS, st.sampled_from(["without_replacement", "with_replacement"]))
 def test_lei_ying_is_above_the_exact_stability_of_quadratics(seed: int, sampling: str) -> None:
     rng = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ def of(J: np.ndarray, **more: float) -> LocalSensitivity:
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_bracket_residual_and_history(rows: int, columns: int, seed: int) -> None:
     J = np.random.default_rng(seed).standard_normal((rows, columns))
     singular = np.linalg.svd(J, compute_uv=False)

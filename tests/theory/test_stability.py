@@ -47,7 +47,7 @@ def moments_by_enumeration(w: np.ndarray, sizes: list[int], n: int, sampling: st
     return mean, variance
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_gamma_is_the_variance_over_all_batches(seed: int) -> None:
     rng = np.random.default_rng(seed)

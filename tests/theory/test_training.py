@@ -45,7 +45,7 @@ def with_distance(task: QuadraticTask, base: np.ndarray, expert: Expert) -> Expe
     return replace(expert, minimizer_distance=float(np.sqrt(square)), training_risk=None)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 def test_exact_training_risk_below_every_form(seed: int) -> None:
     rng = np.random.default_rng(seed)

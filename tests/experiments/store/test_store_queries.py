@@ -66,7 +66,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(TREES)
 def test_expressions_agree_with_python(folder: Path, text: str) -> None:
     names = [run.model_dump() | {"step": 4, "test_accuracy": v} for run, v in zip(RUNS, VALUES, strict=True)]
