@@ -1,7 +1,7 @@
 """What predictions need, collected once per pool of experts: features and Jacobian products on calibration images.
 
-Features (before the head) are kept, so that every expert's head reads them; points that several groups share (an expert,
-half-way to it, the average of two experts) are passed once.  Each stage is written to disk when it is done.
+Features (before the head) are kept, so that every expert's head reads them; points that several groups share (an
+expert, half-way to it, the average of two experts) are passed once.  Each stage is written to disk when it is done.
 """
 
 from __future__ import annotations

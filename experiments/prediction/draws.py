@@ -1,4 +1,4 @@
-"""Which experts of a grid's store are in which half, and which groups of them are merged: drawn from the study's seed."""
+"""Which experts of a grid's store are in which half, and which groups of them are merged."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def study_pools(spec: StudySpec, regime: str, store: Store, runs: Sequence[RunSp
                 outcome = store.outcome(digest)
                 if outcome is None:
                     raise MergeboundError(
-                        f"{store.folder}: run {digest[:12]} is not finished; `mergebound grid resume {store.folder}` first"
+                        f"{store.folder}: run {digest[:12]} is not finished; first "
+                        f"`mergebound grid resume {store.folder}`"
                     )
                 (found if outcome == "finished" else gone).append(expert)
             experts = tuple(sorted(found, key=lambda e: (tasks.index(e.task), e.recipe)))
@@ -118,9 +119,7 @@ def study_pools(spec: StudySpec, regime: str, store: Store, runs: Sequence[RunSp
     return tuple(pools)
 
 
-def draw_groups(
-    spec: StudySpec, experts: Sequence[StudyExpert], streams: Sequence[int]
-) -> tuple[StudyGroup, ...]:
+def draw_groups(spec: StudySpec, experts: Sequence[StudyExpert], streams: Sequence[int]) -> tuple[StudyGroup, ...]:
     """Groups of every size: tasks without replacement, then one expert of each; no group twice where others are left.
 
     Raises:
@@ -132,7 +131,9 @@ def draw_groups(
     groups: list[StudyGroup] = []
     for size, count in spec.groups.items():
         if size > len(by_task):
-            raise MergeboundError(f"groups: {size} experts of distinct tasks asked for, but there are {len(by_task)} tasks")
+            raise MergeboundError(
+                f"groups: {size} experts of distinct tasks asked for, but there are {len(by_task)} tasks"
+            )
         rng = np.random.default_rng([*streams, size])
         taken: set[tuple[int, ...]] = set()
         for _ in range(count):

@@ -38,7 +38,9 @@ def material_of(subject: Subject, pool: Pool, base_state: dict[str, object], *, 
     """The same from an opened subject whose experts are those of the pool, in its order."""
     backbone = Backbone.of(subject.model, base_state)  # type: ignore[arg-type]
     if backbone.space.names != subject.networks[0].space.names:
-        raise MergeboundError(f"{subject.architecture}: its head is not one linear layer; the study needs such a network")
+        raise MergeboundError(
+            f"{subject.architecture}: its head is not one linear layer; the study needs such a network"
+        )
     readouts = tuple(
         Readout(head[backbone.head + "weight"].detach(), head.get(backbone.head + "bias")) for head in subject.heads
     )

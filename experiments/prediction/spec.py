@@ -1,4 +1,4 @@
-"""The specification of a prediction study: which experts, groups, methods, images and seeds; written before any merge."""
+"""The specification of a prediction study: experts, groups, methods, images and seeds, written before any merge."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Strict(BaseModel):
 
 
 class AdaMergingSpec(_Strict):
-    """Adam on the entropy of unlabelled calibration images: see :func:`experiments.measure.entropy.adapt_coefficients`."""
+    """Adam on the entropy of unlabelled images: see :func:`experiments.measure.entropy.adapt_coefficients`."""
 
     steps: Count = 100
     rate: Positive = 0.01

@@ -1,0 +1,145 @@
+"""One pool from its experts to its rows: collected once, then group by group, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.measure.opening import from_store
+from experiments.measured import Measured
+from experiments.pipeline import read_finished
+from experiments.prediction.bank import Bank, Material, Progress, build_bank
+from experiments.prediction.compare import Collected, compare_rows
+from experiments.prediction.curve import curve_rows, price_rows
+from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.opening import open_pool
+from experiments.prediction.rows import merge_rows
+from experiments.prediction.spec import StudySpec
+from experiments.store import Store
+
+Row = dict[str, Any]
+STAGES = ("merges", "prices", "comparison", "curve")
+"""Files of a pool, ``<stage>.jsonl``, one line per group."""
+
+
+def stage_groups(spec: StudySpec, pool: Pool, stage: str) -> list[StudyGroup]:
+    """The groups that take part in a stage."""
+    groups = list(pool.groups)
+    if stage == "merges":
+        return groups
+    if stage == "prices":
+        return _first(groups, list(spec.groups), 1)
+    if stage == "comparison":
+        return [] if spec.comparison is None else [g for g in groups if len(g.members) in spec.comparison.sizes]
+    return [] if spec.curve is None else _first(groups, spec.curve.sizes, spec.curve.groups)
+
+
+def _first(groups: Sequence[StudyGroup], sizes: Sequence[int], count: int) -> list[StudyGroup]:
+    return [g for size in sizes for g in [h for h in groups if len(h.members) == size][:count]]
+
+
+def progress_of(spec: StudySpec, pool: Pool, folder: Path) -> tuple[int, int]:
+    """Groups done and in all, over all stages, from what is on disk."""
+    done, total = 0, 0
+    for stage in STAGES:
+        total += len(stage_groups(spec, pool, stage))
+        path = folder / f"{stage}.jsonl"
+        done += path.read_bytes().count(b"\n") if path.exists() else 0
+    return done, total
+
+
+def run_pool(
+    spec: StudySpec,
+    pool: Pool,
+    store: Path,
+    folder: Path,
+    *,
+    root: str | Path | None = None,
+    stages: Sequence[str] = STAGES,
+    progress: Progress | None = None,
+) -> None:
+    """Do what is missing of one pool.
+
+    Args:
+        spec: the study.
+        pool: from :func:`experiments.prediction.draws.study_pools`.
+        store: folder of its regime's grid.
+        folder: of this pool's results; a later call continues there.
+        root: folder of the data sets.
+        stages: which of :data:`STAGES`; the others need ``merges``.
+        progress: called with the stage, steps done and their number.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {stage: read_finished(folder / f"{stage}.jsonl") for stage in STAGES}
+    missing = {
+        stage: [g for g in stage_groups(spec, pool, stage) if str(g.number) not in kept[stage]] for stage in stages
+    }
+    if not any(missing.values()):
+        return
+    with Store.open(store, "r") as opened:
+        material = open_pool(
+            opened, pool, calibration=spec.calibration_images, test=spec.test_images, seed=spec.seed, root=root
+        )
+        bank = build_bank(material, pool, folder, tell, spec.own_tangents)
+        known: dict[int, Measured] = {}
+        makers: dict[str, Callable[[StudyGroup], list[Row]]] = {
+            "merges": lambda group: merge_rows(spec, pool, bank, group, known),
+            "prices": lambda group: price_rows(spec, pool, bank, group),
+            "comparison": _comparison(spec, pool, bank, kept),
+            "curve": _curve(spec, pool, material, opened, kept, root),
+        }
+        for stage in STAGES:
+            for done, group in enumerate(missing.get(stage, [])):
+                rows = [_plain(row) for row in makers[stage](group)]
+                kept[stage][str(group.number)] = rows
+                with (folder / f"{stage}.jsonl").open("a") as handle:
+                    handle.write(json.dumps({"key": str(group.number), "rows": rows}) + "\n")
+                tell(stage, done + 1, len(missing[stage]))
+
+
+def _comparison(
+    spec: StudySpec, pool: Pool, bank: Bank, kept: dict[str, dict[str, list[Row]]]
+) -> Callable[[StudyGroup], list[Row]]:
+    collected: list[Collected] = []
+
+    def make(group: StudyGroup) -> list[Row]:
+        assert spec.comparison is not None
+        if not collected:
+            collected.append(Collected(bank.material, spec.comparison, spec.seed))
+        return compare_rows(spec, pool, bank, group, collected[0], kept["merges"].get(str(group.number), []))
+
+    return make
+
+
+def _curve(
+    spec: StudySpec,
+    pool: Pool,
+    material: Material,
+    store: Store,
+    kept: dict[str, dict[str, list[Row]]],
+    root: str | Path | None,
+) -> Callable[[StudyGroup], list[Row]]:
+    from experiments.tasks.types import Split
+
+    many: dict[str, Split] = {}
+
+    def make(group: StudyGroup) -> list[Row]:
+        assert spec.curve is not None
+        if not many:
+            digests = {expert.task: expert.digest for expert in pool.experts}
+            most = max(spec.curve.images)
+            subject = from_store(store, list(digests.values()), images=most, seed=spec.seed, root=root)
+            many.update(zip(digests, subject.calibration, strict=True))
+        table = kept["merges"].get(str(group.number), [])
+        return curve_rows(spec, pool, material, many, group, table)
+
+    return make
+
+
+def _plain(row: Row) -> Row:
+    """Numbers that JSON knows; what is not finite becomes ``null``."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
