@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -192,6 +193,24 @@ class QuadraticField:
 Field = LogitField | QuadraticField
 
 
+class AnyField(Protocol):
+    """What prices merges of one task: logits as a function of the coefficients, with their derivatives."""
+
+    @property
+    def labels(self) -> Labels:
+        """True classes, (n,)."""
+
+    @property
+    def slopes(self) -> Array:
+        """Derivatives of the logits by each coefficient at the base, (K, n, C)."""
+
+    def at(self, alpha: npt.ArrayLike) -> Array:
+        """Logits at the coefficients ``alpha`` of shape (..., K): shape (..., n, C)."""
+
+    def slopes_at(self, alpha: Array) -> Array:
+        """Derivatives at one coefficient vector (K,): (K, n, C)."""
+
+
 def _same_images(first: LogitField, second: LogitField) -> None:
     """Refuse two fields of one task that were not collected for the same experts and on the same images."""
     if first.slopes.shape != second.slopes.shape or not np.array_equal(first.labels, second.labels):
@@ -302,7 +321,7 @@ def predict_from_logits(
     return Prediction(means @ p, means, np.sqrt(variances @ p**2))
 
 
-def predict_risk(fields: Sequence[Field], alpha: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Prediction:
+def predict_risk(fields: Sequence[AnyField], alpha: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Prediction:
     """R~ at the coefficients ``alpha``, shape (N,) or (many, N): the risk of every merge, none of which is formed.
 
     Args:
@@ -320,7 +339,7 @@ def predict_risk(fields: Sequence[Field], alpha: npt.ArrayLike, weights: npt.Arr
     return predict_from_logits([field.at(alpha) for field in fields], [field.labels for field in fields], weights)
 
 
-def risk_gradient(fields: Sequence[Field], alpha: Array, weights: Array) -> tuple[float, Array]:
+def risk_gradient(fields: Sequence[AnyField], alpha: Array, weights: Array) -> tuple[float, Array]:
     """Value and gradient of R~ at one coefficient vector (N,)."""
     value, gradient = 0.0, np.zeros(len(alpha))
     for field, p in zip(fields, weights, strict=True):
@@ -354,7 +373,7 @@ class Optimum:
 
 
 def minimise_risk(
-    fields: Sequence[Field],
+    fields: Sequence[AnyField],
     weights: npt.ArrayLike | None = None,
     *,
     bounds: tuple[float, float] = (0.0, 1.0),

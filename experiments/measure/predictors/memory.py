@@ -18,16 +18,16 @@ SAFETY = 1.25
 """Batches are chosen as if everything took so much more than was measured."""
 
 
-class LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors made inside ``with``, and the most that lived at one time (``peak``).
 
     Workspaces that a kernel allocates and frees by itself are not tensors and are not seen.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -60,7 +60,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     """Most bytes of tensors that lived at one time while ``work`` ran, beyond those it was given."""
     with LiveTensors() as seen:
         work()
-    return seen.peak
+    return int(seen.peak)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def products(network: Backbone, point: Tensor, directions: Tensor, images: Tenso
 
     def one(direction: Tensor) -> Tensor:
         out: tuple[Any, ...] = jvp(lambda v: network.call(v, images), (point,), (direction,))
-        return out[1]
+        product: Tensor = out[1]
+        return product
 
     found: Tensor = vmap(one)(directions)
     return found
@@ -39,10 +40,12 @@ def second_products(network: Backbone, point: Tensor, first: Tensor, other: Tens
     def one(d: Tensor, e: Tensor) -> Tensor:
         def slope(v: Tensor) -> Tensor:
             inner: tuple[Any, ...] = jvp(lambda w: network.call(w, images), (v,), (e,))
-            return inner[1]
+            first_order: Tensor = inner[1]
+            return first_order
 
         outer: tuple[Any, ...] = jvp(slope, (point,), (d,))
-        return outer[1]
+        second_order: Tensor = outer[1]
+        return second_order
 
     found: Tensor = vmap(one)(first, other)
     return found

@@ -117,10 +117,10 @@ class FieldStatistics:
 
     def shares(self) -> Array:
         """Share of each layer in the squared length of each task vector, (N, L); rows sum to one."""
-        squares = np.einsum("lii->il", self.gram)
+        squares: Array = np.einsum("lii->il", self.gram)
         total = squares.sum(axis=1, keepdims=True)
         even = np.full_like(squares, 1.0 / self.depth)
-        return np.where(total > 0.0, squares / np.where(total > 0.0, total, 1.0), even)
+        return np.asarray(np.where(total > 0.0, squares / np.where(total > 0.0, total, 1.0), even))
 
     def take(self, images: int) -> FieldStatistics:
         """The first images of every task (draws are nested: a subset of the same seed).
@@ -159,8 +159,8 @@ class FieldStatistics:
             return table[[0, *(1 + i for i in rows)]]
         if kind in ("pairs", "sums", "second_mixed"):
             place = {(int(i), int(k)): d for d, (i, k) in enumerate(zip(*np.triu_indices(self.size, 1), strict=True))}
-            pairs = zip(*np.triu_indices(len(rows), 1), strict=True)
-            return table[[place[min(rows[a], rows[b]), max(rows[a], rows[b])] for a, b in pairs]]
+            ends = ((rows[a], rows[b]) for a in range(len(rows)) for b in range(a + 1, len(rows)))
+            return table[[place[min(two), max(two)] for two in ends]]
         if KINDS[kind].layers:
             deep = table.reshape(self.size, self.depth, *table.shape[1:])[list(rows)]
             return deep.reshape(-1, *table.shape[1:])

@@ -68,6 +68,7 @@ class Predictor:
         exact: for which logits it is exact, in words.
         convex: whether the predicted risk is convex in alpha.
         tier: of its predictions.
+        residual_weight: factor on the residual's product.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Predictor:
     exact: str
     convex: bool = False
     tier: str = "estimated"
+    residual_weight: float = 1.0
 
     def cost(self, size: int, layers: int = 1) -> float:
         """Forward passes (or as many as its products are worth) over all N tasks' calibration images."""
@@ -139,11 +141,12 @@ def bracket(weight: float) -> Predictor:
         name,
         ("secant", "tangent_base"),
         (_part("affine", "secant", weight=1.0 - weight), _tangent("base", weight)),
-        "none",
+        "base",
         f"{_SECTION}, secant and tangent averaged",
         "logits affine in alpha",
         convex=True,
         tier="estimated" if weight == 0.5 else "calibrated",
+        residual_weight=weight,
     )
 
 
