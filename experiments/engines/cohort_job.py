@@ -3,13 +3,16 @@
 A cohort is cut into pieces of ``chunk`` runs, which are trained together.  A piece that was interrupted is trained
 again as a whole, with the runs of it that are done already, because the last bits of a run may depend on what it is
 stacked with; only what is missing is committed.  So an interrupted grid ends with the bits of one that was not.
+
+Results of one moment are committed together, those of several short pieces too: a commit waits for the disk, and to
+wait once for fifty short runs costs each of them next to nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,8 +49,9 @@ class Done:
 
 
 Watch = Callable[[Done], None]
-TOGETHER = 0.5
-"""Seconds within which results are committed together."""
+TOGETHER = 2.0
+"""Seconds for which results wait for others, to be committed with them; a killed process loses them."""
+_MOST = 256 << 20
 
 
 def pieces(cohort: Cohort) -> list[Cohort]:
@@ -58,7 +62,7 @@ def pieces(cohort: Cohort) -> list[Cohort]:
 
 def known_runs(store: Store, digests: Sequence[str]) -> dict[str, Known]:
     """What the store knows of some runs."""
-    return {digest: Known(store.spec(digest), *store.digests(digest)) for digest in digests}
+    return {digest: Known(*found) for digest, found in store.known(digests).items()}
 
 
 def results_of(
@@ -119,7 +123,7 @@ def run_cohort(
         workplace: of this process, where it has one already.
         resamples: of the bootstrap over test images.
         watch: is told of every committed run.
-        stop: asked between runs; true ends the work.
+        stop: asked after every run, which is then committed by itself; true ends the work.
 
     Raises:
         MergeboundError: see :func:`results_of`; the store's errors.
@@ -132,7 +136,8 @@ def run_cohort(
             )  # fmt: skip
     place = workplace or Workplace(store_folder.base, root, device=device)
     new = 0
-    for done in committed(store_folder, cohort, place, owner=owner, resamples=resamples):
+    wait = TOGETHER if stop is None else 0.0
+    for done in committed(store_folder, cohort, place, owner=owner, resamples=resamples, wait=wait):
         new += 1
         if watch is not None:
             watch(done)
@@ -142,45 +147,70 @@ def run_cohort(
 
 
 def committed(
-    store: Store, cohort: Cohort, workplace: Workplace, *, owner: str = "", resamples: int = RESAMPLES
+    store: Store,
+    cohort: Cohort,
+    workplace: Workplace,
+    *,
+    owner: str = "",
+    resamples: int = RESAMPLES,
+    wait: float = TOGETHER,
 ) -> Iterator[Done]:
     """Do what is missing of a cohort; a run that comes out is stored."""
+    waiting = Together(store, owner, wait)
     for piece in pieces(cohort):
         missing = store.missing(piece)
-        if missing:
-            known = known_runs(store, piece.runs)
-            yield from stored(store, results_of(piece, known, missing, workplace, resamples=resamples), owner)
+        if not missing:
+            continue
+        began = time.monotonic()
+        for digest, result in results_of(piece, known_runs(store, piece.runs), missing, workplace, resamples=resamples):
+            waiting.add(digest, result)
+            if waiting.due():
+                yield from waiting.commit()
+        if time.monotonic() - began >= wait:  # the next piece will take as long
+            yield from waiting.commit()
+    yield from waiting.commit()
 
 
-def stored(
-    store: Store, results: Iterable[tuple[str, RunResult]], owner: str, *, every: float = TOGETHER
-) -> Iterator[Done]:
-    """Commit results as they come; those of one moment together, so that short runs share a transaction and a file.
+class Together:
+    """Results that wait for others, so that they share a transaction and a file.
 
     Args:
         store: open for writing.
-        results: by digest.
         owner: who did them.
-        every: seconds for which results wait for others.
+        wait: seconds from the first that waits until all are due.
     """
-    waiting: dict[str, RunResult] = {}
-    began = time.monotonic()
-    for digest, result in results:
-        waiting[digest] = result
-        if time.monotonic() - began >= every:
-            yield from commit_all(store, waiting, owner)
-            waiting, began = {}, time.monotonic()
-    if waiting:
-        yield from commit_all(store, waiting, owner)
+
+    def __init__(self, store: Store, owner: str, wait: float = TOGETHER) -> None:
+        self._store, self._owner, self._wait = store, owner, wait
+        self._results: dict[str, RunResult] = {}
+        self._since = 0.0
+
+    def add(self, digest: str, result: RunResult) -> None:
+        """One more result."""
+        if not self._results:
+            self._since = time.monotonic()
+        self._results[digest] = result
+
+    def due(self) -> bool:
+        """Whether the first has waited for long enough, or they take much memory."""
+        return bool(self._results) and (
+            time.monotonic() - self._since >= self._wait or sum(map(_size, self._results.values())) >= _MOST
+        )
+
+    def commit(self) -> list[Done]:
+        """Commit what waits; what another runner has stored with other bits stays, with a warning."""
+        results, self._results = self._results, {}
+        if not results:
+            return []
+        try:
+            self._store.commit_many(results, owner=self._owner)
+        except StoreConflict as error:
+            _log.warning("%s", error)
+        return [done_of(digest, result) for digest, result in results.items()]
 
 
-def commit_all(store: Store, results: Mapping[str, RunResult], owner: str) -> list[Done]:
-    """Commit runs in one transaction; what another runner has stored with other bits stays, with a warning."""
-    try:
-        store.commit_many(results, owner=owner)
-    except StoreConflict as error:
-        _log.warning("%s", error)
-    return [done_of(digest, result) for digest, result in results.items()]
+def _size(result: RunResult) -> int:
+    return sum(tensor.nbytes for state in result.states.values() for tensor in state.values())
 
 
 def done_of(digest: str, result: RunResult) -> Done:

@@ -105,9 +105,8 @@ class Meter:
 
 def meter_of(store: Store) -> Meter:
     """A meter for what is missing in a store."""
-    runs, missing = store.runs(), store.missing()
-    work = {digest: run.steps * run.batch_size for digest, run in ((d, store.spec(d)) for d in missing)}
-    return Meter(work, len(runs), len(runs) - len(missing))
+    work, runs = store.work(), len(store.runs())
+    return Meter(work, runs, runs - len(work))
 
 
 @dataclass(frozen=True)

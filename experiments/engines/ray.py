@@ -10,52 +10,42 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from experiments.engines.cohort_job import Known, Together, known_runs
 from experiments.engines.dispatch import ATTEMPTS, LEASE, Dispatcher
 from experiments.engines.errors import EngineError
 from experiments.engines.local import stoppable
 from experiments.engines.measured import RESAMPLES
 from experiments.engines.needs import memory_needed
 from experiments.engines.progress import Meter, Outcome, Progress, Watch, meter_of
+from experiments.engines.ray_cluster import REACH_LIMIT, START_LIMIT, Share, connected, imported, room
+from experiments.engines.ray_tasks import collected, stored
 from experiments.engines.waiting import Waiting
-from experiments.grid.result import Cohort, RunResult
+from experiments.grid.result import Cohort
 from experiments.store import Store
 from experiments.store.errors import StoreError
 from experiments.tasks.npz8 import VARIABLE
 from theory.errors import MergeboundError
 
-if TYPE_CHECKING:
-    from experiments.bases.base import Base
-    from experiments.engines.cohort_job import Done, Known
-
+__all__ = [
+    "PIECE_LIMIT",
+    "REACH_LIMIT",
+    "START_LIMIT",
+    "Share",
+    "connected",
+    "imported",
+    "room",
+    "run_ray",
+]
 _log = logging.getLogger(__name__)
 PIECE_LIMIT = 24 * 3600.0
 """Seconds that a cohort's next run may take to arrive before the cohort is given up."""
-START_LIMIT = 600.0
-"""Seconds that a cluster may take to place a first task."""
-REACH_LIMIT = 20.0
-"""Seconds in which the cluster's address must answer."""
 _TICK = 0.5
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one task takes of a machine.
-
-    Attributes:
-        cpus, gpus: of a machine's; a fraction of a GPU lets several cohorts share it.
-        memory: bytes; ``None`` for an estimate of each cohort's need, 0 for no claim.
-    """
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-    memory: int | None = None
 
 
 @dataclass
@@ -135,6 +125,7 @@ class _Driver:
         self._root, self._device, self._most, self._share = root, device, most, share
         self._collect, self._resamples, self._limit = collect, resamples, piece_limit
         self._running: list[_Running] = []
+        self._arrived = Together(store, leases.owner)
         self._bases: dict[str, Any] = {}
         self._meter: Meter = meter_of(store)
         self._waiting = Waiting(leases, self._meter)
@@ -152,7 +143,11 @@ class _Driver:
         return outcome
 
     def end(self) -> None:
-        """Stop what runs."""
+        """Stop what runs; what has arrived is kept."""
+        try:
+            self._commit()
+        except StoreError as error:
+            _log.warning("%s", error)
         for each in self._running:
             try:
                 self._ray.cancel(each.stream, force=True)
@@ -174,8 +169,6 @@ class _Driver:
         return True
 
     def _submit(self, cohort: Cohort) -> None:
-        from experiments.engines.cohort_job import known_runs
-
         known = known_runs(self._store, cohort.runs)
         wanted = self._store.missing(cohort)
         options: dict[str, Any] = {
@@ -191,10 +184,10 @@ class _Driver:
             options["memory"] = memory
         if self._collect:
             bases = {digest: self._base(digest) for digest in dict.fromkeys(each.base for each in known.values())}
-            task = self._ray.remote(_collected).options(**options)
+            task = self._ray.remote(collected).options(**options)
             stream = task.remote(cohort, known, tuple(wanted), bases, self._root, self._device, self._resamples)
         else:
-            task = self._ray.remote(_committed).options(**options)
+            task = self._ray.remote(stored).options(**options)
             folder = str(self._store.folder.resolve())
             stream = task.remote(folder, cohort, self._root, self._leases.owner, self._device, self._resamples)
         self._running.append(_Running(cohort, stream))
@@ -221,17 +214,18 @@ class _Driver:
         ready, _ = self._ray.wait(list(by_stream), num_returns=len(by_stream), timeout=_TICK, fetch_local=False)
         for stream in ready:
             self._hear(by_stream[stream])
+        if self._arrived.due():
+            self._commit()
         for each in list(self._running):
             if time.monotonic() - each.heard > self._limit:
                 self._ray.cancel(each.stream, force=True)
                 self._failed(each, f"nothing arrived for {self._limit:.0f} s", again=True)
 
     def _hear(self, each: _Running) -> None:
-        from experiments.engines.cohort_job import commit_all
-
         try:
             content = self._ray.get(next(each.stream), timeout=self._limit)
         except StopIteration:
+            self._commit()
             self._running.remove(each)
             self._leases.finished(each.cohort.name)
             return
@@ -242,11 +236,14 @@ class _Driver:
         if content is None:  # the task has begun
             self._meter.begin()
         elif self._collect:
-            digest, result = content
-            for done in commit_all(self._store, {digest: result}, self._leases.owner):
-                self._meter.add(done)
+            self._arrived.add(*content)
         else:
             self._meter.add(content)
+
+    def _commit(self) -> None:
+        """Commit the results that have arrived, together."""
+        for done in self._arrived.commit():
+            self._meter.add(done)
 
     def _wrong(self, each: _Running, error: Exception) -> None:
         from experiments.engines.worker import is_of_disk, said, worth_another
@@ -263,134 +260,10 @@ class _Driver:
             self._failed(each, f"{type(error).__name__}: {first}", again=True)
 
     def _failed(self, each: _Running, error: str, *, again: bool) -> None:
+        self._commit()
         self._running.remove(each)
         retried = self._leases.went_wrong(each.cohort.name, error, again=again)
         _log.log(
             logging.INFO if retried else logging.WARNING,
             "cohort %s %s: %s", each.cohort.name, "is tried again" if retried else "is given up", error,
         )  # fmt: skip
-
-
-# --- on a worker (generators: Ray sends values into them, which `yield from` would pass on) --------------------------
-
-
-def _collected(
-    cohort: Cohort,
-    known: Mapping[str, Known],
-    wanted: tuple[str, ...],
-    bases: Mapping[str, Any],
-    root: str | None,
-    device: str,
-    resamples: int,
-) -> Iterator[tuple[str, RunResult] | None]:
-    """Train a cohort and send its results, one by one."""
-    import ray
-
-    from experiments.engines.cohort_job import pieces, results_of
-    from experiments.engines.workplace import Workplace
-
-    yield None
-
-    def base_of(digest: str) -> Base:
-        found: Base = ray.get(bases[digest], timeout=START_LIMIT)
-        return found
-
-    place = Workplace(base_of, root, device=device)
-    for piece in pieces(cohort):
-        missing = [digest for digest in piece.runs if digest in wanted]
-        if missing:
-            for found in results_of(piece, known, missing, place, resamples=resamples):  # noqa: UP028
-                yield found
-
-
-def _committed(
-    folder: str, cohort: Cohort, root: str | None, owner: str, device: str, resamples: int
-) -> Iterator[Done | None]:
-    """Train a cohort and commit its results into a store on a shared disk."""
-    from experiments.engines.cohort_job import committed
-    from experiments.engines.workplace import Workplace
-
-    yield None
-    with Store.open(folder) as store:
-        place = Workplace(store.base, root, device=device)
-        for done in committed(store, cohort, place, owner=owner, resamples=resamples):  # noqa: UP028
-            yield done
-
-
-# --- the cluster -----------------------------------------------------------------------------------------------------
-
-
-def imported() -> Any:
-    """The package ``ray``.
-
-    Raises:
-        EngineError: it is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise EngineError("Ray is not installed; pip install 'mergebound[ray]', or use --engine local") from error
-    return ray
-
-
-class connected:
-    """A connection to a cluster that is closed at the end if it was opened here."""
-
-    def __init__(self, ray: Any, address: str | None, workers: int | None) -> None:
-        self._ray, self._address, self._workers = ray, address, workers
-        self._opened = False
-
-    def __enter__(self) -> None:
-        if self._ray.is_initialized():
-            return
-        options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-        if self._address is None:
-            options |= {"include_dashboard": False, "num_cpus": self._workers}
-        _check_address(self._address)
-        try:
-            self._ray.init(address=self._address or "local", **options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise EngineError(
-                f"Ray at {self._address or 'this machine'}: cannot be reached ({reason}); start it with `ray start`, "
-                "and check --address"
-            ) from error
-        self._opened = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._opened:
-            self._ray.shutdown()
-
-
-def _check_address(address: str | None) -> None:
-    """Refuse at once what nobody listens at; Ray itself would try for minutes."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=REACH_LIMIT).close()
-    except OSError as error:
-        raise EngineError(
-            f"Ray at {address}: nobody answers ({error.strerror or error}); start it with `ray start --head`, or "
-            "check --address"
-        ) from error
-
-
-def room(ray: Any, share: Share) -> int:
-    """How many tasks fit into the cluster at a time.
-
-    Raises:
-        EngineError: none.
-    """
-    fits = 0
-    for node in ray.nodes():
-        has = node["Resources"] if node["Alive"] else {}
-        wanted = {"CPU": share.cpus, "GPU": share.gpus, "memory": share.memory or 0}
-        counts = [int(has.get(name, 0) / amount + 1e-9) for name, amount in wanted.items() if amount]
-        fits += min(counts, default=1)
-    if fits < 1:
-        raise EngineError(
-            f"the Ray cluster has no room for a task of {share.cpus:g} CPUs and {share.gpus:g} GPUs; it has "
-            f"{ray.cluster_resources()}: ask for less, or add machines"
-        )
-    return fits

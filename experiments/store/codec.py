@@ -4,7 +4,8 @@ Subtracting floats loses bits, subtracting the integers that they are stored as 
 their integers, so a small change of a weight is a small difference of integers.  The differences of all tensors of one
 type are laid end to end, zigzag coded (0, -1, 1, -2 become 0, 1, 2, 3), cut into planes (all highest bytes, then all
 second bytes, ...), and each plane is compressed where a sample of it shows that this pays: the high planes are nearly
-all zeros, the low ones are noise.  Tensors whose bits are the base's are not stored at all.
+all zeros, the low ones are noise.  Tensors whose bits are the base's are not stored at all.  Counters (int64) are
+packed the same way, as the integers that they are.
 
 Measured on CIFAR ResNet-20 experts (270 thousand weights) on one busy thread: 0.61 of the size after 30 steps at
 learning rate 0.001, 0.70 after 30 and 0.73 after 200 steps at 0.01, about 80 MB/s in and 110 MB/s out; deflating the
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,24 @@ from experiments.store.errors import StoreError
 
 FLOATS = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 """Types that are packed, with the bytes of one number."""
-_INTEGERS = {8: (torch.int64, np.int64), 4: (torch.int32, np.int32), 2: (torch.int16, np.int16)}
-_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+_PACKED = FLOATS | {torch.int64: 8}
+_INTEGERS = {8: np.int64, 4: np.int32, 2: np.int16}
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _PACKED}
 _ELEMENTS = 1 << 22
 _SAMPLE = 1 << 15
-_NOISE = 1 << 11
+_NOISE, _COUNTED = 1 << 11, 1 << 12
+_SHORT = 1 << 7
 _WORTH = 0.97
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A tensor that is packed: its bits and those of the base, ``None`` where the base has none like it."""
+
+    name: str
+    shape: list[int]
+    bits: np.ndarray
+    against: np.ndarray | None
 
 
 def encode(
@@ -50,24 +64,31 @@ def encode(
     """
     stored: dict[str, Tensor] = {}
     header: dict[str, Any] = {"order": list(state), "same": [], "exact": [], "packed": {}}
-    packed: dict[str, list[str]] = {}
+    packed: dict[torch.dtype, list[_Pair]] = {}
     for name, tensor in state.items():
-        if _fits(tensor, base.get(name)) and _same_bits(tensor, base[name]):
+        other = base.get(name)
+        fits = _fits(tensor, other)
+        if tensor.dtype in _PACKED and tensor.numel():
+            bits = _integers(tensor)
+            against = _integers(other) if fits and other is not None else None
+            if against is not None and _equal(bits, against):
+                header["same"].append(name)
+            else:
+                packed.setdefault(tensor.dtype, []).append(_Pair(name, list(tensor.shape), bits, against))
+        elif fits and other is not None and torch.equal(tensor, other):
             header["same"].append(name)
-        elif tensor.dtype in FLOATS and tensor.numel():
-            packed.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(name)
         else:
             header["exact"].append(name)
             stored[f"{key}/exact/{name}"] = tensor.detach().contiguous().clone()
-    for dtype, names in packed.items():
-        width = FLOATS[_NAMES[dtype]]
+    for dtype, pairs in packed.items():
+        kind = _name(dtype)
         blocks = []
-        for number, difference in enumerate(_differences(state, base, names, width)):
-            data, planes = _pack(difference, width)
-            stored[f"{key}/{dtype}/{number}"] = data
-            blocks.append([len(difference), planes])
-        tensors = [[n, list(state[n].shape), _fits(state[n], base.get(n))] for n in names]
-        header["packed"][dtype] = {"tensors": tensors, "blocks": blocks}
+        for number, (bits, against) in enumerate(_blocks(pairs)):
+            data, planes = _pack(_ordered(bits, dtype) - _ordered(against, dtype))
+            stored[f"{key}/{kind}/{number}"] = data
+            blocks.append([len(bits), planes])
+        tensors = [[pair.name, pair.shape, pair.against is not None] for pair in pairs]
+        header["packed"][kind] = {"tensors": tensors, "blocks": blocks}
     return stored, header
 
 
@@ -83,9 +104,9 @@ def decode(
         found = {name: base[name].detach().clone() for name in header["same"]}
         found |= {name: stored[f"{key}/exact/{name}"] for name in header["exact"]}
         for dtype, entry in header["packed"].items():
-            width = FLOATS[_NAMES[dtype]]
+            kind = _NAMES[dtype]
             parts = [
-                _unpack(stored[f"{key}/{dtype}/{number}"], int(count), planes, width)
+                _unpack(stored[f"{key}/{dtype}/{number}"], int(count), planes, _PACKED[kind])
                 for number, (count, planes) in enumerate(entry["blocks"])
             ]
             whole = np.concatenate(parts) if len(parts) != 1 else parts[0]
@@ -95,8 +116,8 @@ def decode(
                 piece = whole[offset : offset + count]
                 offset += count
                 if relative:
-                    piece = piece + _ordered(_integers(base[name], width))  # wraps around as the subtraction did
-                found[name] = torch.from_numpy(_ordered(piece).copy()).view(_NAMES[dtype]).reshape(shape)
+                    piece = piece + _ordered(_integers(base[name]), kind)  # wraps around as the subtraction did
+                found[name] = torch.from_numpy(_ordered(piece, kind).copy()).view(kind).reshape(shape)
         return {name: found[name] for name in header["order"]}
     except (KeyError, ValueError, TypeError, RuntimeError, zlib.error) as error:
         raise StoreError(f"the packed tensors cannot be read ({' '.join(str(error).split())})") from error
@@ -106,51 +127,55 @@ def _fits(tensor: Tensor, other: Tensor | None) -> bool:
     return other is not None and tensor.shape == other.shape and tensor.dtype == other.dtype
 
 
-def _same_bits(tensor: Tensor, other: Tensor) -> bool:
-    if tensor.dtype in FLOATS:
-        kind = _INTEGERS[FLOATS[tensor.dtype]][0]
-        return torch.equal(_flat(tensor).view(kind), _flat(other).view(kind))
-    return torch.equal(tensor, other)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1)
-
-
-def _integers(tensor: Tensor, width: int) -> np.ndarray:
-    found: np.ndarray = _flat(tensor).view(_INTEGERS[width][0]).numpy()
+def _integers(tensor: Tensor) -> np.ndarray:
+    """The bits of a tensor, row by row, as integers."""
+    kind = _INTEGERS[_PACKED[tensor.dtype]]
+    plain = tensor.detach()
+    if tensor.dtype is torch.bfloat16:  # numpy has no such type
+        plain = plain.contiguous().view(torch.int16)
+    found: np.ndarray = plain.numpy().reshape(-1).view(kind)
     return found
 
 
-def _ordered(bits: np.ndarray) -> np.ndarray:
+def _equal(bits: np.ndarray, other: np.ndarray) -> bool:
+    """Whether all bits agree; mostly the first number shows that they do not."""
+    return bool(bits[0] == other[0]) and bool((bits == other).all())
+
+
+def _ordered(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Integers that grow with the floats whose bits they are (-0.0 just below 0.0); its own inverse."""
+    if dtype not in FLOATS:
+        return bits
     found: np.ndarray = bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & np.iinfo(bits.dtype).max)
     return found
 
 
-def _differences(
-    state: Mapping[str, Tensor], base: Mapping[str, Tensor], names: list[str], width: int
-) -> Iterator[np.ndarray]:
-    """Differences of integers, tensor after tensor, in blocks of a bounded size."""
-    waiting: list[np.ndarray] = []
+def _blocks(pairs: list[_Pair]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Bits and those of the base (zeros where it has none), tensor after tensor, in blocks of a bounded size."""
+    bits: list[np.ndarray] = []
+    against: list[np.ndarray] = []
     count = 0
-    for name in names:
-        bits = _ordered(_integers(state[name], width))
-        if _fits(state[name], base.get(name)):
-            bits = bits - _ordered(_integers(base[name], width))
-        for start in range(0, len(bits), _ELEMENTS):
-            piece = bits[start : start + _ELEMENTS]
+    for pair in pairs:
+        for start in range(0, len(pair.bits), _ELEMENTS):
+            piece = pair.bits[start : start + _ELEMENTS]
             if count and count + len(piece) > _ELEMENTS:
-                yield np.concatenate(waiting)
-                waiting, count = [], 0
-            waiting.append(piece)
+                yield np.concatenate(bits), np.concatenate(against)
+                bits, against, count = [], [], 0
+            bits.append(piece)
+            known = pair.against
+            against.append(np.zeros_like(piece) if known is None else known[start : start + _ELEMENTS])
             count += len(piece)
-    if waiting:
-        yield np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
+    if bits:
+        yield np.concatenate(bits), np.concatenate(against)
 
 
-def _pack(difference: np.ndarray, width: int) -> tuple[Tensor, list[list[Any]]]:
+def _pack(difference: np.ndarray) -> tuple[Tensor, list[list[Any]]]:
     """Planes of bytes, highest last, each compressed or as it is: the bytes, and for each plane its way and length."""
+    width = difference.dtype.itemsize
     zigzag = (difference << 1) ^ (difference >> (8 * width - 1))
     little = zigzag.astype(zigzag.dtype.newbyteorder("<"), copy=False)
     lanes = np.ascontiguousarray(little.view(np.uint8).reshape(-1, width).T)
@@ -165,6 +190,8 @@ def _pack(difference: np.ndarray, width: int) -> tuple[Tensor, list[list[Any]]]:
 
 def _compressed(raw: bytes) -> bytes | None:
     """The bytes compressed; ``None`` where a sample from the middle or the whole shows that it does not pay."""
+    if len(raw) < _SHORT:
+        return None
     if len(raw) >= _NOISE and _entropy(raw) > 7.8:
         return None
     if len(raw) > 2 * _SAMPLE:
@@ -177,7 +204,7 @@ def _compressed(raw: bytes) -> bytes | None:
 
 def _entropy(raw: bytes) -> float:
     """Bits per byte that a code for single bytes needs, from bytes spread over the whole."""
-    counts = np.bincount(np.frombuffer(raw, dtype=np.uint8)[:: max(1, len(raw) // _SAMPLE)], minlength=256)
+    counts = np.bincount(np.frombuffer(raw, dtype=np.uint8)[:: max(1, len(raw) // _COUNTED)], minlength=256)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log2(shares)).sum())
 
@@ -200,7 +227,7 @@ def _unpack(data: Tensor, count: int, planes: list[list[Any]], width: int) -> np
         if len(piece) != count:
             raise ValueError(f"a plane has {len(piece)} bytes instead of {count}")
         lanes[number] = np.frombuffer(piece, dtype=np.uint8)
-    kind = np.dtype(_INTEGERS[width][1])
+    kind = np.dtype(_INTEGERS[width])
     zigzag = np.ascontiguousarray(lanes.T).view(kind.newbyteorder("<")).reshape(-1).astype(kind, copy=False)
     unsigned = zigzag.view(np.dtype(f"u{width}"))
     found: np.ndarray = (unsigned >> np.asarray(1, unsigned.dtype)).view(kind) ^ -(zigzag & 1)

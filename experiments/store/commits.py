@@ -1,11 +1,15 @@
-"""Committing results: weights to the disk first, then one transaction; a run is absent or complete."""
+"""Committing results: weights to the disk first, then one transaction; a run is absent or complete.
+
+What a commit waits for (the disk, the lock of the database) is paid once for all runs of a transaction, and so are its
+statements: rows go to the database table by table.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,9 @@ from experiments.store.leases import now
 _NAN = {"value": 1, "low": 2, "high": 4}
 """SQLite has no NaN: it is stored as NULL with its bit in ``nan``; what was not measured is NULL without."""
 
-
 _TOGETHER = 8 << 20
 """Bytes of a file that holds several runs."""
+_ASKED = 500
 
 
 @dataclass(frozen=True)
@@ -63,33 +67,24 @@ def commit(
         StoreConflict: a run is stored with other bits.
         StoreError: a run that the store does not know, a metric of a step without a state, or the disk is full.
     """
-    ready = []
-    for digest, result in results.items():
-        found = database.read("SELECT id, base_digest FROM runs WHERE digest = ?", (digest,))
-        if not found:
-            raise StoreError(f"run {digest[:12]}: is not in this store; add it with add_runs before its result")
-        _check_metrics(digest, result)
-        packed = pack(result, base_of(found[0]["base_digest"]), vectors)
-        ready.append(_Ready(found[0]["id"], digest, result, packed))
+    ready, there = _prepared(database, results, base_of, vectors)
     blobs: dict[str, bytes] = {}
     lies: dict[str, str] = {}
-    for group in _groups([item for item in ready if _stored(database.connection, item.run) is None]):
+    for group in _groups([item for item in ready if item.run not in there]):
         data = bundle({item.digest: item.packed for item in group})
         name = put_blob(folder, data, durable=durable)
         blobs[name] = data
         lies |= {item.digest: name for item in group}
-    new, refused = 0, []
+    new: list[_Ready] = []
+    refused: list[str] = []
     with database.writing() as connection:
+        there = _stored(connection, [item.run for item in ready])  # others may have been faster
         for item in ready:
-            kept = _stored(connection, item.run)
+            kept = there.get(item.run)
             if kept is None:
                 if item.digest not in lies:  # it was there a moment ago, and was forgotten since
                     raise StoreError(f"run {item.digest[:12]}: was removed while it was committed; commit it again")
-                name = lies[item.digest]
-                if not has_blob(folder, name):  # gc may have taken it while we waited for the lock; now it waits
-                    put_blob(folder, blobs[name], durable=durable)
-                _insert(connection, item, name, owner)
-                new += 1
+                new.append(item)
             elif kept != item.packed.content:
                 connection.execute(
                     "INSERT INTO conflicts (run, owner, content, kept, seen) VALUES (?, ?, ?, ?, ?) "
@@ -97,6 +92,10 @@ def commit(
                     (item.run, owner, item.packed.content, kept, now()),
                 )
                 refused.append(item.digest)
+        for name in dict.fromkeys(lies[item.digest] for item in new):
+            if not has_blob(folder, name):  # gc may have taken it while we waited for the lock; now it waits
+                put_blob(folder, blobs[name], durable=durable)
+        _insert(connection, new, lies, owner)
     if refused:
         raise StoreConflict(
             f"run {refused[0][:12]}: is stored already, with other bits than {owner} has found"
@@ -104,12 +103,47 @@ def commit(
             + "; what was stored first is kept: see `mergebound grid status`, and check that all machines have the "
             "same type of processor and the same versions"
         )
-    return new
+    return len(new)
 
 
-def _stored(connection: sqlite3.Connection, run: int) -> str | None:
-    row = connection.execute("SELECT content FROM results WHERE run = ?", (run,)).fetchone()
-    return None if row is None else str(row["content"])
+def _prepared(
+    database: Database,
+    results: Mapping[str, RunResult],
+    base_of: Callable[[str], Mapping[str, Tensor]],
+    vectors: TaskVectors,
+) -> tuple[list[_Ready], dict[int, str]]:
+    """Results as they will be stored, and by run the content of those that are there already."""
+    rows = {
+        row["digest"]: row
+        for part in _parts(list(results))
+        for row in database.read(f"SELECT digest, id, base_digest FROM runs WHERE digest IN ({_marks(part)})", part)
+    }
+    ready = []
+    for digest, result in results.items():
+        if digest not in rows:
+            raise StoreError(f"run {digest[:12]}: is not in this store; add it with add_runs before its result")
+        _check_metrics(digest, result)
+        row = rows[digest]
+        packed = pack(result, base_of(row["base_digest"]), vectors)
+        ready.append(_Ready(row["id"], digest, result, packed))
+    return ready, _stored(database.connection, [item.run for item in ready])
+
+
+def _stored(connection: sqlite3.Connection, runs: Sequence[int]) -> dict[int, str]:
+    """Content of those runs that are there."""
+    found = {}
+    for part in _parts(runs):
+        rows = connection.execute(f"SELECT run, content FROM results WHERE run IN ({_marks(part)})", part)
+        found |= {int(row["run"]): str(row["content"]) for row in rows}
+    return found
+
+
+def _parts(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    return (values[start : start + _ASKED] for start in range(0, len(values), _ASKED))
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ", ".join("?" * len(values))
 
 
 def _groups(items: list[_Ready]) -> list[list[_Ready]]:
@@ -125,45 +159,54 @@ def _groups(items: list[_Ready]) -> list[list[_Ready]]:
     return groups
 
 
-def _insert(connection: sqlite3.Connection, item: _Ready, blob: str, owner: str) -> None:
-    result, packed = item.result, item.packed
-    connection.execute(
+def _insert(connection: sqlite3.Connection, items: Sequence[_Ready], lies: Mapping[str, str], owner: str) -> None:
+    """The rows of new runs, table by table, within a transaction that holds the write lock."""
+    at = now()
+    connection.executemany(
         "INSERT INTO results (run, outcome, blob, bytes, content, seconds, log, owner, committed) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            item.run,
-            result.outcome,
-            blob,
-            packed.nbytes,
-            packed.content,
-            float(result.seconds),
-            json.dumps(dict(packed.log)),
-            owner,
-            now(),
-        ),
+        [
+            (
+                item.run,
+                item.result.outcome,
+                lies[item.digest],
+                item.packed.nbytes,
+                item.packed.content,
+                float(item.result.seconds),
+                json.dumps(dict(item.packed.log)),
+                owner,
+                at,
+            )
+            for item in items
+        ],
     )
-    last = max(packed.digests)
-    numbers = {}
-    for step, digest in packed.digests.items():
-        numbers[step] = connection.execute(
-            "INSERT INTO checkpoints (run, step, digest, final) VALUES (?, ?, ?, ?)",
-            (item.run, step, digest, step == last),
-        ).lastrowid
+    free = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM checkpoints").fetchone()[0]
+    points: list[tuple[Any, ...]] = []
+    metrics: list[tuple[Any, ...]] = []
+    for item in items:
+        last = max(item.packed.digests)
+        numbers = {step: free + len(points) + k for k, step in enumerate(item.packed.digests)}
+        points += [(numbers[s], item.run, s, digest, s == last) for s, digest in item.packed.digests.items()]
+        metrics += [_metric(numbers[int(row["step"])], row) for row in item.result.metrics]
+    connection.executemany("INSERT INTO checkpoints (id, run, step, digest, final) VALUES (?, ?, ?, ?, ?)", points)
     connection.executemany(
         "INSERT INTO metrics (checkpoint, part, name, value, low, high, nan, n, tier) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [_metric(numbers[int(row["step"])], row) for row in result.metrics],
+        metrics,
     )
     connection.executemany(
-        "INSERT INTO measures (part, name) VALUES (?, ?) ON CONFLICT DO NOTHING",
-        {(str(row.get("part", "test")), str(row["name"])) for row in result.metrics},
+        "INSERT INTO measures (part, name) VALUES (?, ?) ON CONFLICT DO NOTHING", sorted({row[1:3] for row in metrics})
     )
-    connection.execute(
-        "UPDATE cohorts SET missing = missing - 1 WHERE id = (SELECT cohort FROM runs WHERE id = ?)", (item.run,)
-    )
+    for part in _parts([item.run for item in items]):
+        done = connection.execute(
+            f"SELECT cohort, count(*) AS n FROM runs WHERE id IN ({_marks(part)}) GROUP BY cohort", part
+        ).fetchall()
+        connection.executemany(
+            "UPDATE cohorts SET missing = missing - ? WHERE id = ?", [(row["n"], row["cohort"]) for row in done]
+        )
 
 
-def _metric(checkpoint: int | None, row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _metric(checkpoint: int, row: Mapping[str, Any]) -> tuple[Any, ...]:
     numbers = {name: None if row.get(name) is None else float(row[name]) for name in _NAN}
     nan = sum(bit for name, bit in _NAN.items() if numbers[name] is not None and math.isnan(numbers[name] or 0.0))
     count = None if row.get("n") is None else int(row["n"])

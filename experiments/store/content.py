@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,9 @@ from experiments.store.errors import StoreError
 from merging.partition import DEFAULT_PRIVATE, is_statistic, matches
 
 TaskVectors = Literal["lossless", "bfloat16"]
-FORMAT = 1
+FORMAT = 2
+"""Of the files that are written; those of format 1, which repeat the layout for every state, are read too."""
+_READ = (1, 2)
 _RECORD = "mergebound"
 _VECTOR = "vector"
 
@@ -46,14 +49,16 @@ class Packed:
     digests: Mapping[int, str]
     log: Mapping[str, Any]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes that the run takes."""
-        return sum(tensor.nbytes for tensor in self.tensors.values()) + len(json.dumps(self.record))
+        """Bytes that the run's tensors take (their layout, which runs of one file share, comes on top)."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def bundle(runs: Mapping[str, Packed]) -> bytes:
     """Several runs as the bytes of one safetensors file: one wait for the disk instead of many.
+
+    Names and shapes of tensors, which are alike for most states of a file, are written once.
 
     Args:
         runs: by digest.
@@ -61,8 +66,32 @@ def bundle(runs: Mapping[str, Packed]) -> bytes:
     from safetensors.torch import save
 
     tensors = {f"{digest}/{name}": t for digest, packed in runs.items() for name, t in packed.tensors.items()}
-    record = {"format": FORMAT, "runs": {digest: packed.record for digest, packed in runs.items()}}
-    return save(tensors, {_RECORD: json.dumps(record, sort_keys=True)})
+    layouts: list[Mapping[str, Any]] = []
+    records = {
+        digest: {
+            "vectors": packed.record["vectors"],
+            "steps": {step: _shortened(header, layouts) for step, header in packed.record["steps"].items()},
+            "log": _shortened(packed.record["log"], layouts),
+        }
+        for digest, packed in runs.items()
+    }
+    return save(tensors, {_RECORD: json.dumps({"format": FORMAT, "layouts": layouts, "runs": records})})
+
+
+def _shortened(header: Mapping[str, Any], layouts: list[Mapping[str, Any]]) -> list[Any]:
+    """A header as the number of its layout and what is its own: the lengths of packed blocks."""
+    layout = {**header, "packed": {kind: entry["tensors"] for kind, entry in header["packed"].items()}}
+    if layout not in layouts:
+        layouts.append(layout)
+    return [layouts.index(layout), {kind: entry["blocks"] for kind, entry in header["packed"].items()}]
+
+
+def _lengthened(short: Any, layouts: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The header that :func:`_shortened` was given."""
+    number, blocks = short
+    layout = layouts[number]
+    packed = {kind: {"tensors": tensors, "blocks": blocks[kind]} for kind, tensors in layout["packed"].items()}
+    return {**layout, "packed": packed}
 
 
 def pack(result: RunResult, base: Mapping[str, Tensor], vectors: TaskVectors = "lossless") -> Packed:
@@ -148,12 +177,19 @@ def _read(path: Path, run: str, key: str) -> tuple[dict[str, Any], dict[str, Ten
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise StoreError(f"{path}: is damaged ({reason}); see `mergebound grid verify`") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") not in _READ:
         raise StoreError(f"{path}: is not of a format that this version of mergebound reads; update mergebound")
     found = record.get("runs", {}).get(run)
     if not isinstance(found, dict):
         raise StoreError(f"{path}: does not hold run {run[:12]}; see `mergebound grid verify`")
-    return found, stored
+    if record["format"] == 1:
+        return found, stored
+    try:
+        layouts = record["layouts"]
+        steps = {step: _lengthened(short, layouts) for step, short in found["steps"].items()}
+        return {"steps": steps, "log": _lengthened(found["log"], layouts)}, stored
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{path}: its record is damaged; see `mergebound grid verify`") from error
 
 
 def _split_log(log: TrainingLog) -> tuple[dict[str, Tensor], dict[str, Any]]:

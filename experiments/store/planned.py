@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.grid.result import Cohort, Plan
 from experiments.grid.run_spec import RunSpec
-from experiments.store.columns import OTHER, RUN_COLUMNS, run_row
+from experiments.store.columns import OTHER, RUN_COLUMNS, run_row, spec_of
 from experiments.store.database import Database
 from experiments.store.errors import StoreError
 from experiments.store.leases import cohort_of
@@ -46,6 +46,33 @@ def add_runs(
         if added:
             connection.execute("ANALYZE runs")
     return added
+
+
+def known(database: Database, digests: Iterable[str]) -> dict[str, tuple[RunSpec, str, str]]:
+    """By digest: specification, what the base is called, and digest of the split.
+
+    Raises:
+        StoreError: a run that the store does not know.
+    """
+    wanted = list(digests)
+    rows = {}
+    for start in range(0, len(wanted), 500):
+        part = wanted[start : start + 500]
+        marks = ", ".join("?" * len(part))
+        rows |= {row["digest"]: row for row in database.read(f"SELECT * FROM runs WHERE digest IN ({marks})", part)}
+    unknown = next((digest for digest in wanted if digest not in rows), None)
+    if unknown is not None:
+        raise StoreError(f"{database.file}: knows no run {unknown[:12]}; list them with `mergebound grid query`")
+    return {d: (spec_of(dict(rows[d])), rows[d]["base_digest"], rows[d]["split_digest"]) for d in wanted}
+
+
+def work(database: Database) -> dict[str, int]:
+    """Samples (steps times batch size) of every run that is not done, in the order in which they were added."""
+    rows = database.read_tuples(
+        "SELECT digest, steps * batch_size FROM runs LEFT JOIN results ON results.run = runs.id "
+        "WHERE results.run IS NULL ORDER BY id"
+    )
+    return {str(digest): int(count) for digest, count in rows}
 
 
 def sources(database: Database) -> tuple[dict[tuple[str, int], str], dict[str, str]]:

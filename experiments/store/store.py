@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import secrets
+import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from experiments.bases.base import Base, read_base, save_base
+from experiments.bases.base import Base
 from experiments.finetune.loop import TrainingLog
 from experiments.grid.result import Cohort, Plan, RunResult
 from experiments.grid.run_spec import RunSpec
-from experiments.store import leases, merges, planned, table
-from experiments.store.blobs import FOLDER, TEMPORARY, blob_path, disk_error, make_folders, put_blob, remove
-from experiments.store.columns import OTHER, spec_of
+from experiments.store import bases, creating, leases, planned, reading, table
+from experiments.store.columns import spec_of
 from experiments.store.commits import commit
-from experiments.store.constant import constant_fields
-from experiments.store.content import TaskVectors, unpack_log, unpack_state
-from experiments.store.database import DATABASE, PATIENCE, Database, Mode
+from experiments.store.content import TaskVectors
+from experiments.store.database import PATIENCE, Database, Mode
 from experiments.store.errors import StoreError
-from experiments.store.export import export
 from experiments.store.garbage import Garbage, collect
 from experiments.store.journal import Journal
-from experiments.store.status import Status, status
+from experiments.store.tables import Tables
 from experiments.store.verify import Verification, forget, verify
 
 if TYPE_CHECKING:
@@ -37,16 +33,15 @@ LEASE = 120.0
 """Seconds of a lease unless said otherwise."""
 
 
-class Store:
+class Store(Tables):
     """A store that is open in this process; threads and other processes open their own.
 
     ``with Store.open(folder) as store: frame = store.frame()``
     """
 
     def __init__(self, folder: Path, database: Database) -> None:
-        self.folder = folder
-        self._database = database
-        self._bases: dict[str, Mapping[str, Tensor]] = {}
+        super().__init__(folder, database)
+        self._states = bases.BaseStates(database, folder)
         self._kept = {row["key"]: row["value"] for row in database.read("SELECT key, value FROM meta")}
         if "task_vectors" not in self._kept:
             raise StoreError(f"{database.file}: is not a complete store; create it again with Store.create")
@@ -79,30 +74,10 @@ class Store:
             StoreError: there is one already, or the folder cannot be written to.
         """
         folder = Path(folder)
-        if task_vectors not in get_args(TaskVectors):
-            raise StoreError(f"task_vectors: {task_vectors!r} is unknown; choose lossless or bfloat16")
-        file = folder / DATABASE
-        if file.exists() and not exist_ok:
-            raise StoreError(f"{folder}: holds a store already; open it (resume), or choose an empty folder")
-        try:
-            make_folders(folder)
-            probe = folder / f"{TEMPORARY}{secrets.token_hex(4)}"
-            probe.touch()
-            remove(probe)
-        except OSError as error:
-            raise disk_error(error, folder) from error
-        database = Database(file, "w", patience=patience, journal=journal)
-        about = {"meta": json.dumps(dict(meta or {}), sort_keys=True)}
-        about |= {"task_vectors": task_vectors, "durable": json.dumps(durable)}
-        try:
-            with database.writing() as connection:
-                known = connection.execute("SELECT count(*) FROM meta WHERE key = 'task_vectors'").fetchone()[0]
-                if not known:
-                    connection.executemany("INSERT INTO meta VALUES (?, ?)", about.items())
-            return cls(folder, database)
-        except BaseException:
-            database.close()
-            raise
+        database = creating.create(
+            folder, meta or {}, task_vectors, durable=durable, journal=journal, patience=patience, exist_ok=exist_ok
+        )
+        return cls._of(folder, database)
 
     @classmethod
     def open(cls, folder: str | Path, mode: Mode = "w", *, patience: float = PATIENCE) -> Store:
@@ -112,14 +87,10 @@ class Store:
             StoreError: no store, a newer version's, damaged, or it may not be read or written.
         """
         folder = Path(folder)
-        file = folder / DATABASE
-        if mode not in get_args(Mode):
-            raise StoreError(f"mode: {mode!r} is unknown; choose r or w")
-        if not file.is_file():
-            raise StoreError(
-                f"{folder}: holds no store ({DATABASE} is missing); give the folder of a grid that was run"
-            )
-        database = Database(file, mode, patience=patience)
+        return cls._of(folder, creating.find(folder, mode, patience))
+
+    @classmethod
+    def _of(cls, folder: Path, database: Database) -> Store:
         try:
             return cls(folder, database)
         except BaseException:
@@ -161,29 +132,7 @@ class Store:
             What the base is called here: its digest; with an addition where another network with the same tensors has
             that name (another activation from the same random start, other options).
         """
-        described = base.describe()
-        name = base.digest
-        for _ in range(2):
-            known = self._database.read("SELECT record FROM bases WHERE digest = ?", (name,))
-            if not known:
-                break
-            if _network(json.loads(known[0]["record"])) == _network(described):
-                return name
-            name = f"{base.digest}{OTHER}{hashlib.sha256(_network(described).encode()).hexdigest()[:12]}"
-        temporary = self.folder / FOLDER / f"{TEMPORARY}{secrets.token_hex(4)}.safetensors"
-        try:
-            save_base(temporary, base)
-            blob = put_blob(self.folder, temporary.read_bytes())
-        except OSError as error:
-            raise disk_error(error, temporary) from error
-        finally:
-            remove(temporary)
-        with self._database.writing() as connection:
-            connection.execute(
-                "INSERT INTO bases VALUES (?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
-                (name, base.architecture, base.classes, blob, json.dumps(described, default=str)),
-            )
-        return name
+        return bases.add_base(self._database, self.folder, base)
 
     def base(self, digest: str) -> Base:
         """A base that was added, by what :meth:`add_base` called it.
@@ -191,10 +140,7 @@ class Store:
         Raises:
             MergeboundError: not there, or damaged.
         """
-        found = self._database.read("SELECT blob FROM bases WHERE digest = ?", (digest,))
-        if not found:
-            raise StoreError(f"{self.folder}: holds no base {digest[:12]}; add it with add_base")
-        return read_base(blob_path(self.folder, found[0]["blob"]))
+        return bases.open_base(self._database, self.folder, digest)
 
     def add_runs(
         self, runs: Mapping[str, RunSpec], base: str | Mapping[str, str], split: str | Mapping[str, str]
@@ -224,6 +170,14 @@ class Store:
         """What the base of a run is called, and the digest of its split."""
         row = self._run(digest)
         return row["base_digest"], row["split_digest"]
+
+    def known(self, digests: Iterable[str]) -> dict[str, tuple[RunSpec, str, str]]:
+        """Specification, base and split of some runs at once; see :func:`experiments.store.planned.known`."""
+        return planned.known(self._database, digests)
+
+    def work(self) -> dict[str, int]:
+        """Samples that each run that is not done will see; see :func:`experiments.store.planned.work`."""
+        return planned.work(self._database)
 
     def runs(self) -> tuple[str, ...]:
         """Digests of all runs, done or not, in the order in which they were added."""
@@ -274,7 +228,7 @@ class Store:
             self.folder,
             results,
             owner,
-            base_of=self._base_state,
+            base_of=self._states,
             vectors=self.task_vectors,  # type: ignore[arg-type]
             durable=json.loads(self._kept["durable"]),
         )
@@ -285,26 +239,15 @@ class Store:
         Raises:
             StoreError: the run is not done, has no such checkpoint, or its file is damaged (named).
         """
-        row, result = self._run(digest), self._result(digest)
-        steps = [r["step"] for r in self._database.read("SELECT step FROM checkpoints WHERE run = ?", (row["id"],))]
-        wanted = max(steps) if step is None else step
-        if wanted not in steps:
-            known = ", ".join(str(s) for s in sorted(steps))
-            raise StoreError(f"run {digest[:12]}: has no checkpoint at step {wanted}; choose from {known}")
-        return unpack_state(self.folder, result["blob"], digest, wanted, self._base_state(row["base_digest"]))
+        return reading.state(self._database, self.folder, self._states, digest, step)
 
     def log(self, digest: str) -> TrainingLog:
         """The training log of a run."""
-        result = self._result(digest)
-        return unpack_log(self.folder, result["blob"], digest, json.loads(result["log"]))
+        return reading.log(self._database, self.folder, digest)
 
     def result(self, digest: str) -> RunResult:
         """Everything that a run left, as it was committed."""
-        row, kept = self._run(digest), self._result(digest)
-        steps = self._database.read("SELECT step FROM checkpoints WHERE run = ? ORDER BY step", (row["id"],))
-        states = {found["step"]: self.state(digest, found["step"]) for found in steps}
-        log, measured = self.log(digest), tuple(self.metrics(digest))
-        return RunResult(kept["outcome"], states, log, measured, kept["seconds"])
+        return reading.result(self._database, self.folder, self._states, digest)
 
     def outcome(self, digest: str) -> Literal["finished", "diverged"] | None:
         """How a run ended; ``None`` if it is not done."""
@@ -315,68 +258,6 @@ class Store:
     def metrics(self, digest: str) -> list[dict[str, Any]]:
         """Rows of numbers of a run; what was not measured is ``None``, NaN is NaN."""
         return table.metric_rows(self._database, self._run(digest)["id"])
-
-    # tables
-
-    def frame(self, *, nullable: bool = False) -> pd.DataFrame:
-        """One row per run that is done and checkpoint: hyperparameters, outcome and metrics (``test_accuracy``, ...).
-
-        Args:
-            nullable: metrics as pandas' ``Float64``, which tells NaN from what was not measured (``NA``).
-        """
-        return table.query(self._database, nullable=nullable)
-
-    def query(
-        self,
-        expression: str = "",
-        *,
-        limit: int | None = None,
-        final: bool = False,
-        nullable: bool = False,
-        **equal: Any,
-    ) -> pd.DataFrame:
-        """Rows of :meth:`frame` for which an expression holds.
-
-        Args:
-            expression: such as ``learning_rate < 0.01 and task == 'npz8:mnist'``; see
-                :mod:`experiments.store.expression`.
-            limit: rows at most.
-            final: last checkpoints only.
-            nullable: as in :meth:`frame`.
-            equal: columns with the value, or a collection of values, that they must have.
-
-        Raises:
-            QueryError: unknown column (with the nearest), or something that is no comparison.
-        """
-        return table.query(self._database, expression, equal, limit=limit, final=final, nullable=nullable)
-
-    def columns(self) -> tuple[str, ...]:
-        """Names that expressions may use."""
-        return tuple(table.known_columns(self._database))
-
-    def constants(self) -> dict[str, Any]:
-        """Fields that all runs share, with their value; see :func:`experiments.store.constant.constant_fields`."""
-        return constant_fields(self._database)
-
-    def status(self) -> Status:
-        """Counts, rate, leases and time left."""
-        return status(self._database, self.folder)
-
-    def export(self, path: str | Path) -> int:
-        """Write :meth:`frame` as ``.csv`` or ``.parquet``; returns the rows."""
-        return export(self.frame(nullable=True), Path(path))
-
-    def add_merges(self, rows: Iterable[Mapping[str, Any]]) -> int:
-        """Store rows about merges; see :func:`experiments.store.merges.add_merges`."""
-        return merges.add_merges(self._database, rows)
-
-    def merges(self) -> pd.DataFrame:
-        """One row per merge that was stored."""
-        return merges.read_merges(self._database)
-
-    def merge_keys(self) -> frozenset[str]:
-        """Keys of the merges that are there."""
-        return merges.merge_keys(self._database)
 
     # care
 
@@ -399,35 +280,8 @@ class Store:
         """Make runs absent, so that they are done again; returns how many were there."""
         return forget(self._database, digests)
 
-    def _run(self, digest: str) -> Any:
-        rows = self._database.read("SELECT * FROM runs WHERE digest = ?", (digest,))
-        if not rows:
-            raise StoreError(f"{self.folder}: knows no run {digest[:12]}; list them with `mergebound grid query`")
-        return rows[0]
-
-    def _result(self, digest: str) -> Any:
-        rows = self._database.read(
-            "SELECT results.* FROM results JOIN runs ON runs.id = run WHERE digest = ?", (digest,)
-        )
-        if not rows:
-            raise StoreError(f"run {digest[:12]}: is not done yet; resume the grid")
-        return rows[0]
-
-    def _base_state(self, digest: str) -> Mapping[str, Tensor]:
-        """Tensors of a base; none if the store does not have it (its runs are then stored as they are)."""
-        if digest not in self._bases:
-            if not self._database.read("SELECT 1 FROM bases WHERE digest = ?", (digest,)):
-                return {}
-            while len(self._bases) >= 2:
-                self._bases.pop(next(iter(self._bases)))
-            self._bases[digest] = self.base(digest).state
-        return self._bases[digest]
-
-
-def _network(described: Mapping[str, Any]) -> str:
-    """What a base computes with its tensors, as text."""
-    kept = {name: described[name] for name in ("architecture", "classes", "options")}
-    return json.dumps(kept, sort_keys=True, default=str)
+    def _run(self, digest: str) -> sqlite3.Row:
+        return reading.run_row(self._database, self.folder, digest)
 
 
 def _name(cohort: Cohort | str) -> str:
