@@ -104,7 +104,6 @@ def landscape(
     )  # fmt: skip
     import pandas as pd
 
-    from experiments.measure.landscape import figures
     from experiments.measure.landscape.flatness import FlatnessOptions, flatness
     from experiments.measure.landscape.lines import barriers, line, usual_lines
     from experiments.measure.landscape.marks import merge_points
@@ -114,9 +113,11 @@ def landscape(
     chosen = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     ends = [] if to.strip() == "none" else [name.strip() for name in to.split(",") if name.strip()]
     pair = _pair(subject, plane)
+    drawn = ("loss", "error") if out is not None else ()
+    if drawn:
+        from experiments.measure.landscape import figures
     tables: dict[str, pd.DataFrame] = {}
     pictures: dict[str, Any] = {}
-    captions: list[str] = []
     with telling() as tell:
         merges = merge_points(subject, chosen, seed=seed)
         made: dict[str, Tensor] = dict(merges.vectors)
@@ -133,13 +134,13 @@ def landscape(
             ]
             tables["barriers"] = barriers(found)
             tables["lines"] = pd.concat([one.to_frame() for one in found], ignore_index=True)
-            for quantity in ("loss", "error"):
+            for quantity in drawn:
                 pictures[f"lines_{quantity}"] = figures.lines_figure(found, quantity)
         if plane != "none":
             shape = _plane(subject, pair, merges.vectors)
             cut = surface(judge, shape, merges.vectors, grid=grid, margin=margin, progress=tell)
             tables["marks"], tables["plane"] = cut.marks_frame(), cut.to_frame()
-            for quantity in ("loss", "error"):
+            for quantity in drawn:
                 pictures[f"plane_{quantity}"] = figures.contour_figure(cut, quantity)
         if flat:
             around = {"base": subject.base}
@@ -151,8 +152,9 @@ def landscape(
                 options=dataclasses.replace(FlatnessOptions(), radius=radius), seed=seed, progress=tell,
             )  # fmt: skip
             tables["flatness"], tables["rises"] = measured.to_frame(), measured.rises_frame()
-            pictures["flatness"] = figures.flatness_figure(measured)
-    captions += [f"{name}: {picture.caption}" for name, picture in pictures.items()] if out is not None else []
+            if drawn:
+                pictures["flatness"] = figures.flatness_figure(measured)
+    captions = [f"{name}: {picture.caption}" for name, picture in pictures.items()]
     left = [f"{name} is not marked: {why}" for name, why in merges.left_out.items()] if plane != "none" else []
     show(
         tables,

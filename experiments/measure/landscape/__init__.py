@@ -1,6 +1,7 @@
 """The loss around a base, its experts and their merges: along lines, on planes, and how flat it is.
 
 * :mod:`.scores`: losses and errors of many parameter vectors on the same images;
+* :mod:`.running`: BatchNorm's statistics at a point;
 * :mod:`.lines`: lines, error barriers and linear mode connectivity;
 * :mod:`.planes`: planes through three points, or through all of them as well as a plane can;
 * :mod:`.marks`: the merge of every method, as points;

@@ -13,8 +13,8 @@ from matplotlib.ticker import PercentFormatter
 
 from experiments.measure.landscape.flatness import Flatness
 from experiments.measure.landscape.lines import JOINT, Line
-from experiments.measure.landscape.planes import Surface
-from experiments.plots import INK, SERIES, Picture, _grid, _legend, _plain, pretty
+from experiments.measure.landscape.planes import Mark, Surface
+from experiments.plots import INK, ORANGE, RED, SERIES, Picture, _grid, _legend, pretty
 from theory.errors import MergeboundError
 
 _STATISTICS = {
@@ -50,9 +50,9 @@ def lines_figure(lines: Sequence[Line], quantity: str = "loss") -> Picture:
             ax.plot(line.t, curve.value, color=shade, linewidth=1.8 if joint else 1.3, zorder=4 if joint else 3)
         curve = getattr(line.joint, quantity)
         ax.plot([0.0, 1.0], curve.value[[0, -1]], color=INK, linewidth=1.0, linestyle=":", zorder=3)
-        height = getattr(line.joint, f"{quantity}_barrier")
-        shown = f"{100 * height.value:.1f} %" if quantity == "error" else f"{height.value:.3g}"
-        ax.set_title(f"barrier {shown} ({line.joint.verdict})", fontsize=9, loc="left", color=INK)
+        ends = line.joint
+        rises = f"+{ends.loss_barrier.value:.2g} nats, +{100 * ends.error_barrier.value:.1f} % error"
+        ax.set_title(f"{rises}: {ends.verdict}", fontsize=8.5, loc="left", color=INK)
         ax.set_xticks([0.0, 0.5, 1.0], [_short(line.start), "½", _short(line.end)], fontsize=8.5)
         for label, side in zip(ax.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set_horizontalalignment(side)
@@ -69,8 +69,9 @@ def lines_figure(lines: Sequence[Line], quantity: str = "loss") -> Picture:
     one = lines[0]
     caption = (
         f"{quantity.capitalize()} along straight lines on {one.part} images, bands: 95 % intervals from resampling "
-        f"images; {_STATISTICS[one.batchnorm]}. A line is connected where the error rises by {100 * one.tolerance:g} % "
-        f"at most above the straight line between its ends. Tier: {one.tier}. Seed: {one.seed}."
+        f"images; {_STATISTICS[one.batchnorm]}. Above each panel: the largest rises of loss and error over the "
+        f"straight line between the ends; connected where the error's is surely at most {100 * one.tolerance:g} %, a "
+        f"barrier where it is surely more. Tier: {one.tier}. Seed: {one.seed}."
     )
     return Picture(figure, caption)
 
@@ -87,19 +88,21 @@ def contour_figure(surface: Surface, quantity: str = "loss", levels: int = 12) -
         raise MergeboundError(f"quantity {quantity!r}: choose loss or error")
     merges = [mark for mark in surface.marks if mark.kind == "merge"]
     width, tall = float(np.ptp(surface.u)), float(np.ptp(surface.v))
-    figure, axes = _grid(1, 1, 6.4, float(np.clip(5.2 * tall / width, 2.6, 6.4)), 0.12 * len(surface.marks))
+    figure, axes = _grid(1, 1, 6.4, float(np.clip(5.2 * tall / width, 2.6, 6.4)), 0.07 * len(surface.marks))
     ax: Axes = axes[0, 0]
     ax.grid(False)
     values = getattr(surface, quantity)
     finite = values[np.isfinite(values)]
     if not finite.size:
         raise MergeboundError("no point of the plane has a finite value: make it smaller (margin)")
-    scale = _levels(finite, levels, quantity == "loss")
-    shown = np.clip(np.nan_to_num(values, nan=scale[-1], posinf=scale[-1]), scale[0], scale[-1])
+    known = [getattr(mark, quantity) for mark in surface.marks if mark.kind != "merge"]
+    scale = _levels(finite, known, levels, quantity == "loss")
+    beyond = 1.5 * float(scale[-1])
+    shown = np.minimum(np.nan_to_num(values, nan=beyond, posinf=beyond), beyond)
     filled = ax.contourf(surface.u, surface.v, shown, levels=scale, cmap="Blues", alpha=0.9, zorder=1,
-                         norm=_norm(scale))  # fmt: skip
+                         norm=_norm(scale), extend="max")  # fmt: skip
     drawn = ax.contour(surface.u, surface.v, shown, levels=scale, colors=INK, linewidths=0.4, alpha=0.5, zorder=2)
-    fmt = (lambda value: f"{100 * value:.0f} %") if quantity == "error" else _plain
+    fmt = (lambda value: f"{100 * value:.0f} %") if quantity == "error" else _short_number
     ax.clabel(drawn, drawn.levels[::2], fontsize=7, fmt=fmt)
     bar = figure.colorbar(filled, ax=ax, shrink=0.85, pad=0.02)
     bar.set_ticks(scale[::2], labels=[fmt(float(v)) for v in scale[::2]])
@@ -109,16 +112,17 @@ def contour_figure(surface: Surface, quantity: str = "loss", levels: int = 12) -
     outline = [withStroke(linewidth=2.2, foreground="white")]
     for mark in surface.marks:
         if mark.kind != "merge":
-            shape, shade = ("*", "#E69F00") if mark.kind == "base" else ("^", "#D55E00")
-            ax.plot(mark.u, mark.v, shape, color=shade, markersize=13 if shape == "*" else 9, markeredgecolor="white",
-                    markeredgewidth=0.9, zorder=6)  # fmt: skip
-            ax.annotate(mark.name, (mark.u, mark.v), xytext=(7, 6), textcoords="offset points", fontsize=8.5,
-                        color=INK, path_effects=outline, zorder=7)  # fmt: skip
+            base = mark.kind == "base"
+            style = _style(ORANGE if base else RED, "*" if base else "^", _off(mark))
+            ax.plot(mark.u, mark.v, linestyle="", zorder=6, **(style | {"markersize": 14 if base else 10}))
+            ax.annotate(mark.name, (mark.u, mark.v), xytext=(-7, -9) if base else (7, 6), textcoords="offset points",
+                        ha="right" if base else "left", va="top" if base else "bottom", fontsize=8.5, color=INK,
+                        path_effects=outline, zorder=7)  # fmt: skip
     for k, mark in enumerate(merges):
-        style = _merge_style(k, mark.relative > 0.1)
+        style = _merge_style(k, _off(mark))
         ax.plot(mark.u, mark.v, linestyle="", zorder=5, **style)
         value = mark.loss if quantity == "loss" else mark.error
-        text = f"{value:.2f}" if quantity == "loss" else f"{100 * value:.0f} %"
+        text = _short_number(value) if quantity == "loss" else f"{100 * value:.0f} %"
         handles.append(Line2D([], [], linestyle="", label=f"{pretty(mark.name)} {text}", **style))
     ax.set_aspect("equal")
     ax.set_xlabel("first axis (distance in parameters)", fontsize=9)
@@ -131,7 +135,8 @@ def contour_figure(surface: Surface, quantity: str = "loss", levels: int = 12) -
     caption = (
         f"Joint {quantity} on {kind}, on {surface.images} {surface.part} images of {len(surface.tasks)} tasks; "
         f"{_STATISTICS[surface.batchnorm]}. Numbers beside methods are those of the merge itself; hollow marks lie off "
-        "the plane by more than a tenth of their distance from the base, and are shown at their foot. "
+        "the plane by more than a tenth of their distance from the base, and are shown at their foot; the darkest "
+        "colour is everything above the scale. "
         f"Tier: {surface.tier}. Seed: {surface.seed}."
     )
     return Picture(figure, caption)
@@ -177,17 +182,27 @@ def _short(name: str, most: int = 18) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def _off(mark: Mark) -> bool:
+    return mark.relative > 0.1
+
+
 def _merge_style(k: int, off: bool) -> dict[str, Any]:
     shade, marker = SERIES[k % len(SERIES)]
-    marker = "osDPXvphd<>8"[k % 12] if k >= len(SERIES) else marker
+    return _style(shade, "osDPXvphd<>8"[k % 12] if k >= len(SERIES) else marker, off)
+
+
+def _style(shade: str, marker: str, off: bool) -> dict[str, Any]:
     fill = {"markerfacecolor": "white" if off else shade, "markeredgecolor": shade if off else "white"}
     return {"marker": marker, "markersize": 7, "markeredgewidth": 1.3 if off else 0.8, **fill}
 
 
-def _levels(values: np.ndarray, count: int, logarithmic: bool) -> np.ndarray:
-    low, high = float(values.min()), float(np.quantile(values, 0.98))
+def _levels(values: np.ndarray, known: Sequence[float], count: int, logarithmic: bool) -> np.ndarray:
+    """Levels from the lowest value to somewhat above the base and the experts; what is higher is one colour."""
+    finite = [height for height in known if np.isfinite(height)]
+    low = float(values.min())
+    high = min(float(values.max()), low + 2.0 * (max(finite) - low) if finite else np.inf)
     high = max(high, low + 1e-6)
-    if logarithmic and low > 0 and high / low > 3.0:
+    if logarithmic and low > 0 and high / low > 4.0:
         return np.geomspace(low, high, count + 1)
     return np.linspace(low, high, count + 1)
 
@@ -195,4 +210,8 @@ def _levels(values: np.ndarray, count: int, logarithmic: bool) -> np.ndarray:
 def _norm(levels: np.ndarray) -> Any:
     from matplotlib.colors import BoundaryNorm
 
-    return BoundaryNorm(levels, 256)
+    return BoundaryNorm(levels, 256, extend="max")
+
+
+def _short_number(value: float, _: object = None) -> str:
+    return f"{value:.3g}"

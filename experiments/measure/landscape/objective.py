@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from experiments.measure.landscape.lines import shared_size
-from experiments.measure.landscape.scores import Floats, Panel, clamped
+from experiments.measure.landscape.running import clamped
+from experiments.measure.landscape.scores import Floats, Panel
 from experiments.measure.subject import Subject
 
 BATCH = 128

@@ -18,10 +18,10 @@ from torch import Tensor
 from experiments.evaluate.fast import FastModel, fast_evaluator
 from experiments.evaluate.metrics import score
 from experiments.measure.backbone import Readout
+from experiments.measure.landscape.running import clamped, reestimated, with_batchnorm
 from experiments.measure.subject import Subject, draw
 from experiments.models import head_prefix
 from experiments.tasks.types import Split
-from merging.partition import is_variance
 from theory.errors import MergeboundError
 
 Floats = NDArray[np.float64]
@@ -245,38 +245,9 @@ def _fast(subject: Subject, on: Panel, path: str) -> tuple[FastModel | None, tup
         pieces = subject.networks[0].space.unflatten(subject.base)
         if any(own[name].shape != tensor.shape for name, tensor in pieces.items()):
             return None, ()
-        return fast_evaluator(subject.model, sample, allow=_ALLOWED[path]), ()
+        return fast_evaluator(with_batchnorm(subject.model), sample, allow=_ALLOWED[path]), ()
     linear = {prefix + "weight", prefix + "bias"}
     if not prefix or any(not names <= linear or prefix + "weight" not in names for names in private):
         return None, ()
     heads = tuple(Readout(head[prefix + "weight"], head.get(prefix + "bias")) for head in subject.heads)
-    return fast_evaluator(subject.model, sample, allow=_ALLOWED[path], heads=heads[:1]), heads
-
-
-def clamped(subject: Subject, vector: Tensor) -> Tensor:
-    """The point with negative running variances set to zero; the same tensor where there are none."""
-    pieces = [piece for name, piece in subject.networks[0].space.segments() if is_variance(name)]
-    if not any(bool((vector[piece] < 0).any()) for piece in pieces):
-        return vector
-    out = vector.clone()
-    for piece in pieces:
-        out[piece] = out[piece].clamp(min=0.0)
-    return out
-
-
-def reestimated(subject: Subject, vector: Tensor, task: int | None = None) -> Tensor:
-    """The point with BatchNorm's statistics of the calibration images, one batch per task, or of one task alone."""
-    from merging.batchnorm import reestimate_batchnorm
-
-    space = subject.networks[0].space
-    own = subject.model.state_dict()
-    pieces = space.unflatten(vector)
-    state = {name: pieces.get(name, tensor) for name, tensor in own.items()}
-    state = {n: t if t.shape == own[n].shape else own[n] for n, t in state.items()}  # a head of another size
-    chosen = subject.calibration if task is None else (subject.calibration[task],)
-    found = reestimate_batchnorm(subject.model, state, [split.images for split in chosen])
-    out = vector.clone()
-    for name, piece in space.segments():
-        if name in subject.networks[0].partition.buffers:
-            out[piece] = found[name].reshape(-1).to(out.dtype)
-    return out
+    return fast_evaluator(with_batchnorm(subject.model), sample, allow=_ALLOWED[path], heads=heads[:1]), heads
