@@ -8,7 +8,8 @@ what is known*:
     h(alpha) = sum_d w_d(alpha) known_d,        w(alpha) = phi(alpha)' Omega (Phi Omega)^+,
 
 with ``Phi_dm`` the m-th basis function under the d-th observation, and Omega the prior sizes of the coefficients (the
-smallest solution counts where the observations do not determine the polynomial).  So one collection prices every
+smallest solution counts where the observations do not determine the polynomial; where they are too many, least
+squares, in which values count far more than derivatives).  So one collection prices every
 alpha at the cost of a small matrix product, with gradients.  Secant and tangent (theory.md section 8) are the two
 simplest cases; exact for polynomial logits that the observations determine.  Tier *estimated*.
 """
@@ -28,6 +29,8 @@ from theory.errors import MergeboundError
 from theory.function_space import Array, Labels
 
 _SINGULAR = 1e-9
+_DERIVATIVES = 1e-2
+"""Weight of derivatives against values where a polynomial cannot satisfy all of them (least squares)."""
 Orders = npt.NDArray[np.int64]
 
 
@@ -166,8 +169,10 @@ class Rule:
         found = []
         for _, basis, rows in self.parts:
             chosen = list(rows)
-            seen = basis.under(self.known.points[chosen], self.known.orders[chosen])
-            found.append(basis.sizes[:, None] * np.linalg.pinv(seen * basis.sizes, rcond=_SINGULAR))
+            orders = self.known.orders[chosen]
+            trust = np.where(orders.sum(axis=1) == 0, 1.0, _DERIVATIVES)
+            seen = trust[:, None] * basis.under(self.known.points[chosen], orders)
+            found.append(basis.sizes[:, None] * np.linalg.pinv(seen * basis.sizes, rcond=_SINGULAR) * trust)
         return tuple(found)
 
     def weights(self, alpha: npt.ArrayLike) -> Array:

@@ -155,6 +155,8 @@ class _Job:
         for kind in self.kinds:
             started = time.perf_counter()
             size, directions = self._sizes(kind, j, pixels)
+            self.seconds["probe"] = self.seconds.get("probe", 0.0) + time.perf_counter() - started
+            started = time.perf_counter()
             for part in torch.split(pixels, size):
                 tables[kind].append(self._pass(kind, j, part, directions))
             self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - started

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 Treatment = Literal["default", "none", "base", "own", "average", "function", "stretch"]
 TREATMENTS: tuple[Treatment, ...] = ("default", "none", "base", "own", "average", "function", "stretch")
+REFERENCES = (
+    *("pairs_average", "hermite_average", "pairs_tangent", "pairs_halves", "pairs"),
+    *("anchored_tangent", "anchored", "second_order", "secant_tangent"),
+)
+"""Remainders are read off from the first two of these that were predicted too."""
 Z = 1.959964
 """Two-sided 95 % of the normal distribution."""
 
@@ -76,8 +81,9 @@ def predict_merge(
         from the calibration images alone), ``accuracy``, ``interval_low`` and ``interval_high`` (calibrated, else
         missing), ``bracket_low``, ``bracket_high``, ``gap`` (log ratio; missing without tangents at the base),
         ``flag`` (do not trust: the calibrated flag, or a gap of at least log 2 with the upper end above the base's
-        risk, or every end above it), ``certificate_output``, ``certificate_remainder`` (estimated upper bounds),
-        ``explained`` (share of the merge on the task vectors), ``tier``, ``cost`` (forward passes of the collection),
+        risk, or every end above it), ``certificate_output``, ``certificate_remainder`` (estimated upper bounds;
+        remainders are distances to two of :data:`REFERENCES`), ``explained`` (share of the merge on the task
+        vectors), ``tier``, ``cost`` (forward passes of the collection),
         ``seconds`` (for this merge, after the collection), ``images``, ``seed``.
 
     Raises:
@@ -199,7 +205,8 @@ def _rows(
     found = estimate(statistics, one.logits, loss, weights)
     taken = (one.seconds + time.perf_counter() - started) / len(formed)
     plain = replace(loss, target="labels") == LABELS
-    others = [other.logits for other in priced if other is not one]
+    trusted = [p for p in priced if p.name in REFERENCES and p is not one]
+    others = [other.logits for other in sorted(trusted, key=lambda p: REFERENCES.index(p.name))[:2]]
     table: dict[str, Any] = {
         "merge": [merge.label for merge in formed],
         "method": [merge.method for merge in formed],

@@ -31,7 +31,7 @@ class FieldStatistics:
         gram: inner products of the task vectors by layer, (L, N, N).
         sources: row numbers of the images in their task's calibration part, (n,).
         tasks: names of the tasks; where two are the same and ``sources`` agree, it is the same image.
-        seconds: that each kind took, on all tasks.
+        seconds: that each kind took, on all tasks; ``probe`` is what choosing the batches took.
         second_error: largest range over classes of the error of ``second`` and ``second_mixed`` (0 for exact
             derivatives; for finite differences the change when the step is doubled), by kind.
         seed: that named the calibration images, where it is known.
