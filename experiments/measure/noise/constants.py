@@ -150,6 +150,7 @@ def constants_of(
     between: int = 0,
     curvature_samples: int = 16,
     curvature_iterations: int = 12,
+    lanczos: int = 24,
     batches: int = 4,
     distances: Sequence[float] = (0.01, 0.3),
     learning_rate: float | None = None,
@@ -169,6 +170,7 @@ def constants_of(
         between: points of the chord to add.
         curvature_samples: samples of each point whose Hessians are looked at.
         curvature_iterations: of the power iteration for L.
+        lanczos: steps for the ends of the spectrum of F_S and of batches.
         batches, distances: of the one-step factor, measured at base and expert.
         learning_rate, batch_size: of the one-step factor where the runs are not known.
         least: F*, smallest value of the objective; 0 is below every cross-entropy and makes the PL ratio cautious.
@@ -190,7 +192,7 @@ def constants_of(
         path = path_of(subject, j, checkpoints=checkpoints[j] if checkpoints else (), between=between)
         found.append(
             _one(
-                subject, j, path, samples, pairs, curvature_samples, curvature_iterations, batches, distances,
+                subject, j, path, samples, pairs, curvature_samples, curvature_iterations, lanczos, batches, distances,
                 learning_rate, batch_size, least, seed, memory,
             )
         )  # fmt: skip
@@ -231,6 +233,7 @@ def _one(
     pairs: int,
     curvature_samples: int,
     curvature_iterations: int,
+    lanczos: int,
     batches: int,
     distances: Sequence[float],
     learning_rate: float | None,
@@ -255,7 +258,7 @@ def _one(
     tops = [
         sample_smoothness(o, few.images, few.labels, iterations=curvature_iterations, seed=seed) for o in objectives
     ]
-    edges = [ends(o, train.images, train.labels, seed=seed) for o in objectives]
+    edges = [ends(o, train.images, train.labels, seed=seed, iterations=lanczos) for o in objectives]
     first, last = objectives[0], objectives[-1]
     delta = (last.theta - first.theta).double()
     rate = peak_rate(subject, j, learning_rate)
@@ -270,6 +273,7 @@ def _one(
             batches=batches,
             distances=distances,
             drift=last.theta - first.theta,
+            iterations=lanczos,
             replace=run is not None and run.sampling == "with_replacement",
             seed=seed,
         )

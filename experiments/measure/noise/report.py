@@ -94,7 +94,7 @@ def gradients_along(
     seed: int = 0,
     memory: int = MEMORY,
 ) -> pd.DataFrame:
-    """How every expert's training gradient turns along its way; columns of :func:`successive_cosines` and ``expert``."""
+    """How every expert's gradient turns along its way; columns of :func:`successive_cosines`, and ``expert``."""
     frames = []
     for j, name in enumerate(subject.names):
         path = path_of(subject, j, checkpoints=checkpoints[j] if checkpoints else ())
