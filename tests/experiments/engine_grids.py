@@ -22,6 +22,7 @@ HEAVY = [
     *("torch", "torch.func", "timm", "sklearn.datasets", "scipy.stats", "experiments.inputs.kernels"),
     *("experiments.engines.local", "experiments.engines.cohort_job", "experiments.engines.worker"),
     *("experiments.finetune.reference", "experiments.finetune.cohort.vmapped", "experiments.models.build"),
+    "tests.experiments.warmed",
 ]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -22,21 +22,20 @@ from experiments.store import Store
 from tests.experiments.combine.stores import NAMES, finished_store
 
 TIMES = ["seconds", "seconds_merge"]
-RUN = """
-import sys
-from experiments.combine.api import combine
-from experiments.combine.designs import all_groups
-from experiments.combine.recipe import Evaluate
-from experiments.store import Store
+LIMIT = 120.0
 
-def say(progress):
-    print(progress.phase, progress.done, progress.total, flush=True)
 
-if __name__ == "__main__":
-    with Store.open(sys.argv[1]) as store:
-        combine(store, all_groups(store.frame()), ["average", "ties"], evaluate=Evaluate(images=60), workers=2, job=2,
-                watch=say)
-"""
+def merging(folder: Path, channel: Any) -> None:
+    """What a process does that is killed: merges in two workers, and tells how far it is."""
+
+    def say(progress: Any) -> None:
+        channel.send((progress.phase, progress.done))
+
+    with Store.open(folder) as store:
+        combine(
+            store, all_groups(store.frame()), ["average", "ties"], evaluate=Evaluate(images=60), workers=2, job=2,
+            watch=say,
+        )  # fmt: skip
 
 
 def measured(store: Store) -> pd.DataFrame:
@@ -45,27 +44,26 @@ def measured(store: Store) -> pd.DataFrame:
 
 
 def test_killed_workers_leave_whole_jobs_and_a_second_call_ends_with_the_same_bits(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
     killed = finished_store(tmp_path / "killed", NAMES)
     killed.close()
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path / "killed")],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"},
-    )
+    context = multiprocessing.get_context("fork")  # all that it needs is imported here
+    ours, theirs = context.Pipe()
+    process = context.Process(target=merging, args=(tmp_path / "killed", theirs))
+    process.start()
+    theirs.close()
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("merges 4"):
+        while True:
+            assert ours.poll(LIMIT), "the merging does not go on"
+            phase, done = ours.recv()
+            if phase == "merges" and done >= 4:
                 break
-        children = _children(process.pid)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=30) == -signal.SIGKILL
+        children = _children(process.pid or 0)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
     finally:
         process.kill()
+        ours.close()
     ends = time.monotonic() + 60
     while any(_alive(child) for child in children) and time.monotonic() < ends:
         time.sleep(0.1)
