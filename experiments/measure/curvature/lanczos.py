@@ -171,26 +171,57 @@ def extreme_eigenvalues(
         )
     if which not in ("largest", "smallest"):
         raise MergeboundError(f"which = {which!r}: choose largest or smallest")
-    sign = 1.0 if which == "largest" else -1.0
-    start = np.random.default_rng([seed, LANCZOS]).standard_normal(operator.shape[0])
+    space = _run(operator, count, (which,), steps, tolerance, seed)
+    return _eigenvalues(operator, space, count, which, chance, seed)
 
+
+def both_ends(
+    operator: LinearOperator, *, steps: int = 40, tolerance: float = 1e-4, chance: float = 0.01, seed: int = 0
+) -> tuple[Eigenvalues, Eigenvalues]:
+    """The smallest and the largest eigenvalue from one run; see :func:`extreme_eigenvalues`.
+
+    Both limits hold together with probability at least ``1 - chance``.
+
+    Raises:
+        MergeboundError: fewer than two steps, or products that are not finite.
+    """
+    if steps < 2 or not 0.0 < chance < 1.0:
+        raise MergeboundError(f"steps = {steps}, chance = {chance}: give 2 or more steps and 0 < chance < 1")
+    space = _run(operator, 1, ("smallest", "largest"), steps, tolerance, seed)
+    low = _eigenvalues(operator, space, 1, "smallest", chance, seed)
+    return low, _eigenvalues(operator, space, 1, "largest", chance, seed)
+
+
+def _order(values: Array, which: str, count: int) -> npt.NDArray[np.int64]:
+    order = np.argsort(values)
+    return order[::-1][:count] if which == "largest" else order[:count]
+
+
+def _run(
+    operator: LinearOperator, count: int, ends: tuple[str, ...], steps: int, tolerance: float, seed: int
+) -> Krylov:
     def enough(space: Krylov) -> bool:
         if space.steps < 2 * count + 2:
             return False
         values, vectors = space.ritz()
-        order = np.argsort(-sign * values)[:count]
+        chosen = np.concatenate([_order(values, end, count) for end in ends])
         width = max(values[-1] - values[0], float(np.abs(values).max()))
-        return bool((np.abs(space.off[-1] * vectors[-1, order]) <= tolerance * width).all())
+        return bool((np.abs(space.off[-1] * vectors[-1, chosen]) <= tolerance * width).all())
 
-    space = lanczos(operator, steps, start, enough)
+    start = np.random.default_rng([seed, LANCZOS]).standard_normal(operator.shape[0])
+    return lanczos(operator, steps, start, enough)
+
+
+def _eigenvalues(
+    operator: LinearOperator, space: Krylov, count: int, which: str, chance: float, seed: int
+) -> Eigenvalues:
     values, vectors = space.ritz()
-    order = np.argsort(-sign * values)[:count]
-    found = space.basis @ vectors[:, order]
+    found = space.basis @ vectors[:, _order(values, which, count)]
     found /= np.linalg.norm(found, axis=0)
     products = np.asarray(operator @ found)
     chosen = (found * products).sum(axis=0)
     residuals = np.linalg.norm(products - found * chosen, axis=0)
     exhausted = space.steps == operator.shape[0] or space.off[-1] <= _EXHAUSTED * float(np.abs(values).max())
     excess = 0.0 if exhausted else lanczos_excess(float(values[-1] - values[0]), operator.shape[0], space.steps, chance)
-    edge = values[-1] if which == "largest" else values[0]
-    return Eigenvalues(chosen, found, residuals, float(edge + sign * excess), chance, which, space.steps, seed)
+    limit = values[-1] + excess if which == "largest" else values[0] - excess
+    return Eigenvalues(chosen, found, residuals, float(limit), chance, which, space.steps, seed)

@@ -141,8 +141,8 @@ def _jacobian(risk: EmpiricalRisk, point: Tensor, kind: Kind, samples: int, seed
 
     def multiply(vectors: Tensor) -> Tensor:
         total = torch.zeros(vectors.shape, dtype=torch.float64)
-        for rows, outputs, changes, jacobian in risk.jacobian_blocks(point, vectors):
-            for row, change in zip(total, bend(rows, outputs, changes), strict=True):
+        for rows, jacobian in risk.jacobians(point):
+            for row, change in zip(total, bend(rows, jacobian.outputs, jacobian.push(vectors)), strict=True):
                 row += jacobian.pull(change).double()
         return total / len(risk)
 

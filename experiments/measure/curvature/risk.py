@@ -128,13 +128,11 @@ class EmpiricalRisk:
             total += found.double() * ((rows.stop - rows.start) / len(self))
         return total
 
-    def jacobian_blocks(self, point: Tensor, directions: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Jacobian]]:
-        """For each batch: its rows, outputs (m, C), J d for every d of directions (D, m, C), and the Jacobian."""
-        rows_of = directions.to(self.dtype)
+    def jacobians(self, point: Tensor) -> Iterator[tuple[slice, Jacobian]]:
+        """For each batch of images its rows and the Jacobian of their outputs."""
+        x = self._point(point)
         for rows, images, _ in self.batches():
-            jacobian = Jacobian.at(self.call, self._point(point), images)
-            changes = torch.stack([jacobian.push(d) for d in rows_of])
-            yield rows, jacobian.outputs, changes, jacobian
+            yield rows, Jacobian.at(self.call, x, images)
 
     def along(self, start: Tensor, direction: Tensor, time: float) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs at ``start + time direction`` and their first two derivatives by time: (n, C) each.
@@ -192,10 +190,11 @@ class Jacobian:
         (pulled,) = torch.autograd.grad(outputs, x, dual, create_graph=True)
         return cls(outputs.detach(), x, outputs, dual, pulled)
 
-    def push(self, direction: Tensor) -> Tensor:
-        """J d: (P,) to (m, C)."""
-        (found,) = torch.autograd.grad(self._pulled, self._dual, direction, retain_graph=True)
-        return found.detach()
+    def push(self, directions: Tensor) -> Tensor:
+        """J d for every row of directions: (D, P) to (D, m, C)."""
+        rows = directions.to(self.outputs.dtype)
+        found = [torch.autograd.grad(self._pulled, self._dual, d, retain_graph=True)[0] for d in rows]
+        return torch.stack(found).detach()
 
     def pull(self, change: Tensor) -> Tensor:
         """J' u: (m, C) to (P,)."""

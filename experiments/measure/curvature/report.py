@@ -1,0 +1,298 @@
+"""Every curvature of a subject at once, as tables: what ``mergebound measure curvature`` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import torch
+
+from experiments.measure.curvature.density import SpectralDensity, spectral_density
+from experiments.measure.curvature.directional import SegmentCurvature, predict_from_segments, segment_curvature
+from experiments.measure.curvature.gram import Anchor, CurvatureGram, curvature_gram
+from experiments.measure.curvature.lanczos import both_ends, extreme_eigenvalues
+from experiments.measure.curvature.number import Number
+from experiments.measure.curvature.operators import Kind, check_kind, check_precision, curvature_operator
+from experiments.measure.curvature.risk import BATCH, Part, full_point, task_risk
+from experiments.measure.curvature.smoothness import batch_smoothness, global_smoothness, segment_smoothness
+from experiments.measure.curvature.traces import Method, stochastic_trace
+from experiments.measure.subject import Subject
+from merging.statistics import Coefficients
+from theory.errors import MergeboundError, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Wanted = Literal["spectrum", "trace", "density", "segments", "gram", "smoothness", "precision"]
+WANTED: tuple[Wanted, ...] = get_args(Wanted)
+USUAL: tuple[Wanted, ...] = ("spectrum", "trace", "segments", "gram", "smoothness")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and with how much work.
+
+    Attributes:
+        wanted: parts of the report.
+        kind: curvature of spectrum, trace, density and smoothness: ``hessian`` or another of ``operators.KINDS``.
+        gram_kind: curvature of the Gram matrices.
+        by: coefficients of the Gram matrices: ``all``, ``layer`` or ``tensor``.
+        anchors: of the Gram matrices.
+        eigenvalues: how many at the top.
+        steps: Lanczos products.
+        probes: of the density.
+        products: of a trace.
+        trace_method: its estimator; layers get theirs with ``hutchinson``.
+        points: sampled on each segment.
+        batches, batch_size: mini-batches for smoothness; 0 batches leaves them out.
+        head: spectrum, trace and density in (merged coordinates, head j).
+        part, images: which images, how many at most.
+        batch: images at a time.
+        seed: names every draw.
+    """
+
+    wanted: tuple[str, ...] = USUAL
+    kind: Kind = "hessian"
+    gram_kind: Kind = "gauss_newton"
+    by: str = "all"
+    anchors: tuple[Anchor, ...] = ("own", "average")
+    eigenvalues: int = 1
+    steps: int = 30
+    probes: int = 2
+    products: int = 24
+    trace_method: Method = "hutchinson"
+    points: int = 5
+    batches: int = 0
+    batch_size: int = 16
+    head: bool = False
+    part: Part = "calibration"
+    images: int | None = None
+    batch: int = BATCH
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class CurvatureReport:
+    """Tables by name, and what they were made from; parts that were not asked for are empty or ``None``.
+
+    ``coefficients`` minimise the curvature prediction: the merging method ``curvature_optimal`` takes them.
+    """
+
+    tables: dict[str, pd.DataFrame]
+    gram: CurvatureGram | None
+    coefficients: Coefficients | None
+    segments: tuple[SegmentCurvature, ...]
+    densities: tuple[SpectralDensity, ...]
+    notes: tuple[str, ...]
+    seed: int
+    tier: str = "estimated"
+
+
+def measure_curvature(
+    subject: Subject, options: Options | None = None, *, progress: Progress | None = None
+) -> CurvatureReport:
+    """Measure what was asked for at each expert, on the segments to the average, and for the group.
+
+    Raises:
+        MergeboundError: unknown parts, or what the measurements raise.
+    """
+    o = options or Options()
+    for name in o.wanted:
+        if name not in WANTED:
+            raise MergeboundError(f"part {name!r}: {nearest(name, WANTED)}")
+    check_kind(o.kind)
+    check_kind(o.gram_kind)
+    tell = progress or (lambda stage, done, total: None)
+    tables: dict[str, pd.DataFrame] = {}
+    notes: list[str] = []
+    densities: tuple[SpectralDensity, ...] = ()
+    segments: tuple[SegmentCurvature, ...] = ()
+    gram, found = None, None
+    if {"spectrum", "trace", "density"} & set(o.wanted):
+        densities = _points(subject, o, tables, tell)
+    if "segments" in o.wanted:
+        segments = _segments(subject, o, tables, tell)
+        notes.append("maxima over sampled points of a segment err low: curvature between the points is not known")
+    if "gram" in o.wanted:
+        gram = curvature_gram(
+            subject, anchors=o.anchors, kind=o.gram_kind, by=o.by, part=o.part, images=o.images, batch=o.batch,
+            seed=o.seed, progress=tell,
+        )  # fmt: skip
+        found = _group(gram, tables)
+        notes.append("intervals cover other images, not the quadratic model's own error (see the segments)")
+    if "smoothness" in o.wanted:
+        _smoothness(subject, o, tables, tell)
+        notes.append("a network has no global L: only the head's bound, with the other layers fixed, is certified")
+    if "precision" in o.wanted:
+        _precision(subject, o, tables)
+    return CurvatureReport(tables, gram, found, segments, densities, tuple(notes), o.seed)
+
+
+def _points(
+    subject: Subject, o: Options, tables: dict[str, pd.DataFrame], tell: Progress
+) -> tuple[SpectralDensity, ...]:
+    """At each expert: eigenvalues, traces, density."""
+    import pandas as pd
+
+    rows, traces, curves, densities = [], [], [], []
+    for j, name in enumerate(subject.names):
+        tell("curvature at the experts", j, subject.size)
+        risk = task_risk(subject, j, part=o.part, images=o.images, seed=o.seed, head=o.head, batch=o.batch)
+        point = full_point(subject, j, subject.vectors[j]) if o.head else subject.vectors[j]
+        operator = curvature_operator(risk, point, o.kind, seed=o.seed)
+        if "spectrum" in o.wanted:
+            low, high = both_ends(operator, steps=o.steps, seed=o.seed)
+            if o.eigenvalues > 1:
+                high = extreme_eigenvalues(operator, o.eigenvalues, steps=o.steps, seed=o.seed)
+            rows += [e.to_frame().assign(task=name, end=e.which, kind=o.kind) for e in (high, low)]
+        if "trace" in o.wanted:
+            parts = None
+            if o.trace_method == "hutchinson":
+                parts = {group.name: subject.columns(group).numpy() for group in subject.layers("layer")}
+            found = stochastic_trace(operator, o.products, method=o.trace_method, parts=parts, seed=o.seed)
+            traces.append(found.to_frame().assign(task=name, kind=o.kind, method=o.trace_method))
+        if "density" in o.wanted:
+            density = spectral_density(operator, steps=o.steps, probes=o.probes, seed=o.seed)
+            densities.append(density)
+            curves.append(density.curve().assign(task=name, kind=o.kind, tier=density.tier, seed=o.seed))
+    for key, frames in (("eigenvalues", rows), ("traces", traces), ("density", curves)):
+        if frames:
+            table = pd.concat(frames, ignore_index=True)
+            tables[key] = table[["task", *(c for c in table.columns if c != "task")]]
+    return tuple(densities)
+
+
+def _segments(
+    subject: Subject, o: Options, tables: dict[str, pd.DataFrame], tell: Progress
+) -> tuple[SegmentCurvature, ...]:
+    """x_0 to x_j, and x_j to the average, with the predictions for the average."""
+    import pandas as pd
+
+    average = subject.vectors.mean(dim=0)
+    rows, points, toward = [], [], []
+    for j, name in enumerate(subject.names):
+        tell("segments", j, subject.size)
+        risk = task_risk(subject, j, part=o.part, images=o.images, seed=o.seed, batch=o.batch)
+        ends = {
+            "base to expert": (subject.base, subject.vectors[j]),
+            "expert to average": (subject.vectors[j], average),
+        }
+        for label, (start, end) in ends.items():
+            found = segment_curvature(risk, start, end, points=o.points)
+            rows.append(
+                {
+                    "task": name,
+                    "segment": label,
+                    "length": found.length,
+                    **found.largest().row("largest_curvature"),
+                    **found.largest(gauss_newton=True).row("largest_gauss_newton"),
+                    **found.upper().row("A"),
+                    **found.from_slopes().row("Lambda"),
+                    "tier": found.tier,
+                    "seed": o.seed,
+                }
+            )
+            points.append(found.to_frame().assign(segment=label))
+        toward.append(found)
+    tables["segments"] = pd.DataFrame(rows)
+    tables["segment_points"] = pd.concat(points, ignore_index=True)
+    predicted = predict_from_segments(toward)
+    measured = [s.losses[-1] for s in toward]
+    error = float(np.sqrt(sum(v.var(ddof=1) / len(v) for v in measured)) / len(measured))
+    truth = Number.normal(float(np.mean([v.mean() for v in measured])), error, "images", o.seed)
+    named = {
+        "curvature at the experts": predicted.endpoint,
+        "curvature on the segment": predicted.segment,
+        "slopes on the segment": predicted.slopes,
+        "slope and curvature": predicted.taylor,
+        "evaluated": truth,
+    }
+    tables["average"] = pd.DataFrame(
+        [{"from": k, **n.row("risk"), "tier": n.tier, "seed": n.seed} for k, n in named.items()]
+    )
+    return tuple(toward)
+
+
+def _group(gram: CurvatureGram, tables: dict[str, pd.DataFrame]) -> Coefficients:
+    """The Gram matrices, and the coefficients that they lead to."""
+    import pandas as pd
+
+    tables["gram"] = gram.to_frame()
+    coefficients, optimum = gram.optimal()
+    n = gram.size
+    scale = gram.best_scale()
+    points = {
+        "average": np.full(n, 1 / n),
+        f"task arithmetic {scale.value:.3g}": np.full(n, scale.value),
+        "curvature_optimal": optimum.alpha,
+    }
+    rows = []
+    for label, alpha in points.items():
+        risk = gram.predict(alpha).number()
+        shown = alpha.reshape(n, -1).mean(axis=1)
+        row = {"merge": label, **risk.row("predicted_risk"), "tier": gram.tier, "seed": gram.seed}
+        rows.append(row | {f"alpha {name}": float(a) for name, a in zip(gram.experts, shown, strict=True)})
+    tables["coefficients"] = pd.DataFrame(rows)
+    clipped = [
+        {"task": name, "anchor": anchor, "negative_share": float(share), "kind": gram.kind, "tier": gram.tier}
+        for j, name in enumerate(gram.experts)
+        for anchor, share in zip(gram.anchors, gram.negative_share(j), strict=True)
+    ]
+    tables["clipped"] = pd.DataFrame(clipped).assign(seed=gram.seed)
+    return coefficients
+
+
+def _smoothness(subject: Subject, o: Options, tables: dict[str, pd.DataFrame], tell: Progress) -> None:
+    """L on the sampled points of x_0 to x_j, of mini-batches of S_j, and the head's global bound."""
+    import pandas as pd
+
+    frames, bounds = [], []
+    for j, name in enumerate(subject.names):
+        tell("smoothness", j, subject.size)
+        risk = task_risk(subject, j, part=o.part, images=o.images, seed=o.seed, batch=o.batch)
+        found = [
+            segment_smoothness(
+                risk, subject.base, subject.vectors[j], points=min(o.points, 3), kind=o.kind, steps=o.steps, seed=o.seed
+            )
+        ]
+        if o.batches:
+            part: Part = o.part if subject.train[j] is None else "train"
+            sample = task_risk(subject, j, part=part, images=o.images, seed=o.seed, batch=o.batch)
+            size = min(o.batch_size, len(sample))
+            found.append(
+                batch_smoothness(
+                    sample, subject.vectors[j], size, batches=o.batches, kind=o.kind, steps=o.steps, seed=o.seed
+                )
+            )
+        frames += [f.to_frame() for f in found]
+        for bound in global_smoothness(subject, j, subject.vectors[j]):
+            value = None if bound.bound is None else bound.bound
+            bounds.append(
+                {
+                    "task": name,
+                    "coordinates": bound.what,
+                    "L": np.inf if value is None else value.risk,
+                    "L_of_one_image": np.inf if value is None else value.sample,
+                    "tier": bound.tier,
+                    "reason": bound.reason,
+                }
+            )
+    tables["smoothness"] = pd.concat(frames, ignore_index=True)
+    tables["global_smoothness"] = pd.DataFrame(bounds)
+
+
+def _precision(subject: Subject, o: Options, tables: dict[str, pd.DataFrame]) -> None:
+    import pandas as pd
+
+    rows = []
+    for j, name in enumerate(subject.names):
+        options = {"part": o.part, "images": o.images, "seed": o.seed, "batch": o.batch}
+        pair = [task_risk(subject, j, dtype=t, **options) for t in (torch.float32, torch.float64)]  # type: ignore[arg-type]
+        kinds: Sequence[Kind] = ("hessian", "gauss_newton")
+        for kind in kinds:
+            found = check_precision(pair[0], pair[1], subject.vectors[j], kind, seed=o.seed)
+            rows.append({"task": name, **vars(found)})
+    tables["precision"] = pd.DataFrame(rows)
