@@ -30,7 +30,8 @@ from theory.errors import MergeboundError
 
 PARTS = ("all", "shared", "private")
 """What a distance is over: all trained numbers, those that are merged, the head."""
-WRITTEN_CHUNK, NETWORK_CHUNK = 128, 8
+WRITTEN_CHUNK, WRITTEN_BYTES, NETWORK_CHUNK = 512, 1 << 22, 8
+"""Twins at a time by default: written out, as many as stay near the processor; of other networks a few."""
 Collect = Callable[[int, int, Mapping[str, Tensor]], None]
 """``collect(twin, step, state)`` with the twin's full state dict."""
 _log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def train_twins(
         fresh: held-back data of the same task, from which samples are replaced.
         pairs: what is exchanged (:func:`~.pairs.draw_pairs`); positions in S.
         way: ``written`` (logistic regression, MLPs), ``folded``, ``vmap`` or ``auto``.
-        chunk: twins at a time; default 128 where written out, else 8.
+        chunk: twins at a time; default up to 512 where written out, else 8.
         memory: bytes that all but the data may take.
         control: train one more row that exchanges nothing with the first chunk, which shows the rounding.
         once: the fresh sample is seen in the first batch only: one kick, then the same batches (the growth of a small
@@ -220,7 +221,8 @@ def make_room(
     """
     row = max(expert_bytes(run, (network, {"x": torch.empty(engine.size, device="meta")}, sample)), engine.row_bytes)
     fixed = (stops + 2) * engine.size * engine.dtype.itemsize
-    most = chunk if chunk is not None else (WRITTEN_CHUNK if engine.name == "written" else NETWORK_CHUNK)
+    near = min(WRITTEN_CHUNK, max(NETWORK_CHUNK, WRITTEN_BYTES // engine.row_bytes))
+    most = chunk if chunk is not None else (near if engine.name == "written" else NETWORK_CHUNK)
     if most < 1:
         raise MergeboundError(f"chunk = {chunk}: give 1 or more")
     rows, kept = min(most, twins), starts
