@@ -157,22 +157,29 @@ class Rule:
     """How a prediction depends on what is known: a sum over parts of ``scale * w(alpha)``.
 
     Attributes:
-        parts: (scale, basis, rows of ``known`` that the part interpolates).
+        parts: (scale, bases, rows of ``known`` that the part interpolates).  The first basis is fitted to the rows, the
+            next to what the first leaves of them, and so on: a quadratic that explains everything stays one.
         known: all observations, D rows.
     """
 
-    parts: tuple[tuple[float, Basis, tuple[int, ...]], ...]
+    parts: tuple[tuple[float, tuple[Basis, ...], tuple[int, ...]], ...]
     known: Known
 
     @cached_property
-    def _solved(self) -> tuple[Array, ...]:
+    def _solved(self) -> tuple[tuple[Array, ...], ...]:
+        """For every part and basis: coefficients of the functions as a linear map of the rows, (B, rows)."""
         found = []
-        for _, basis, rows in self.parts:
+        for _, bases, rows in self.parts:
             chosen = list(rows)
             orders = self.known.orders[chosen]
             trust = np.where(orders.sum(axis=1) == 0, 1.0, _DERIVATIVES)
-            seen = trust[:, None] * basis.under(self.known.points[chosen], orders)
-            found.append(basis.sizes[:, None] * np.linalg.pinv(seen * basis.sizes, rcond=_SINGULAR) * trust)
+            left, maps = np.eye(len(chosen)), []
+            for basis in bases:
+                seen = basis.under(self.known.points[chosen], orders)
+                inverse = np.linalg.pinv(trust[:, None] * seen * basis.sizes, rcond=_SINGULAR)
+                maps.append(basis.sizes[:, None] * inverse * trust @ left)
+                left = left - seen @ maps[-1]
+            found.append(tuple(maps))
         return tuple(found)
 
     def weights(self, alpha: npt.ArrayLike) -> Array:
@@ -193,8 +200,9 @@ class Rule:
     def _weights(self, alpha: Array, orders: Orders) -> Array:
         flat, flat_orders = alpha.reshape(-1, self.known.size), orders.reshape(-1, self.known.size)
         out = np.zeros((len(flat), len(self.known)))
-        for (scale, basis, rows), solved in zip(self.parts, self._solved, strict=True):
-            out[:, list(rows)] += scale * basis.under(flat, flat_orders) @ solved
+        for (scale, bases, rows), maps in zip(self.parts, self._solved, strict=True):
+            for basis, solved in zip(bases, maps, strict=True):
+                out[:, list(rows)] += scale * basis.under(flat, flat_orders) @ solved
         return out.reshape(*alpha.shape[:-1], len(self.known))
 
     def _coefficients(self, alpha: npt.ArrayLike) -> Array:
@@ -218,7 +226,7 @@ class InterpolatedField:
         labels: (n,).
         kind: name of the predictor.
 
-    >>> rule = Rule(((1.0, affine(1), (0, 1)),), values([[0.0], [1.0]]))
+    >>> rule = Rule(((1.0, (affine(1),), (0, 1)),), values([[0.0], [1.0]]))
     >>> InterpolatedField(rule, np.array([[[0.0, 0.0]], [[2.0, -2.0]]]), np.array([0]), "secant").at([0.5]).tolist()
     [[1.0, -1.0]]
     """

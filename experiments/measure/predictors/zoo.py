@@ -30,13 +30,13 @@ Shape = Literal["affine", "squares", "affine+pairs", "squares+pairs", "quadratic
 Residual = Literal["none", "base", "own", "average"]
 _SECTION = "theory.md section 8"
 
-_BASES: dict[Shape, Callable[[int], Basis]] = {
-    "affine": affine,
-    "squares": own_squares,
-    "affine+pairs": lambda size: with_common_pairs(affine(size)),
-    "squares+pairs": lambda size: with_common_pairs(own_squares(size)),
-    "quadratic": lambda size: polynomials(size, 2),
-    "cubic": lambda size: polynomials(size, 3),
+_BASES: dict[Shape, Callable[[int], tuple[Basis, ...]]] = {
+    "affine": lambda size: (affine(size),),
+    "squares": lambda size: (own_squares(size),),
+    "affine+pairs": lambda size: (with_common_pairs(affine(size)),),
+    "squares+pairs": lambda size: (with_common_pairs(own_squares(size)),),
+    "quadratic": lambda size: (polynomials(size, 2),),
+    "cubic": lambda size: (polynomials(size, 2), polynomials(size, 3)),
 }
 
 
@@ -45,7 +45,7 @@ class Part:
     """A polynomial through some of what is known.
 
     Attributes:
-        shape: of the polynomial in alpha.
+        shape: of the polynomial in alpha; ``cubic`` is a quadratic, corrected by a cubic for what it leaves.
         kinds: that it goes through; ``point:<kind>`` is the value at the point of a kind's products alone.
         weight: in the sum of parts.
     """
