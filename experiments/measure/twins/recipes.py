@@ -1,8 +1,8 @@
 """The recipes on which Theorem 2 is judged: fixed before any of them was run.
 
-For each network one centre, the four hyperparameters of the theorem changed one at a time over a factor of eight (twelve
-recipes, from which exponents are read), six other update rules and samplings, and fourteen recipes that differ in
-everything at once: thirty-three in all.
+For each network one centre, the four hyperparameters of the theorem changed one at a time over a factor of eight
+(twelve recipes, from which exponents are read), six other update rules and samplings, and fourteen recipes that differ
+in everything at once: thirty-three in all.
 """
 
 from __future__ import annotations

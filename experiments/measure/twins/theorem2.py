@@ -63,7 +63,7 @@ def gradient_gaps(
     exchanged: TrainingData,
     pairs: Pairs,
 ) -> np.ndarray:
-    """u_j at one state, (T,): norms over the trained parameters, in evaluation mode, without augmentation of epochs > 0.
+    """u_j at one state, (T,): norms over the trained parameters, network in evaluation mode.
 
     Args:
         state: full state dict.
