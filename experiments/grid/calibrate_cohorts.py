@@ -111,7 +111,7 @@ def calibrate_cohorts(
                 run, opened, most_together(run, runs), memory=memory_of(device), budget=each, seed=seed
             )
             took = _now(on_cpu) - began
-            spent += took * (2.0 if took > each else 1.0)  # the planner's own budget is larger
+            spent += took * (3.0 if took > each else 1.0)  # the planner's own budget is larger
         validation = _evaluation(network, facts, plain, classes, device, 0, seed)
         test = _evaluation(network, facts, plain, classes, device, resamples, seed)
     last = found[sizes[-1]]

@@ -26,7 +26,8 @@ def run(hash_seed: str, threads: int, experts: int, tensors: int) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def runs() -> list[dict[str, Any]]:
-    return [run("0", 1, 1, 1), run("123", 2, -1, 1), run("7", 1, 1, -1)]
+    """Everything changes at once: what differs then is sought by changing one thing at a time, by hand."""
+    return [run("0", 1, 1, 1), run("123", 2, -1, -1)]
 
 
 DECOMPOSING = ("tsv_m", "iso_c", "iso_cts", "knots", "wudi", "regmean")

@@ -185,19 +185,39 @@ def test_methods_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2306.01708" in capsys.readouterr().out
 
 
-def test_warnings_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+ALONE = """
+import sys
+from experiments.cli import main
+
+def merge(*words):
+    try:
+        main(["merge", *words])
+    except SystemExit as stop:
+        assert not stop.code, words
+
+merge("e1.safetensors", "e3.pth.tar", "--out", "o.safetensors")
+merge("e1.safetensors", "e2.safetensors", "--out", "p.safetensors")
+assert "numba" not in sys.modules, "small merges do not pay for loading the compiler"
+import merging.many
+assert "numba" not in sys.modules, "it is imported only where it runs"
+"""
+
+
+def test_in_a_process_of_its_own_warnings_are_one_line_and_nothing_is_compiled(folder: Path) -> None:
     state = load_file("e2.safetensors")
     torch.save({"state_dict": state, "state_dict_ema": state}, "e3.pth.tar")
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.cli", "merge", "e1.safetensors", "e3.pth.tar", "--out", "o.safetensors"],
+        [sys.executable, "-c", ALONE],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "60"},
         capture_output=True,
         text=True,
         check=True,
+        timeout=300,
     )
     expected = "warning: e3.pth.tar holds 'state_dict' and 'state_dict_ema': 'state_dict' is used; save another"
     assert done.stderr.splitlines() == [expected + " to a file of its own"]
     assert [expert["name"] for expert in read_metadata("o.safetensors")["experts"]] == ["e1", "e3"]
+    assert set(load_file("p.safetensors")) == set(load_file("e1.safetensors"))
 
 
 def test_a_group_without_coefficients_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

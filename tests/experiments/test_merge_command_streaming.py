@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from experiments import merge_job
 from experiments.cli import main
 from experiments.merge_job import Resources, describe, execute, outline, prepare, route
-from merging.checkpoint import file_hash, load_state_dict, read_metadata, save_checkpoint
+from merging.checkpoint import file_hash, read_metadata, save_checkpoint
 from merging.config import ExpertEntry, MergeFile, build
 from merging.errors import MethodError
 from merging.fingerprint import quick_hash
@@ -301,21 +300,6 @@ def test_memory_is_as_planned(tmp_path_factory: pytest.TempPathFactory, method: 
         measured = peak - begin
         assert measured <= predicted + 30_000_000, (method, threads, predicted, measured)
         assert predicted <= 3 * max(0, measured) + 60_000_000
-
-
-def test_without_large_merges_nothing_is_compiled(folder: Path) -> None:
-    """Small merges do not pay for loading the compiler."""
-    code = "import sys; from experiments.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit: pass\n"
-    code += "assert 'numba' not in sys.modules"
-    experts = [f"{name}.safetensors" for name in EXPERTS]
-    subprocess.run(
-        [sys.executable, "-c", code, "merge", *experts, "--out", "o.safetensors"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert set(load_state_dict("o.safetensors")) == set(load_file("e1.safetensors"))
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(

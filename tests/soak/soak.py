@@ -1,12 +1,13 @@
 """Kill a grid again and again: 1,000 short runs, SIGKILL at 20 random moments; the bits must be those of a whole one.
 
-    python -m tests.soak.soak [--runs 1000] [--kills 20] [--seed 0] [--only one two disk]
+    python -m tests.soak.soak [--runs 1000] [--kills 20] [--seed 0] [--only one two disk files]
 
-Three grids are begun with one frozen plan and compared with a grid that nobody disturbed:
+Four grids are begun with one frozen plan and compared with a grid that nobody disturbed:
 
 ``one``   one runner (`mergebound grid resume`, two workers), its whole process group killed at random moments;
 ``two``   two runners at once on one store, one of them killed at each moment;
-``disk``  a disk that is too small (a tmpfs as root, otherwise a limit on the size of files) until it is made larger.
+``disk``  a disk that is too small (a tmpfs, for which root is needed) until it is made larger;
+``files`` a limit on the size of files (as a quota sets it, or a user without root) until it is lifted.
 
 Every run must be there once, with the same bits of every state, log and metric; no file may be left that no run needs,
 and no process.  Exit code 1 if any of that fails.
@@ -36,6 +37,7 @@ from experiments.store import Store
 
 LIMIT = 7200.0
 """Seconds that a grid may take."""
+SCENARIOS = ("one", "two", "disk", "files")
 COMMAND = [sys.executable, "-m", "experiments.cli", "grid"]
 
 
@@ -47,7 +49,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", nargs="*", choices=("one", "two", "disk"), default=("one", "two", "disk"))
+    parser.add_argument("--only", nargs="*", choices=SCENARIOS, default=SCENARIOS)
     args = parser.parse_args()
     faults: list[str] = []
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
@@ -66,7 +68,9 @@ def main() -> int:
         for name in args.only:
             began = time.monotonic()
             rng = np.random.default_rng([args.seed, 0x50AC])
-            scenario: Callable[..., int] = {"one": one_runner, "two": two_runners, "disk": full_disk}[name]
+            scenario: Callable[..., int] = {
+                "one": one_runner, "two": two_runners, "disk": full_disk, "files": small_files
+            }[name]  # fmt: skip
             hits = scenario(place / name, args.workers, args.kills, rng, len(expected))
             found = check(place / name, expected)
             faults += [f"{name}: {fault}" for fault in found]
@@ -175,6 +179,10 @@ def two_runners(folder: Path, workers: int, kills: int, rng: np.random.Generator
 
 def full_disk(folder: Path, workers: int, kills: int, rng: np.random.Generator, total: int) -> int:
     """Fill the disk, give it a little more room, and again, until everything fits."""
+    if os.geteuid() != 0:
+        print("  disk: left out, as mounting a small tmpfs needs root", flush=True)
+        finish(start(folder, workers))
+        return 0
     needed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     with small_disk(folder) as grow:
         hits = 0
@@ -194,11 +202,27 @@ def full_disk(folder: Path, workers: int, kills: int, rng: np.random.Generator, 
     return hits
 
 
+def small_files(folder: Path, workers: int, kills: int, rng: np.random.Generator, total: int) -> int:
+    """No file may be larger than a limit, which grows twice and then goes."""
+    hits = 0
+    largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    for share in np.sort(rng.uniform(0.05, 0.9, 3)):
+        before = done(folder)
+        runner = start(folder, workers, int(largest + (1 << 16) + share * total * 600))
+        _, said = runner.communicate(timeout=LIMIT)
+        if runner.returncode == 0:
+            break
+        if runner.returncode != 2 or not ("full" in said or "refuses" in said) or "Traceback" in said:
+            raise SystemExit(f"a limit on the size of files gave exit code {runner.returncode}: {said}")
+        hits += 1
+        print(f"  file too large after {done(folder) - before} more runs", flush=True)
+    finish(start(folder, workers))
+    return hits
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Callable[[int], None]]:
     """A folder on a disk of its own, as root; the function sets its size in bytes."""
-    if os.geteuid() != 0:
-        raise SystemExit("disk: needs root to mount a small tmpfs; leave it out with --only one two")
     aside = folder.with_name(folder.name + "-aside")
     folder.rename(aside)
     folder.mkdir()
