@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.measure.backbone import Backbone
-from experiments.measure.landscape.intervals import Curve, banded, curves, height
+from experiments.measure.landscape.intervals import Curve, banded, curves, height, standard_error
 from experiments.measure.landscape.lines import barriers, line, shared_size, usual_lines
 from experiments.measure.landscape.marks import merge_points
 from experiments.measure.landscape.planes import plane_through, principal_plane, surface
@@ -204,6 +204,14 @@ def test_images_in_several_tasks_are_resampled_together() -> None:
     assert np.array_equal(sources[0], sources[1])
     assert sources[2] is None
     assert shared_sources(("digits8:flip", "digits8:roll"), (one, other)) == (None, None)
+
+
+def test_standard_errors_count_shared_images_once() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 50))
+    same = np.arange(50)
+    assert standard_error([a, b], [None, None]) == pytest.approx(np.sqrt(a.var(ddof=1) + b.var(ddof=1)) / 2 / 50**0.5)
+    assert standard_error([a, b], [same, same]) == pytest.approx(((a + b) / 2).std(ddof=1) / 50**0.5)
 
 
 # --- planes ----------------------------------------------------------------------------------------------------------

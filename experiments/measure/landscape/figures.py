@@ -41,7 +41,8 @@ def lines_figure(lines: Sequence[Line], quantity: str = "loss") -> Picture:
     figure, axes = _grid(rows, columns, 3.1, 2.5, 0.5)
     for ax in axes.flat[len(lines) :]:
         ax.set_visible(False)
-    for ax, line in zip(axes.flat, lines, strict=False):
+    panels: list[Any] = list(axes.flat)
+    for ax, line in zip(panels, lines, strict=False):
         for profile in line.profiles:
             curve = getattr(profile, quantity)
             joint = profile is line.joint
@@ -103,9 +104,9 @@ def contour_figure(surface: Surface, quantity: str = "loss", levels: int = 12) -
                          norm=_norm(scale), extend="max")  # fmt: skip
     drawn = ax.contour(surface.u, surface.v, shown, levels=scale, colors=INK, linewidths=0.4, alpha=0.5, zorder=2)
     fmt = (lambda value: f"{100 * value:.0f} %") if quantity == "error" else _short_number
-    ax.clabel(drawn, drawn.levels[::2], fontsize=7, fmt=fmt)
+    ax.clabel(drawn, scale[::2], fontsize=7, fmt=fmt)
     bar = figure.colorbar(filled, ax=ax, shrink=0.85, pad=0.02)
-    bar.set_ticks(scale[::2], labels=[fmt(float(v)) for v in scale[::2]])
+    bar.set_ticks([float(v) for v in scale[::2]], labels=[fmt(float(v)) for v in scale[::2]])
     bar.set_label("joint loss (nats)" if quantity == "loss" else "joint error", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     handles: list[Any] = []
@@ -158,7 +159,7 @@ def flatness_figure(found: Flatness) -> Picture:
         rise = point.rise
         assert rise is not None
         shade, marker = SERIES[k % len(SERIES)]
-        style = "-" if k < len(SERIES) else "--"
+        style: Any = "-" if k < len(SERIES) else "--"
         ax.fill_between(rise.steps, rise.low, rise.high, color=shade, alpha=0.12, linewidth=0)
         ax.plot(rise.steps, rise.mean, color=shade, marker=marker, markersize=3.5, linewidth=1.3, linestyle=style)
         label = f"{pretty(point.point)}, {'all tasks' if point.task == JOINT else 'its task'}"

@@ -191,9 +191,9 @@ def _point(
         taken.append(one)
     rise = None
     if options.directions:
-        steps = np.linspace(-options.reach, options.reach, options.points | 1)
+        along = np.linspace(-options.reach, options.reach, options.points | 1)
         rise = filter_rise(
-            loss, x, space, [float(s) for s in steps], directions=options.directions, seed=seed, level=level
+            loss, x, space, [float(s) for s in along], directions=options.directions, seed=seed, level=level
         )
     task = subject.names[tasks[0]] if len(tasks) == 1 else JOINT
     return PointFlatness(name, task, value(loss, x), tuple(taken), rise, loss.images, on.part)

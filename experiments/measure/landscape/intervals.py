@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.evaluate.bootstrap import bootstrap_means
 from experiments.measure.landscape.scores import Floats, Panel, Scores
@@ -75,6 +76,18 @@ def curves(
     drawn = sum(w * d for w, d in zip(p, means, strict=True))
     out[None] = banded(np.asarray(joint), np.asarray(drawn), level)
     return out
+
+
+def standard_error(tables: Sequence[Floats], sources: Sequence[NDArray[np.int64] | None]) -> float:
+    """Of the mean over tasks of each task's mean over images; images that several tasks show count once, with the sum
+    of what they are in each.  NaN where a task has fewer than two images."""
+    sums: dict[object, Floats] = {}
+    for j, (table, source) in enumerate(zip(tables, sources, strict=True)):
+        key = j if source is None else source.tobytes()
+        sums[key] = sums[key] + table if key in sums else table
+    with np.errstate(invalid="ignore"):
+        parts = [float(total.var(ddof=1)) / len(total) if len(total) > 1 else math.nan for total in sums.values()]
+    return math.sqrt(sum(parts)) / len(tables)
 
 
 def banded(value: Floats, draws: Floats, level: float) -> Curve:

@@ -209,7 +209,8 @@ def usual_lines(
     base = ("base", subject.base)
     experts = [(name, subject.vectors[i]) for i, name in enumerate(subject.names)]
     count = subject.size
-    found = [(base, experts[i], (i,)) for i in range(count)]
+    found: list[tuple[tuple[str, Tensor], tuple[str, Tensor], tuple[int, ...]]] = []
+    found += [(base, experts[i], (i,)) for i in range(count)]
     found += [(experts[i], experts[k], (i, k)) for i in range(count) for k in range(i + 1, count)]
     for name, vector in merges.items():
         found += [(experts[i], (name, vector), (i,)) for i in range(count)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from experiments.measure.landscape.intervals import standard_error
 from experiments.measure.landscape.lines import shared_size
 from experiments.measure.landscape.scores import Evaluator, Floats, Progress, Scores
 from theory.errors import MergeboundError
@@ -177,6 +179,7 @@ class Surface:
         columns: dict[str, object] = {"u": grid_u.ravel(), "v": grid_v.ravel()}
         for name in ("loss", "loss_se", "error", "error_se"):
             columns[name] = getattr(self, name).ravel()
+        columns["accuracy"] = 1.0 - self.error.ravel()
         columns |= {f"loss {task}": self.task_loss[j].ravel() for j, task in enumerate(self.tasks)}
         return pd.DataFrame(columns).assign(tier=self.tier, seed=self.seed)
 
@@ -184,7 +187,8 @@ class Surface:
         """One row per marked point."""
         import pandas as pd
 
-        return pd.DataFrame([vars(mark) for mark in self.marks]).assign(tier=self.tier, seed=self.seed)
+        rows = [vars(mark) | {"accuracy": 1.0 - mark.error} for mark in self.marks]
+        return pd.DataFrame(rows).assign(tier=self.tier, seed=self.seed)
 
 
 def surface(
@@ -227,7 +231,7 @@ def surface(
 
     marks = tuple(_mark(judge, plane, *one, foot, tell) for one, foot in zip(named, feet, strict=True))
     points = (plane.point(float(a), float(b)) for b in v for a in u)  # one at a time
-    rows = [_summary(scores) for scores in judge.many(points, progress=tell, stage="plane")]
+    rows = [_summary(scores, judge.panel.sources) for scores in judge.many(points, progress=tell, stage="plane")]
     table = np.array(rows).reshape(len(v), len(u), -1)
     sizes = judge.panel.sizes
     return Surface(
@@ -249,7 +253,7 @@ def _mark(
     judge: Evaluator, plane: Plane, name: str, kind: str, vector: Tensor, foot: Floats, tell: Progress
 ) -> Mark:  # fmt: skip
     there, below = judge.many((vector, plane.point(*foot)), progress=tell, stage="marked points")
-    loss, loss_se, error, error_se, *_ = _summary(there)
+    loss, loss_se, error, error_se, *_ = _summary(there, judge.panel.sources)
     distance = float(plane.distances(vector[None])[0])
     size = shared_size(judge.subject)
     away = float((vector - judge.subject.base)[:size].double().norm())
@@ -258,17 +262,10 @@ def _mark(
     return Mark(name, kind, u, v, distance, relative, loss, loss_se, error, error_se, below.mean_loss())  # type: ignore[arg-type]
 
 
-def _summary(scores: Scores) -> list[float]:
+def _summary(scores: Scores, sources: Sequence[NDArray[np.int64] | None]) -> list[float]:
     """Joint loss and error with standard errors over images, then each task's loss."""
-    count = len(scores.loss)
     out: list[float] = []
     for table in (scores.loss, scores.error):
-        with np.errstate(invalid="ignore"):
-            variance = sum(_variance(values) for values in table.values()) / count**2
-        out += [float(np.mean([values.mean() for values in table.values()])), float(np.sqrt(variance))]
+        values = list(table.values())
+        out += [float(np.mean([one.mean() for one in values])), standard_error(values, sources)]
     return out + [float(values.mean()) for values in scores.loss.values()]
-
-
-def _variance(values: Floats) -> float:
-    """Of the mean; images of different tasks count as independent here."""
-    return float(values.var(ddof=1) / len(values)) if len(values) > 1 else float("nan")

@@ -57,12 +57,9 @@ class _Norm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm of inputs of any shape, with what timm puts behind it."""
 
     def __init__(self, source: EvaluationBatchNorm) -> None:
-        weight = source.weight
-        super().__init__(len(source.running_mean), eps=source.eps, affine=weight is not None)
-        if weight is not None:
-            self.weight, self.bias = weight, source.bias
-        self.running_mean, self.running_var = source.running_mean.clone(), source.running_var.clone()
-        self.num_batches_tracked = source.num_batches_tracked
+        super().__init__(len(source.running_mean), eps=source.eps, affine=source.weight is not None)
+        self.to(source.running_mean.dtype)
+        self.load_state_dict(source.state_dict(), strict=False)
         self.drop, self.act = source.drop, source.act
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -217,7 +217,8 @@ def evaluator(
         raise MergeboundError(f"path = {path!r}: choose plain, exact or fast")
     if batchnorm != "merged" and not subject.networks[0].partition.buffers:
         raise MergeboundError(f"{subject.architecture} has no running statistics to estimate; use batchnorm = merged")
-    fast, heads = None, ()
+    fast: FastModel | None = None
+    heads: tuple[Readout, ...] = ()
     if path != "plain" and subject.base.dtype == torch.float32:
         fast, heads = _fast(subject, on, path)
     ready = []

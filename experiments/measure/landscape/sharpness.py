@@ -21,6 +21,7 @@ from torch import Tensor
 
 from experiments.evaluate.bootstrap import bootstrap_means
 from experiments.measure.landscape.directions import filter_normalised, gaussian, signs
+from experiments.measure.landscape.intervals import standard_error
 from experiments.measure.landscape.objective import Loss, value
 from experiments.measure.landscape.scores import Floats
 from merging.flat import FlatSpace
@@ -88,7 +89,8 @@ def ball(unit: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
     def best(gradient: Tensor) -> Tensor:
         pulled = unit * gradient
         norm = pulled.double().norm().clamp(min=1e-300)
-        return (radius * unit.double() * pulled.double() / norm).to(gradient.dtype)
+        farthest: Tensor = radius * unit.double() * pulled.double() / norm
+        return farthest.to(gradient.dtype)
 
     return best
 
@@ -133,7 +135,8 @@ def epsilon_sharpness(
         bound[: loss.moving] = epsilon * (x[: loss.moving].abs() + 1.0)
 
         def best(gradient: Tensor) -> Tensor:
-            return bound * torch.sign(gradient)
+            corner: Tensor = bound * torch.sign(gradient)
+            return corner
 
     else:
         _positive("dimension", dimension)
@@ -144,7 +147,8 @@ def epsilon_sharpness(
         box = (epsilon * (own.abs() + 1.0)).to(x.dtype)
 
         def best(gradient: Tensor) -> Tensor:
-            return (box * torch.sign(basis @ gradient)) @ basis
+            corner: Tensor = (box * torch.sign(basis @ gradient)) @ basis
+            return corner
 
     delta, _ = ascend(loss, x, best, steps, seed)
     height = value(loss, x)
@@ -176,7 +180,7 @@ def average_sharpness(
         pair = [0.5 * (a + b) - c for a, b, c in zip(loss.losses(x + step), loss.losses(x - step), own, strict=True)]
         single.append(float(np.mean([table.mean() for table in pair])))
         total = [t + p / draws for t, p in zip(total, pair, strict=True)]
-    over_images = np.sqrt(sum(t.var(ddof=1) / len(t) for t in total if len(t) > 1)) / len(total)
+    over_images = standard_error(total, loss.sources)
     over_draws = float(np.std(single, ddof=1) / np.sqrt(draws))
     error = float(np.hypot(over_images, over_draws))
     mean = float(np.mean(single))
