@@ -65,30 +65,41 @@ def linear_coefficients(method: MethodSpec, size: int) -> Array | None:
     return None
 
 
+Images = list[tuple[Array, Array, Array]]
+"""Per task: losses in nats, whether the class was right, and names of the images, (n,) each."""
+
+
+def per_image(
+    material: Material, vector: Tensor, members: Sequence[int], sets: Sequence[Mapping[str, Split]]
+) -> list[Images]:
+    """Losses and hits of merged coordinates on every member's own task through its own head, on several sets of images
+    that pass together."""
+    found: list[Images] = [[] for _ in sets]
+    for j in members:
+        splits = [one[material.tasks[j]] for one in sets]
+        joined = features(material, vector, torch.cat([split.images for split in splits]))
+        logits = torch.split(material.readouts[j].logits(joined), [len(split) for split in splits])
+        for one, part, split in zip(found, logits, splits, strict=True):
+            losses = torch.nn.functional.cross_entropy(part.double(), split.labels, reduction="none").numpy()
+            hits = (part.argmax(dim=1) == split.labels).double().numpy()
+            one.append((losses, hits, np.asarray(split.source)))
+    return found
+
+
+def summary(images: Images, part: slice = slice(None)) -> Measured:
+    """Losses and accuracies by task, and the standard error of the mean loss (by images)."""
+    some = [(losses[part], hits[part], source[part]) for losses, hits, source in images]
+    error = joint_standard_error([losses for losses, _, _ in some], [source for _, _, source in some])
+    return Measured(
+        np.array([losses.mean() for losses, _, _ in some]), np.array([hits.mean() for _, hits, _ in some]), error
+    )
+
+
 def measure_sets(
     material: Material, vector: Tensor, members: Sequence[int], sets: Sequence[Mapping[str, Split]]
 ) -> list[Measured]:
-    """Loss and accuracy of merged coordinates on every member's own task through its own head.
-
-    Several sets of images pass together; the standard error is by images (of the mean loss over tasks).
-    """
-    found: list[list[tuple[Array, float]]] = [[] for _ in sets]
-    for j in members:
-        task, head = material.tasks[j], material.readouts[j]
-        splits = [one[task] for one in sets]
-        joined = features(material, vector, torch.cat([split.images for split in splits]))
-        logits = head.logits(joined)
-        for k, (part, split) in enumerate(zip(torch.split(logits, [len(s) for s in splits]), splits, strict=True)):
-            losses = torch.nn.functional.cross_entropy(part.double(), split.labels, reduction="none").numpy()
-            found[k].append((losses, float((part.argmax(dim=1) == split.labels).double().mean())))
-    measured = []
-    for one, splits_of in zip(found, sets, strict=True):
-        error = joint_standard_error(
-            [losses for losses, _ in one], [splits_of[material.tasks[j]].source for j in members]
-        )
-        means = np.array([losses.mean() for losses, _ in one])
-        measured.append(Measured(means, np.array([hits for _, hits in one]), error))
-    return measured
+    """Loss and accuracy of merged coordinates on several sets of images."""
+    return [summary(images) for images in per_image(material, vector, members, sets)]
 
 
 def reestimated(material: Material, vector: Tensor, members: Sequence[int]) -> Tensor | None:

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from experiments.measure.function_space import GroupStatistics, MergePoint, price, project, trivial
+from experiments.measure.predictors.certificates import output_certificate, remainder_certificate
 from experiments.measure.predictors.kinds import KINDS, PRODUCT
 from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.predictors.zoo import Predictor, predictors
 from experiments.measured import Measured
 from experiments.prediction.bank import Bank, features
 from experiments.prediction.draws import Pool, StudyGroup
-from experiments.prediction.measuring import Formed, form, measure_sets, own_measured, reestimated
+from experiments.prediction.measuring import Formed, form, measure_sets, own_measured, per_image, reestimated, summary
 from experiments.prediction.spec import StudySpec, label
 from theory.function_space import Array, cross_entropy, joint_standard_error, predict_from_logits
 
 Row = dict[str, Any]
 LOCAL = ("secant", "tangent_base", "secant_tangent")
 """Predictors whose logits are kept per task, for tables by task."""
+CERTIFIED = ("secant_tangent", "pairs", "pairs_tangent", "pairs_halves")
+"""Predictors around which certificates are made: how far the others are from them, and how far they are from x_j."""
+SELF = ("anchored", "anchored_tangent", "pairs_average")
+"""Predictors that evaluate the average of the group."""
 
 
 def merge_rows(spec: StudySpec, pool: Pool, bank: Bank, group: StudyGroup, known: dict[int, Measured]) -> list[Row]:
     """Merge one group with every method, predict each merge from calibration images, measure it on test images.
+
+    Test images number 0, 2, ... and 1, 3, ... are also reported apart, for what is fitted on some experts and some
+    images and judged on other experts and other images.
 
     Args:
         known: measurements of single experts, filled as they are made.
@@ -48,7 +55,9 @@ def merge_rows(spec: StudySpec, pool: Pool, bank: Bank, group: StudyGroup, known
             continue
         formed = form(material, members, method, spec.seed)
         point, products = merge_point(bank, members, formed)
-        measured, same = measure_sets(material, formed.vector, members, [material.test, material.calibration])
+        images, same_images = per_image(material, formed.vector, members, [material.test, material.calibration])
+        measured, same = summary(images), summary(same_images)
+        even, odd = summary(images, slice(0, None, 2)), summary(images, slice(1, None, 2))
         row: Row = {
             "regime": pool.key.regime,
             "architecture": pool.key.architecture,
@@ -64,6 +73,10 @@ def merge_rows(spec: StudySpec, pool: Pool, bank: Bank, group: StudyGroup, known
             "measured_loss_calibration": same.loss,
             "measured_accuracy": measured.accuracy,
             "measured_se": measured.standard_error,
+            "measured_loss_even": even.loss,
+            "measured_loss_odd": odd.loss,
+            "measured_accuracy_even": even.accuracy,
+            "measured_accuracy_odd": odd.accuracy,
             "measured_by_task": ";".join(f"{v:.6g}" for v in measured.losses),
             "expert_loss": own.loss,
             "expert_accuracy": own.accuracy,
@@ -136,16 +149,24 @@ def zoo_columns(
     A merge that is not linear is taken at its projection, plus its residual's product for predictors that take it.
     """
     out: Row = {}
+    known: dict[str, list[Array]] = {}
     for predictor in chosen:
         logits = [field.at(point.alpha) for field in predictor.fields(stats)]
         if products is not None and predictor.residual == "base":
             logits = [h + r for h, r in zip(logits, products, strict=True)]
+        known[predictor.name] = [h[None] for h in logits]
         found = predict_from_logits(logits, stats.labels)
         out[f"pred_{predictor.name}"] = float(found.risk)
         if predictor.name in LOCAL:
             out[f"by_task_{predictor.name}"] = ";".join(f"{v:.6g}" for v in found.per_task)
             losses = [cross_entropy(h, y) for h, y in zip(logits, stats.labels, strict=True)]
             out[f"se_{predictor.name}"] = joint_standard_error(losses, stats.sources)
+    for name in CERTIFIED:
+        if name in known:
+            others = [logits for other, logits in known.items() if other != name and other not in SELF]
+            remainder = remainder_certificate(stats, known[name], others)
+            out[f"cert_remainder_{name}"] = float(remainder.upper[0])
+            out[f"cert_output_{name}"] = float(output_certificate(stats, known[name], labelled=True).upper[0])
     return out
 
 
@@ -166,9 +187,3 @@ def _seconds(bank: Bank, chosen: list[Predictor], size: int, linear: bool, forme
     out["seconds_expert_risk"] = out["seconds_base_risk"] = size * once
     out["seconds_logit_mean"] = size * size * once
     return out | dict.fromkeys(("seconds_task_vector_norm", "seconds_V", "seconds_cosine", "seconds_N"), 0.0)
-
-
-def timed(action: Any) -> tuple[Any, float]:
-    """A result and the processor seconds it took."""
-    started = time.process_time()
-    return action(), time.process_time() - started

@@ -1,0 +1,159 @@
+"""Figures of the study; each is a :class:`experiments.plots.Picture`, drawn without pyplot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from matplotlib.lines import Line2D
+
+from experiments.plots import (
+    GREY,
+    INK,
+    SERIES,
+    Picture,
+    _dress,
+    _grid,
+    _legend,
+    _log_axis,
+    _span,
+    method_comparison,
+    predicted_against_measured,
+    pretty,
+)
+from experiments.prediction.tables import Tables
+from experiments.validation import Settings
+
+SHOWN = ("secant", "tangent_base", "secant_tangent", "second_order", "pairs", "pairs_halves", "pairs_tangent")
+"""Predictors that figures with one line each show."""
+
+
+def study_figures(tables: Tables, comparison: pd.DataFrame, settings: Settings) -> dict[str, Picture]:
+    """Every figure for which there are rows, by file name without ending."""
+    makers: dict[str, Callable[[], Picture]] = {
+        "predicted_against_measured": lambda: predicted_against_measured(
+            tables.merges[np.isfinite(tables.merges["pred_best"])], "best", tier="calibrated"
+        ),
+        "predicted_against_measured_middle": lambda: predicted_against_measured(
+            tables.merges, "secant_tangent", colour="N"
+        ),
+        "coverage": lambda: coverage(tables.intervals),
+        "images": lambda: images(tables.images),
+        "break_even": lambda: break_even(tables.prices),
+        "methods": lambda: method_comparison(comparison, settings=settings),
+    }
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except ValueError:  # a table without rows
+            continue
+    return found
+
+
+def coverage(intervals: pd.DataFrame) -> Picture:
+    """Share of merges inside their prediction interval, by cell and prediction, with twice the standard error."""
+    if intervals.empty:
+        raise ValueError("coverage: there are no rows to draw")
+    cells = list(dict.fromkeys(zip(intervals["regime"], intervals["architecture"], strict=True)))
+    names = list(dict.fromkeys(intervals["prediction"]))
+    figure, axes = _grid(1, 1, 6.0, 0.42 * len(cells) + 0.6, 0.4)
+    ax = axes[0, 0]
+    asked = float(intervals["asked"].iloc[0])
+    ax.axvline(asked, color=INK, linewidth=1.0)
+    for k, name in enumerate(names):
+        shade, marker = SERIES[k % len(SERIES)]
+        part = intervals[intervals["prediction"] == name]
+        places = [cells.index(cell) for cell in zip(part["regime"], part["architecture"], strict=True)]
+        y = np.array(places) + 0.22 * (k - (len(names) - 1) / 2)
+        value, error = part["covered_by_group"].to_numpy(float), 2 * part["covered_se"].to_numpy(float)
+        ax.hlines(y, np.clip(value - error, 0, 1), np.clip(value + error, 0, 1), color=shade, linewidth=1.2)
+        ax.plot(value, y, linestyle="", marker=marker, color=shade, markersize=5)
+    ax.set_yticks(range(len(cells)), [f"{pretty(a)} · {r}" for r, a in cells])
+    ax.set_ylim(len(cells) - 0.5, -0.5)
+    ax.set_xlim(0, 1.02)
+    ax.set_xlabel("share of merges inside their interval", fontsize=9)
+    _legend(figure, _handles(names))
+    caption = (
+        f"Coverage of prediction intervals asked to cover {asked:.0%}, calibrated on merges of one half of the experts "
+        "and judged on the other half's merges and on other test images; every group counts the same, bars are two "
+        "standard errors over groups. Tier: calibrated."
+    )
+    return Picture(figure, caption)
+
+
+def images(table: pd.DataFrame) -> Picture:
+    """Error of predictions against the number of calibration images: on test images, and from more images."""
+    if table.empty:
+        raise ValueError("images: there are no rows to draw")
+    networks = list(dict.fromkeys(table["architecture"]))
+    names = [name for name in SHOWN if name in set(table["predictor"])]
+    figure, axes = _grid(2, len(networks), 3.6, 2.6, 0.4, sharex=True)
+    rows = (("error", "median error on test images"), ("spread", "90 % of predictions move less"))
+    for r, (column, text) in enumerate(rows):
+        spans = []
+        for c, network in enumerate(networks):
+            ax, part = axes[r, c], table[table["architecture"] == network]
+            for k, name in enumerate(names):
+                line = part[part["predictor"] == name].sort_values("images")
+                if column == "spread":
+                    line = line[line["images"] < line["images"].max()]
+                shade, marker = SERIES[k % len(SERIES)]
+                values = line[column].to_numpy(float)
+                ax.plot(line["images"], values, color=shade, marker=marker, markersize=4, linewidth=1.2)
+                spans.append(values)
+            if r == 0:
+                ax.set_title(pretty(network), fontsize=10, loc="left")
+            else:
+                ax.set_xlabel("calibration images per task", fontsize=9)
+            if c == 0:
+                ax.set_ylabel(text, fontsize=9)
+            counts = sorted(set(part["images"]))
+            ax.set_xscale("log")
+            ax.set_xticks(counts, [str(v) for v in counts], fontsize=8)
+            ax.minorticks_off()
+        for c in range(len(networks)):
+            _log_axis(axes[r, c], "y", *_span(spans))
+    _legend(figure, _handles(names))
+    caption = (
+        "Predictions from more and more calibration images. Above: median of |predicted/measured - 1| against the loss "
+        "on test images. Below: the 90 % quantile of how far (in log) a prediction is from the one that uses all images. "
+        "Tasks with fewer validation images give all that they have. Tier: estimated."
+    )
+    return Picture(figure, caption)
+
+
+def break_even(prices: pd.DataFrame) -> Picture:
+    """From how many coefficient vectors on predicting is cheaper than evaluating merges, by number of experts."""
+    if prices.empty:
+        raise ValueError("break even: there are no rows to draw")
+    networks = list(dict.fromkeys(prices["architecture"]))
+    names = [name for name in SHOWN if name in set(prices["predictor"])]
+    figure, axes = _grid(1, len(networks), 3.6, 2.8, 0.4, sharey=True)
+    for c, network in enumerate(networks):
+        ax, part = axes[0, c], prices[prices["architecture"] == network]
+        for k, name in enumerate(names):
+            line = part[part["predictor"] == name].sort_values("N")
+            shade, marker = SERIES[k % len(SERIES)]
+            ax.plot(line["N"], line["break_even"], color=shade, marker=marker, markersize=4, linewidth=1.2)
+        ax.set_title(pretty(network), fontsize=10, loc="left")
+        ax.set_xticks(sorted(set(part["N"])))
+        ax.set_xlabel("experts N", fontsize=9)
+        _dress(ax)
+    finite = prices["break_even"].replace(np.inf, np.nan).dropna().to_numpy(float)
+    _log_axis(axes[0, 0], "y", *_span([finite]))
+    axes[0, 0].set_ylabel("coefficient vectors", fontsize=9)
+    _legend(figure, _handles(names))
+    caption = (
+        "The number of coefficient vectors from which on collecting once and predicting each is cheaper than "
+        "evaluating each merge on as many images, from measured processor seconds. Tier: measured."
+    )
+    return Picture(figure, caption)
+
+
+def _handles(names: list[str]) -> list[Line2D]:
+    return [
+        Line2D([], [], color=SERIES[k % len(SERIES)][0], marker=SERIES[k % len(SERIES)][1], label=pretty(name))
+        for k, name in enumerate(names)
+    ] or [Line2D([], [], color=GREY, label="nothing")]

@@ -1,0 +1,192 @@
+"""What is chosen or fitted on one half of the experts and judged on the other: predictor, certificate, interval, flag.
+
+Choices and fits use merges measured on calibration images; intervals and flags are fitted on every second test image of
+one half's merges and judged on the other test images of the other half's merges, so that neither experts nor images are
+shared (the tasks are).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.measure.predictors.calibration import calibrate_flag, calibrate_interval
+from experiments.validation import CELL, Settings, cells, log_error
+from theory.errors import MergeboundError
+
+Row = dict[str, Any]
+SELF = {"anchored": None, "anchored_tangent": None, "pairs_average": None, "hermite_average": None}
+"""Predictors that evaluate the group's average: no prediction where the average is what is predicted."""
+PAIRED = ("pairs", "pairs_halves", "pairs_tangent", "pairs_wide")
+"""Predictors that evaluate averages of two experts: no prediction of the average where the group is a pair."""
+USABLE, COLLAPSED = "usable", "collapsed"
+COVERAGE = 0.9
+COLUMNS_CHOSEN = ("best", "best_no_tangent", "best_no_merge")
+
+
+def honest(merges: pd.DataFrame) -> pd.DataFrame:
+    """The rows with everything that judgement needs: ``state`` (usable: accuracy above half the experts'), ``gap`` of
+    the bracket, and no prediction where a predictor has evaluated the very merge."""
+    out = merges.copy()
+    average = out["method"] == "average"
+    pair = average & (out["N"] == 2)
+    for column in [c for c in out.columns if c.startswith(("pred_", "cert_"))]:
+        name = column.removeprefix("pred_").removeprefix("cert_")
+        if name in SELF:
+            out.loc[average, column] = np.nan
+        elif name in PAIRED or name.startswith(("remainder_", "output_pairs")):
+            out.loc[pair, column] = np.nan
+    usable = out["measured_accuracy"] > 0.5 * out["expert_accuracy"]
+    out["state"] = np.where(usable, USABLE, COLLAPSED)
+    sides = out[["pred_secant", "pred_tangent_base"]].to_numpy(dtype=float)
+    out["gap"] = np.log(sides.max(axis=1) / sides.min(axis=1))
+    out["over_base"] = np.log(sides.max(axis=1) / out["trivial_base_risk"].to_numpy(dtype=float))
+    return out
+
+
+def directions(part: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """(fitted on, judged on) for every half in turn; nothing where there is one half only."""
+    halves = list(dict.fromkeys(part["half"]))
+    if len(halves) < 2:
+        return
+    for half in halves:
+        yield part[part["half"] != half], part[part["half"] == half]
+
+
+def candidates(merges: pd.DataFrame) -> list[str]:
+    """Function-space predictors that were made."""
+    names = [c.removeprefix("pred_") for c in merges.columns if c.startswith("pred_")]
+    return [n for n in names if not n.startswith(("curvature", "best", "calibrated", "midpoint"))]
+
+
+def with_choices(merges: pd.DataFrame) -> pd.DataFrame:
+    """``pred_best`` (of all predictors), ``pred_best_no_tangent`` (forward passes only), ``pred_best_no_merge`` (no
+    passes at merges of experts) and, by cell, what was chosen on the other half: ``chosen_best`` and so on.
+
+    Where the choice makes no prediction (it has evaluated that merge), the next best does.
+    """
+    out = merges.copy()
+    families: dict[str, Callable[[str], bool]] = {
+        "best": lambda name: True,
+        "best_no_tangent": lambda name: "tangent" not in name and name not in ("second_order", "hermite_own"),
+        "best_no_merge": lambda name: not name.startswith(("pairs", "anchored", "hermite_average", "cubic")),
+    }
+    for column, allowed in families.items():
+        out[f"pred_{column}"], out[f"chosen_{column}"] = np.nan, ""
+        for _, part in cells(merges):
+            for fit, judged in directions(part):
+                names = [n for n in candidates(merges) if allowed(n) and np.isfinite(log_error(fit, n))]
+                order = sorted(names, key=lambda n: log_error(fit, n))
+                if not order:
+                    continue
+                values = judged[[f"pred_{n}" for n in order]].to_numpy(dtype=float)
+                first = np.isfinite(values).argmax(axis=1)
+                out.loc[judged.index, f"pred_{column}"] = values[np.arange(len(values)), first]
+                out.loc[judged.index, f"chosen_{column}"] = order[0]
+    return out
+
+
+def with_certificate(merges: pd.DataFrame, share: float = 0.95) -> pd.DataFrame:
+    """``cert_best``: of the certificates valid in at least ``share`` of the other half's merges (on calibration
+    images) the one with the smallest median ratio; the one valid most often where none is. Inflated by nothing."""
+    out = merges.copy()
+    names = [c for c in merges.columns if c.startswith("cert_")]
+    out["cert_best"], out["chosen_cert_best"] = np.nan, ""
+    for _, part in cells(merges):
+        for fit, judged in directions(part):
+            scores = []
+            for name in names:
+                keep = fit[name].notna()
+                if keep.mean() < 0.5:
+                    continue
+                ratio = (fit[name] / fit["measured_loss_calibration"])[keep]
+                valid = float((ratio >= 1.0).mean())
+                scores.append((0.0 if valid >= share else share - valid, float(ratio.median()), name))
+            if scores:
+                best = min(scores)[2]
+                out.loc[judged.index, "cert_best"] = judged[best]
+                out.loc[judged.index, "chosen_cert_best"] = best.removeprefix("cert_")
+    return out
+
+
+def interval_table(merges: pd.DataFrame, predictions: Sequence[str], settings: Settings) -> pd.DataFrame:
+    """Coverage of prediction intervals calibrated on one half and judged on the other, both directions pooled.
+
+    Columns: regime, architecture (``all`` regimes together too), prediction, ``asked``, ``covered`` (share of judged
+    merges, odd test images), ``covered_by_group`` (every group counts the same), ``width`` (median high/low).
+    """
+    rows: list[Row] = []
+    for cell, part in _with_all(merges):
+        for name in predictions:
+            column = f"pred_{name}"
+            need = [column, "gap", "measured_loss_even", "measured_loss_odd"]
+            known = part[np.isfinite(part[need].to_numpy(dtype=float)).all(axis=1)]
+            inside, width, groups, unbounded = [], [], [], 0
+            for fit, judged in directions(known):
+                try:
+                    found = calibrate_interval(
+                        fit, prediction=column, gap="gap", measured="measured_loss_even", groups="group",
+                        coverage=COVERAGE, seed=settings.seed,
+                    )  # fmt: skip
+                except MergeboundError:
+                    continue
+                low, high = found.ends(judged)
+                truth = judged["measured_loss_odd"].to_numpy(dtype=float)
+                inside += list((low <= truth) & (truth <= high))
+                width += list(high / np.maximum(low, 1e-12))
+                groups += list(judged["group"])
+                unbounded += int(np.isinf(found.margin))
+            if inside:
+                by_group = pd.Series(inside, dtype=float).groupby(pd.Series(groups)).mean()
+                rows.append(
+                    dict(zip(CELL, cell, strict=True))
+                    | {
+                        "prediction": name, "asked": COVERAGE, "covered": float(np.mean(inside)),
+                        "covered_by_group": float(by_group.mean()), "groups": len(by_group),
+                        "covered_se": float(by_group.std(ddof=1) / np.sqrt(len(by_group))),
+                        "width": float(np.median(width)), "unbounded": unbounded, "merges": len(inside),
+                        "tier": "calibrated", "seed": settings.seed,
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def flag_table(merges: pd.DataFrame, scores: Sequence[str], settings: Settings) -> pd.DataFrame:
+    """Flags of collapse fitted on one half and judged on the other: misses and false alarms, both directions pooled."""
+    rows: list[Row] = []
+    frame = merges.assign(
+        collapsed_even=merges["measured_accuracy_even"] <= 0.5 * merges["expert_accuracy"],
+        collapsed_odd=merges["measured_accuracy_odd"] <= 0.5 * merges["expert_accuracy"],
+    )
+    for cell, part in _with_all(frame):
+        for score in scores:
+            known = part[np.isfinite(part[score].to_numpy(dtype=float))]
+            raised, bad = [], []
+            for fit, judged in directions(known):
+                try:
+                    flag = calibrate_flag(fit, score=score, collapsed="collapsed_even", groups="group", misses=0.1)
+                except MergeboundError:
+                    continue
+                raised += list(flag.raised(judged))
+                bad += list(judged["collapsed_odd"])
+            if raised:
+                up, truth = np.array(raised), np.array(bad)
+                rows.append(
+                    dict(zip(CELL, cell, strict=True))
+                    | {
+                        "score": score, "merges": len(up), "collapsed": int(truth.sum()),
+                        "missed": int((truth & ~up).sum()), "alarms": int((~truth & up).sum()),
+                        "tier": "calibrated", "seed": settings.seed,
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _with_all(merges: pd.DataFrame) -> Iterator[tuple[tuple[object, ...], pd.DataFrame]]:
+    yield from cells(merges)
+    if merges["regime"].nunique() > 1:
+        for (architecture,), part in cells(merges, ("architecture",)):
+            yield ("all", architecture), part

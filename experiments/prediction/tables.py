@@ -1,0 +1,265 @@
+"""The tables of the study: predictors, aims, prices, images, methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments import statistics as st
+from experiments.prediction.judged import (
+    COLLAPSED,
+    COVERAGE,
+    USABLE,
+    candidates,
+    flag_table,
+    honest,
+    interval_table,
+    with_certificate,
+    with_choices,
+)
+from experiments.prediction.runner import Frames
+from experiments.validation import Settings, cells, cross_calibrated, optimal_table, validation_table
+
+Row = dict[str, Any]
+CHOSEN = ("best", "best_no_tangent", "best_no_merge", "calibrated")
+"""Predictions that were chosen or fitted on the other half of the experts."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Everything that the study reports; ``merges`` are the rows with choices and states."""
+
+    merges: pd.DataFrame
+    predictors: pd.DataFrame
+    states: pd.DataFrame
+    aims: pd.DataFrame
+    intervals: pd.DataFrame
+    flags: pd.DataFrame
+    choices: pd.DataFrame
+    prices: pd.DataFrame
+    images: pd.DataFrame
+    methods: pd.DataFrame
+    duels: pd.DataFrame
+    reestimated: pd.DataFrame
+
+
+def compute_tables(frames: Frames, settings: Settings) -> Tables:
+    """All tables of a study, from as many rows as are finished."""
+    merges = honest(frames.merges)
+    merges["pred_calibrated"] = cross_calibrated(merges)
+    merges = with_certificate(with_choices(merges))
+    states = pd.concat([judged_states(merges, ("regime", "architecture")), judged_states(merges, ("architecture",))])
+    intervals = interval_table(merges, ("secant_tangent", "best", "best_no_merge"), settings)
+    flags = flag_table(merges, ("gap", "over_base"), settings)
+    return Tables(
+        merges,
+        predictor_table(merges, settings),
+        states,
+        aims_table(merges, intervals, flags, settings),
+        intervals,
+        flags,
+        choice_table(merges),
+        price_table(frames.prices),
+        image_table(frames.curve),
+        method_table(frames.comparison, settings),
+        duel_table(frames.comparison, settings),
+        reestimated_table(frames.merges),
+    )
+
+
+def predictor_table(merges: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """:func:`experiments.validation.validation_table` by regime and network, then also by N, by method, by both, and by
+    state; columns ``N``, ``method``, ``state`` say ``all`` where they are pooled."""
+    parts = []
+    for extra in ((), ("N",), ("method",), ("N", "method"), ("state",)):
+        found = validation_table(merges, settings, by=("regime", "architecture", *extra))
+        for name in ("N", "method", "state"):
+            if name not in found:
+                found[name] = "all"
+        parts.append(found)
+    table = pd.concat(parts, ignore_index=True)
+    first = ["regime", "architecture", "N", "method", "state", "predictor", "kind", "tier"]
+    table = table[[*first, *(c for c in table.columns if c not in first and "kendall" not in c)]]
+    fitted = table["predictor"].isin(CHOSEN)
+    table.loc[fitted, "tier"] = "calibrated"
+    return table
+
+
+def judged_states(merges: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Accuracy of every prediction among usable and among collapsed merges.
+
+    Columns: cell, state, predictor, merges, ``ratio`` quantiles, ``error`` (median of |ratio - 1|), ``within_15``
+    (share), ``factor`` (median of exp |log ratio|), ``same_images_error`` (against the merge on calibration images).
+    """
+    rows: list[Row] = []
+    for key, part in cells(merges, (*by, "state")):
+        names = [*candidates(part), *(n for n in CHOSEN if f"pred_{n}" in part)]
+        for name in names:
+            value = part[f"pred_{name}"].to_numpy(dtype=float)
+            keep = np.isfinite(value) & (value > 0)
+            if not keep.any():
+                continue
+            ratio = value[keep] / part["measured_loss"].to_numpy(dtype=float)[keep]
+            same = value[keep] / part["measured_loss_calibration"].to_numpy(dtype=float)[keep]
+            low, middle, high = np.quantile(ratio, [0.05, 0.5, 0.95])
+            rows.append(
+                {"regime": "all"} | dict(zip((*by, "state"), key, strict=True))
+                | {
+                    "predictor": name, "merges": int(keep.sum()), "ratio_q05": low, "ratio_q50": middle,
+                    "ratio_q95": high, "error": float(np.median(np.abs(ratio - 1.0))),
+                    "within_15": float((np.abs(ratio - 1.0) <= 0.15).mean()),
+                    "factor": float(np.exp(np.median(np.abs(np.log(ratio))))),
+                    "same_images_error": float(np.median(np.abs(same - 1.0))),
+                    "same_images_within_15": float((np.abs(same - 1.0) <= 0.15).mean()),
+                    "tier": "calibrated" if name in CHOSEN else "estimated",
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def choice_table(merges: pd.DataFrame) -> pd.DataFrame:
+    """What was chosen for each cell and half, on the other half."""
+    columns = [c for c in merges.columns if c.startswith("chosen_")]
+    return merges.groupby(["regime", "architecture", "half"], sort=False)[columns].first().reset_index()
+
+
+def aims_table(
+    merges: pd.DataFrame, intervals: pd.DataFrame, flags: pd.DataFrame, settings: Settings, name: str = "best"
+) -> pd.DataFrame:
+    """The stated ambitions line by line, by network and over both: aim, value, target, met.
+
+    ``name`` is the prediction judged (chosen on the other half of the experts); both regimes are taken together.
+    """
+    rows: list[Row] = []
+    groups: list[tuple[object, pd.DataFrame]] = [(key[0], part) for key, part in cells(merges, ("architecture",))]
+    if len(groups) > 1:
+        groups.append(("both", merges))
+    for architecture, part in groups:
+
+        def add(
+            aim: str, value: float, target: str, met: bool, count: int, architecture: object = architecture
+        ) -> None:
+            rows.append(
+                {"architecture": architecture, "aim": aim, "value": value, "target": target, "met": met,
+                 "merges": count, "tier": "calibrated", "seed": settings.seed}
+            )  # fmt: skip
+
+        for state in (USABLE, COLLAPSED):
+            some = part[(part["state"] == state) & np.isfinite(part[f"pred_{name}"])]
+            if len(some) < 3:
+                continue
+            predicted = some[f"pred_{name}"].to_numpy(dtype=float)
+            measured = some["measured_loss"].to_numpy(dtype=float)
+            ratio = predicted / measured
+            ranks = float(st.spearman(predicted, measured)[0])
+            cost = float(st.spearman(predicted - some["expert_loss_calibration"], some["merging_cost"])[0])
+            if state == USABLE:
+                middle = float(np.median(ratio))
+                within = float((np.abs(ratio - 1.0) <= 0.15).mean())
+                add("usable: median of predicted/measured within 5 %", middle, "0.95 to 1.05", abs(middle - 1) <= 0.05,
+                    len(some))  # fmt: skip
+                add("usable: 90 % of merges within 15 %", within, ">= 0.9", within >= 0.9, len(some))
+                add("usable: Spearman, joint risk", ranks, ">= 0.97", ranks >= 0.97, len(some))
+                add("usable: Spearman, merging cost", cost, ">= 0.95", cost >= 0.95, len(some))
+            else:
+                factor = float(np.exp(np.median(np.abs(np.log(ratio)))))
+                add("collapse: right within a factor of 1.5 in the median", factor, "<= 1.5", factor <= 1.5, len(some))
+                add("collapse: Spearman, joint risk", ranks, ">= 0.85", ranks >= 0.85, len(some))
+        flag = flags[(flags["regime"] == "all") & (flags["score"] == "gap")] if len(flags) else flags
+        flag = flag if architecture == "both" or flag.empty else flag[flag["architecture"] == architecture]
+        if len(flag) and flag["collapsed"].sum():
+            missed, bad = int(flag["missed"].sum()), int(flag["collapsed"].sum())
+            add("collapse: flagged without fail (share missed)", missed / bad, "0", missed == 0, bad)
+        cover = (
+            intervals[(intervals["regime"] != "all") & (intervals["prediction"] == name)]
+            if len(intervals)
+            else intervals
+        )
+        cover = cover if architecture == "both" or cover.empty else cover[cover["architecture"] == architecture]
+        if len(cover):
+            share = float(np.average(cover["covered"], weights=cover["merges"]))
+            add(
+                "prediction interval covers 90 %",
+                share,
+                f">= {COVERAGE}",
+                share >= COVERAGE,
+                int(cover["merges"].sum()),
+            )
+        known = part[np.isfinite(part["cert_best"])]
+        if len(known):
+            bound = (known["cert_best"] / known["measured_loss"]).to_numpy(dtype=float)
+            valid, middle = float((bound >= 1.0).mean()), float(np.median(bound))
+            add("best certificate valid in 95 %", valid, ">= 0.95", valid >= 0.95, len(known))
+            add("best certificate: median ratio", middle, "<= 1.5", middle <= 1.5, len(known))
+    return pd.DataFrame(rows)
+
+
+def price_table(prices: pd.DataFrame) -> pd.DataFrame:
+    """Median prices by network, N and predictor."""
+    if prices.empty:
+        return prices
+    columns = ["images", "seconds_collect", "seconds_price", "seconds_measure", "break_even"]
+    table = prices.groupby(["architecture", "N", "predictor"], sort=False)[columns].median().reset_index()
+    return table.assign(evaluations=table["seconds_collect"] / table["seconds_measure"], tier="measured")
+
+
+def image_table(curve: pd.DataFrame) -> pd.DataFrame:
+    """Error against the number of calibration images: by network and predictor, over groups, draws and methods.
+
+    ``error``: median of |predicted/measured - 1| on test images; ``distance``: median of |log(predicted / prediction
+    from all images)|, what more images would change; ``spread``: the latter's 90 % quantile.
+    """
+    if curve.empty:
+        return curve
+    keys = ["regime", "architecture", "half", "group", "method", "predictor"]
+    full = curve[curve["images"] == curve["images"].max()].groupby(keys)["predicted"].mean().rename("full")
+    joined = curve.merge(full, on=keys, how="left")
+    joined["ratio"] = joined["predicted"] / joined["measured_loss"]
+    joined["off"] = np.abs(np.log(joined["predicted"] / joined["full"]))
+    rows = []
+    for (architecture, predictor, images), part in joined.groupby(["architecture", "predictor", "images"], sort=False):
+        rows.append(
+            {
+                "architecture": architecture, "predictor": predictor, "images": images,
+                "images_used": float(part["images_used"].mean()), "predictions": len(part),
+                "error": float(np.median(np.abs(part["ratio"] - 1.0))),
+                "distance": float(part["off"].median()), "spread": float(part["off"].quantile(0.9)),
+                "tier": "estimated",
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def method_table(comparison: pd.DataFrame, settings: Settings, reference: str = "average") -> pd.DataFrame:
+    """Mean test loss by method with intervals, paired with ``reference``: by regime, and over all regimes."""
+    if comparison.empty:
+        return comparison
+    parts = [optimal_table(comparison, None, settings, reference)]
+    if comparison["regime"].nunique() > 1:
+        parts.insert(0, optimal_table(comparison.assign(regime="all"), None, settings, reference))
+    return pd.concat(parts, ignore_index=True)
+
+
+def duel_table(comparison: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """Every ``risk_optimal`` against every other method: mean paired difference of test losses over all regimes."""
+    if comparison.empty:
+        return comparison
+    pooled, parts = comparison.assign(regime="all"), []
+    for reference in [m for m in dict.fromkeys(comparison["method"]) if not m.startswith("risk_optimal")]:
+        found = optimal_table(pooled, None, settings, reference)
+        parts.append(found[found["method"].str.startswith("risk_optimal")].assign(against=reference))
+    return pd.concat(parts, ignore_index=True)
+
+
+def reestimated_table(merges: pd.DataFrame) -> pd.DataFrame:
+    """Merges with BatchNorm statistics of the calibration images, beside the same merges with merged statistics."""
+    if "reestimated_loss" not in merges:
+        return pd.DataFrame()
+    known = merges[merges["reestimated_loss"].notna()]
+    columns = ["measured_loss", "reestimated_loss", "measured_accuracy", "reestimated_accuracy", "expert_accuracy"]
+    table = known.groupby(["regime", "architecture", "N", "method"], sort=False)[columns].mean().reset_index()
+    return table.assign(tier="measured")
