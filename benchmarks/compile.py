@@ -5,8 +5,9 @@ runs it, seconds of a compiled step, their ratio, the seconds that compiling too
 back.  ``--experts 8`` says how many are stacked by ``torch.func.vmap`` (the cohort engine's own
 :class:`experiments.finetune.cohort.vmapped.Vmapped`), ``--batch 16`` the batch size.
 
-On a processor it needs a C++ compiler and counts processor time.  ``--device cuda`` runs the same on a GPU, with CUDA
-graphs through ``mode="reduce-overhead"``, and counts wall time; it has **not been measured** on one.
+On a processor it needs a C++ compiler and counts processor time, the compiler's included; nothing is taken from
+caches.  ``--device cuda`` runs the same on a GPU, with CUDA graphs through ``mode="reduce-overhead"``, and counts wall
+time; it has **not been measured** on one.
 
 What it is for: the planner of cohorts does not offer compiled steps.  A compiled function belongs to one cohort (its
 experts leave one by one, and every number of experts is another shape), so that each cohort pays for compiling, many
@@ -16,6 +17,7 @@ times over while ways are probed; grids on the digits have cohorts of 20 to 200 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -23,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
@@ -95,7 +98,8 @@ def stacked_step(architecture: str, experts: int, batch: int, device: str, compi
 def clock(device: str) -> float:
     """Processor time on a processor (neighbours do not count), else wall time when the device is done."""
     if device == "cpu":
-        return time.process_time()
+        spent = os.times()
+        return spent.user + spent.system + spent.children_user + spent.children_system
     torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -111,14 +115,14 @@ def timed(step: Step, device: str, count: int) -> float:
 def measure(name: str, plain: Step, compiled: Step, device: str, rounds: int, count: int) -> None:
     """Print one row; the two take turns."""
     plain()
-    began = time.perf_counter()
+    began = clock(device)
     try:
         compiled()
         compiled()
     except Exception as error:  # whatever the compiler raises is the finding
         print(f"{name:28s} cannot be compiled: {str(error).strip().splitlines()[0][:90]}")
         return
-    seconds = time.perf_counter() - began
+    seconds = clock(device) - began
     turns = [(timed(plain, device, count), timed(compiled, device, count)) for _ in range(rounds)]
     a, b = (statistics.median(each) for each in zip(*turns, strict=True))
     won = f"{seconds / (a - b):,.0f} steps" if a > b else "never"

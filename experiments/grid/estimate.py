@@ -208,11 +208,9 @@ def _row(
         return row
     precision = Counter(run.precision for run in runs).most_common(1)[0][0]
     share = seconds * PLAIN
-    timing = calibrate(base, network, sizes, device=device, precision=precision, seconds=share)
+    timing = calibrate(base, network, sizes, device=device, precision=precision, seconds=share, classes=classes)
     passes = cost.flops / max(network.at(classes)[2] * cost.samples, 1.0)
-    together = calibrate_cohorts(
-        runs, network, timing, device=device, seconds=seconds - share, classes=classes
-    )  # fmt: skip
+    together = calibrate_cohorts(runs, network, timing, device=device, seconds=seconds - share, classes=classes)
     if together is not None:
         work = work_of(runs, cost, tasks, together, passes)
         low, high = min(timing.low, 1.0 / WITHIN), max(timing.high, WITHIN)
@@ -220,6 +218,8 @@ def _row(
             row, timing=timing, seconds=work.busy, low=work.busy * low, high=work.busy * high, cohorts=together,
             work=work,
         )  # fmt: skip
+    rest = seconds - share
+    timing = calibrate(base, network, sizes, device=device, precision=precision, seconds=rest, classes=classes)
     rate = timing.per_sample / 3.0  # a forward pass is a third of a step
     odd = min(max(passes / 3.0, 1 / 3), 2.0) if _odd(runs) else 1.0
     guess = timing.seconds(cost.steps, cost.samples * odd) + rate * cost.evaluated

@@ -96,7 +96,7 @@ def test_five_kills_leave_every_run_once_with_the_bits_of_a_grid_that_was_not_ki
 
 
 def test_two_runners_share_one_store(warm: Any, tmp_path: Path) -> None:
-    runs = tiny_runs(seeds=8)
+    runs = tiny_runs(seeds=5)
     for name in ("one", "two"):
         tiny_store(tmp_path / name, runs, size=2)
     _ended(*_runner(warm, tmp_path / "one", workers=1))
