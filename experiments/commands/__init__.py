@@ -22,6 +22,7 @@ from experiments.commands import (
     methods,
     models,
     predict,
+    study,
 )
 
 COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (
@@ -30,6 +31,7 @@ COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (
     grid.register,
     predict.register,
     measure.register,
+    study.register,
     merge.register,
     methods.register,
     models.register,

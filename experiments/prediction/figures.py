@@ -118,7 +118,8 @@ def images(table: pd.DataFrame) -> Picture:
     _legend(figure, _handles(names))
     caption = (
         "Predictions from more and more calibration images. Above: median of |predicted/measured - 1| against the loss "
-        "on test images. Below: the 90 % quantile of how far (in log) a prediction is from the one that uses all images. "
+        "on test images. Below: the 90 % quantile of how far (in log) a prediction is from the one that uses all of "
+        "them. "
         "Tasks with fewer validation images give all that they have. Tier: estimated."
     )
     return Picture(figure, caption)

@@ -1,0 +1,246 @@
+"""Writing a study: tables as CSV, figures as PNG, and a page that says what came out."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.atomic import write_atomically
+from experiments.plots import png_bytes
+from experiments.prediction.figures import study_figures
+from experiments.prediction.judged import COLLAPSED, USABLE
+from experiments.prediction.runner import Frames
+from experiments.prediction.spec import StudySpec, label
+from experiments.prediction.tables import CHOSEN, Tables, compute_tables
+from experiments.validation import Settings, format_number
+
+PAGE = "README.md"
+_TRIVIAL = ("expert_risk", "base_risk", "logit_mean", "V", "task_vector_norm", "cosine")
+
+
+def write_study(
+    spec: StudySpec, frames: Frames, out: Path, *, resamples: int = 300, finished: tuple[int, int] | None = None
+) -> Tables:
+    """Compute all tables and write them under ``out``: ``merges.csv`` (one row per merge), ``comparison.csv``,
+    ``table_*.csv``, figures and ``README.md``.
+
+    Args:
+        spec: the study.
+        frames: its rows, as many as are finished.
+        out: folder.
+        resamples: of experts, behind intervals.
+        finished: groups done and in all, for the page.
+    """
+    settings = Settings(resamples=resamples, seed=spec.seed)
+    tables = compute_tables(frames, settings)
+    for entry in fields(tables):
+        frame: pd.DataFrame = getattr(tables, entry.name)
+        if len(frame):
+            name = "merges.csv" if entry.name == "merges" else f"table_{entry.name}.csv"
+            write_atomically(out / name, _csv(frame))
+    if len(frames.comparison):
+        write_atomically(out / "comparison.csv", _csv(frames.comparison))
+    pictures = study_figures(tables, frames.comparison, settings)
+    for name, picture in pictures.items():
+        write_atomically(out / f"{name}.png", png_bytes(picture.figure, 110))
+    captions = {name: picture.caption for name, picture in pictures.items()}
+    write_atomically(out / PAGE, page(spec, frames, tables, captions, finished).encode())
+    return tables
+
+
+def _csv(frame: pd.DataFrame) -> bytes:
+    return frame.to_csv(index=False, float_format="%.6g").encode()
+
+
+def page(
+    spec: StudySpec, frames: Frames, tables: Tables, captions: dict[str, str], finished: tuple[int, int] | None
+) -> str:
+    """The page in Markdown."""
+    merges = tables.merges
+    usable = int((merges["state"] == USABLE).sum())
+    parts = [
+        f"# Predicted against measured merges: {spec.name}",
+        _what(spec, frames, merges, usable, finished),
+        "## The ambitions, line by line",
+        "Judged is the predictor that was best on the *other* half of the experts (`table_choices.csv` names it), on "
+        "both regimes together. No predictor counts where it has evaluated the very merge that it predicts.",
+        markdown(tables.aims, ["architecture", "aim", "value", "target", "met", "merges"]),
+        "## Every predictor",
+        "Predicted over measured test loss: median with 5 and 95 % quantiles; share of merges within 15 %; for "
+        "collapsed merges the median factor. Both regimes; by regime, N and method, with rank correlations and their intervals "
+        "(experts resampled), in `table_predictors.csv` and `table_states.csv`.",
+        _states(tables.states),
+        "## Ranks, beside trivial predictors",
+        "Spearman correlation with the measured joint risk and with the merging cost, 95 % intervals from resampling "
+        "experts.",
+        _ranks(tables.predictors),
+        "## Certificates",
+        _certificates(tables.predictors),
+    ]
+    if len(tables.intervals):
+        parts += [
+            "## Prediction intervals and flags",
+            markdown(
+                tables.intervals,
+                [
+                    "regime",
+                    "architecture",
+                    "prediction",
+                    "covered",
+                    "covered_by_group",
+                    "covered_se",
+                    "width",
+                    "unbounded",
+                ],
+            ),
+            "A flag is fitted to miss a tenth of collapsed merges at most; `missed` and `alarms` count merges of "
+            "the other half.",
+            markdown(tables.flags, ["regime", "architecture", "score", "merges", "collapsed", "missed", "alarms"]),
+        ]
+    if len(tables.prices):
+        parts += [
+            "## Price",
+            "Processor seconds on the same images: to collect for one group, to price one coefficient vector, to "
+            "evaluate one merge; `break_even` is the number of coefficient vectors from which on predicting is cheaper.",
+            markdown(
+                tables.prices,
+                ["architecture", "N", "predictor", "seconds_collect", "seconds_price", "seconds_measure", "break_even"],
+            ),
+        ]
+    if len(tables.images):
+        shown = tables.images[tables.images["predictor"].isin(["secant", "secant_tangent", "pairs"])]
+        parts += [
+            "## How many calibration images",
+            markdown(shown, ["architecture", "predictor", "images", "images_used", "error", "distance", "spread"]),
+        ]
+    if len(tables.methods):
+        parts += ["## `risk_optimal` against other methods", winners(tables), _methods(tables.methods)]
+    if len(tables.reestimated):
+        parts += [
+            "## BatchNorm statistics re-estimated",
+            "The same merges with running statistics of the calibration images: measured, not covered by predictions.",
+            markdown(
+                tables.reestimated,
+                ["regime", "N", "measured_loss", "reestimated_loss", "measured_accuracy", "reestimated_accuracy"],
+            ),
+        ]
+    parts.append("## Figures")
+    parts += [f"![{name}]({name}.png)\n\n{caption}" for name, caption in captions.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(spec: StudySpec, frames: Frames, merges: pd.DataFrame, usable: int, finished: tuple[int, int] | None) -> str:
+    grids = ", ".join(f"`{grid}` ({regime})" for regime, grid in spec.regimes.items())
+    methods = ", ".join(f"`{label(method)}`" for method in spec.methods)
+    lines = [
+        f"Experts of the grids {grids}; {len(merges)} merges of {merges['group'].nunique()} groups "
+        f"(N = {', '.join(map(str, spec.groups))}), each within one half of the experts; methods {methods}. "
+        f"{spec.calibration_images} calibration images per task from its validation part, {spec.test_images} test "
+        f"images from its test part; seed {spec.seed}; specification {spec.digest()}. {usable} merges are usable "
+        f"(accuracy above half the experts'), {len(merges) - usable} collapsed. Tier of predictions: estimated; of what is "
+        "fitted on the other half: calibrated; of losses: measured."
+    ]
+    if finished is not None and finished[0] < finished[1]:
+        lines.append(f"**Not finished: {finished[0]} of {finished[1]} groups of all stages.**")
+    if frames.left_out:
+        lines.append(f"Diverged and left out: {', '.join(frames.left_out)}.")
+    return " ".join(lines)
+
+
+def _states(states: pd.DataFrame) -> str:
+    pooled = states[states["regime"] == "all"]
+    columns = [
+        "architecture",
+        "state",
+        "predictor",
+        "merges",
+        "ratio_q50",
+        "ratio_q05",
+        "ratio_q95",
+        "within_15",
+        "factor",
+    ]
+    return markdown(pooled.sort_values(["architecture", "state"], ascending=[True, False], kind="stable"), columns)
+
+
+def _ranks(table: pd.DataFrame) -> str:
+    whole = table[(table["N"] == "all") & (table["method"] == "all") & (table["state"] == "all")]
+    kept = whole[whole["kind"].isin(["prediction", "trivial"])]
+    kept = kept[(kept["kind"] == "prediction") | kept["predictor"].isin(_TRIVIAL)].copy()
+    for target in ("risk", "cost"):
+        kept[target] = [
+            f"{_short(v)} ({_short(low)} to {_short(high)})"
+            for v, low, high in zip(
+                kept[f"spearman_{target}"], kept[f"spearman_{target}_low"], kept[f"spearman_{target}_high"], strict=True
+            )
+        ]
+    return markdown(kept, ["regime", "architecture", "predictor", "tier", "merges", "risk", "cost"])
+
+
+def _certificates(table: pd.DataFrame) -> str:
+    whole = table[(table["N"] == "all") & (table["method"] == "all") & (table["state"] == "all")]
+    kept = whole[whole["kind"] == "certificate"]
+    columns = [
+        "regime",
+        "architecture",
+        "predictor",
+        "merges",
+        "valid",
+        "valid_low",
+        "valid_high",
+        "ratio_q50",
+        "ratio_q95",
+    ]
+    return markdown(kept, columns)
+
+
+def _methods(table: pd.DataFrame) -> str:
+    kept = table[table["N"] != "all"]
+    columns = [
+        "regime", "architecture", "N", "method", "groups", "loss", "loss_low", "loss_high", "accuracy",
+        "difference", "difference_low", "difference_high", "wins",
+    ]  # fmt: skip
+    return markdown(kept, columns)
+
+
+def winners(tables: Tables) -> str:
+    """Who has the smallest mean test loss, by regime, network and N; and how each ``risk_optimal`` does in pairs."""
+    lines = []
+    methods = tables.methods[tables.methods["N"] != "all"]
+    for (regime, architecture, size), part in methods.groupby(["regime", "architecture", "N"], sort=False):
+        order = part.sort_values("loss")
+        first, second = order.iloc[0], order.iloc[min(1, len(order) - 1)]
+        lines.append(
+            f"* {regime}, {architecture}, N = {size} ({int(first['groups'])} groups): **{first['method']}** "
+            f"({_short(first['loss'])}), then {second['method']} ({_short(second['loss'])}); averaging "
+            f"{_short(float(part.loc[part['method'] == 'average', 'loss'].iloc[0]))}."
+        )
+    return "\n".join(lines)
+
+
+def markdown(frame: pd.DataFrame, columns: list[str]) -> str:
+    """A table in Markdown, numbers with three digits."""
+    known = [name for name in columns if name in frame]
+    if frame.empty or not known:
+        return "(nothing yet)"
+    head = "| " + " | ".join(known) + " |"
+    line = "|" + "|".join("---" for _ in known) + "|"
+    rows = ["| " + " | ".join(_cell(v) for v in row) + " |" for row in frame[known].itertuples(index=False)]
+    return "\n".join([head, line, *rows])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, str) else format_number(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if np.isfinite(value) else "–"
+
+
+__all__ = ["CHOSEN", "COLLAPSED", "markdown", "page", "winners", "write_study"]
