@@ -53,6 +53,10 @@ def show_status(folder: Folder, as_json: AsJson = False) -> None:
     for lease in found.leases:
         text = f"{lease.owner}: {lease.cohort}, {lease.missing:,} runs left, lease ends in {lease.seconds:.0f} s"
         console.print(f"[bold]{'at work':11s}[/] {escape(text)}", highlight=False)
+    for each in found.given_up:
+        tries = "once" if each.attempts == 1 else f"{each.attempts} times"
+        text = f"{each.cohort}, tried {tries}, {each.missing:,} runs left: {each.error}"
+        console.print(f"[bold]{'given up':11s}[/] {escape(text)}", highlight=False)
 
 
 def query(

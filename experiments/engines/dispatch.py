@@ -87,6 +87,7 @@ class Dispatcher:
         retry = again and self._tried[name] < self._attempts
         if not retry:
             self.failed[name] = error
+            self.store.give_up(self.owner, name, self._tried[name], error)
         self.finished(name)
         return retry
 

@@ -25,6 +25,8 @@ from experiments.store.errors import StoreError
 _LOG = logging.getLogger(__name__)
 SKEW = 300.0
 """Seconds by which clocks of machines that share a store may differ."""
+GIVEN_UP = "given up:"
+"""Before the name of a cohort in ``meta``: see :mod:`experiments.store.given_up`."""
 LIVE = "(owner IS NOT NULL AND expires > :now AND expires - :now <= (expires - taken) + :skew)"
 
 
@@ -56,6 +58,7 @@ def lease(database: Database, owner: str, seconds: float, skip: frozenset[str] =
             "UPDATE cohorts SET owner = ?, taken = ?, expires = ? WHERE id = ?",
             (owner, values["now"], now() + seconds, row["id"]),
         )
+        connection.execute("DELETE FROM meta WHERE key = ?", (GIVEN_UP + row["name"],))
         if row["owner"] not in (None, owner):
             _LOG.info("cohort %s: taken over from %s, whose lease had ended", row["name"], row["owner"])
         return cohort_of(connection, row)

@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -74,6 +75,13 @@ def result(database: Database, folder: Path, base_of: BaseOf, digest: str) -> Ru
     states = {step: state(database, folder, base_of, digest, step) for step in _steps(database, row["id"])}
     measured = tuple(table.metric_rows(database, row["id"]))
     return RunResult(kept["outcome"], states, log(database, folder, digest), measured, kept["seconds"])
+
+
+def outcome(database: Database, folder: Path, digest: str) -> Literal["finished", "diverged"] | None:
+    """How a run ended; ``None`` if it is not done."""
+    number = run_row(database, folder, digest)["id"]
+    rows = database.read("SELECT outcome FROM results WHERE run = ?", (number,))
+    return rows[0]["outcome"] if rows else None
 
 
 def _steps(database: Database, run: int) -> list[int]:

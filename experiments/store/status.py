@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store.database import Database
+from experiments.store.given_up import GivenUp, given_up
 from experiments.store.leases import LIVE, SKEW, now
 
 _WINDOW = 3600.0
@@ -35,6 +36,7 @@ class Status:
         unplanned: runs that are not done and in no cohort.
         leases: that hold now.
         ended: cohorts whose lease ended without their being done; the next runner takes them.
+        given_up: cohorts that a runner tried in vain and that nobody has taken again; a resume tries them.
         conflicts: runs that were done twice with different bits (the first is kept).
         bytes: of all results.
         training_seconds: of all results.
@@ -52,6 +54,7 @@ class Status:
     unplanned: int
     leases: tuple[Lease, ...]
     ended: int
+    given_up: tuple[GivenUp, ...]
     conflicts: int
     bytes: int
     training_seconds: float
@@ -96,6 +99,7 @@ def status(database: Database, folder: Path) -> Status:
         unplanned=int(loose),
         leases=leases,
         ended=len(held) - len(leases),
+        given_up=given_up(database),
         conflicts=int(database.read("SELECT count(*) FROM (SELECT DISTINCT run FROM conflicts)")[0][0]),
         bytes=int(sums["bytes"]),
         training_seconds=float(sums["seconds"]),

@@ -22,6 +22,7 @@ from experiments.store.content import TaskVectors
 from experiments.store.database import PATIENCE, Database, Mode
 from experiments.store.errors import StoreError
 from experiments.store.garbage import Garbage, collect
+from experiments.store.given_up import give_up
 from experiments.store.journal import Journal
 from experiments.store.tables import Tables
 from experiments.store.verify import Verification, forget, verify
@@ -145,12 +146,9 @@ class Store(Tables):
     def add_runs(
         self, runs: Mapping[str, RunSpec], base: str | Mapping[str, str], split: str | Mapping[str, str]
     ) -> int:
-        """Add runs by their digests; see :func:`experiments.store.planned.add_runs`.
+        """Add runs by their digests, with the names of their bases and the digests of their splits (all, or by run).
 
-        Args:
-            runs: by digest.
-            base: what :meth:`add_base` called the base, of all runs or by run.
-            split: digest of the split, of all runs or by run.
+        See :func:`experiments.store.planned.add_runs`.
         """
         return planned.add_runs(self._database, runs, base, split)
 
@@ -209,6 +207,10 @@ class Store(Tables):
         """Give a lease back; False if it was not this owner's any more."""
         return leases.release(self._database, owner, _name(cohort))
 
+    def give_up(self, owner: str, cohort: Cohort | str, attempts: int, error: str) -> None:
+        """Remember that a runner tries a cohort no more; see :mod:`experiments.store.given_up`."""
+        give_up(self._database, _name(cohort), owner, attempts, error)
+
     def keep_lease(
         self, owner: str, cohort: Cohort | str, seconds: float = LEASE
     ) -> AbstractContextManager[leases.Heartbeat]:
@@ -251,9 +253,7 @@ class Store(Tables):
 
     def outcome(self, digest: str) -> Literal["finished", "diverged"] | None:
         """How a run ended; ``None`` if it is not done."""
-        self._run(digest)
-        rows = self._database.read("SELECT outcome FROM results JOIN runs ON runs.id = run WHERE digest = ?", (digest,))
-        return rows[0]["outcome"] if rows else None
+        return reading.outcome(self._database, self.folder, digest)
 
     def metrics(self, digest: str) -> list[dict[str, Any]]:
         """Rows of numbers of a run; what was not measured is ``None``, NaN is NaN."""

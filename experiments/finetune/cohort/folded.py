@@ -20,6 +20,7 @@ from experiments.finetune.cohort.together import train_together
 from experiments.grid.result import Cohort, RunResult
 from experiments.grid.run_spec import RunSpec
 from experiments.inputs.training_data import TrainingData
+from experiments.models.loaded import timm_is_loaded
 from theory.errors import MergeboundError
 
 
@@ -120,6 +121,8 @@ def _leaves(module: nn.Module, known: Mapping[type, Any], name: str = "") -> Ite
 
 def _raw(module: nn.Module) -> Mapping[str, str]:
     """Parameters that a container uses itself: ``token`` (1, N, D) for [M B, N, D], ``channel`` (C,) for M C."""
+    if not timm_is_loaded():
+        return {}
     from timm.models.convnext import ConvNeXtBlock
     from timm.models.vision_transformer import VisionTransformer
 
@@ -130,12 +133,14 @@ def _raw(module: nn.Module) -> Mapping[str, str]:
 
 def _known(network: nn.Module) -> bool:
     """Whether it is one of the networks whose folded form the tests prove."""
+    from experiments.models.cifar_resnet import CifarResNet
+
+    if type(network) is CifarResNet or not timm_is_loaded():
+        return type(network) is CifarResNet
     from timm.models.resnet import ResNet
     from timm.models.vision_transformer import VisionTransformer
 
-    from experiments.models.cifar_resnet import CifarResNet
-
-    return type(network) in (ResNet, VisionTransformer, CifarResNet)
+    return type(network) in (ResNet, VisionTransformer)
 
 
 # --- the folded network ----------------------------------------------------------------------------------------------

@@ -269,26 +269,33 @@ Maker = Callable[[Any], FoldedLayer]
 
 def makers() -> Mapping[type[nn.Module], Maker]:
     """How a layer is folded, by its exact type (a subclass may compute something else)."""
+    from experiments.models.cifar_resnet import Shortcut
+    from experiments.models.loaded import timm_is_loaded
+
+    found: dict[type[nn.Module], Maker] = {
+        nn.Conv2d: FoldedConv2d,
+        nn.Linear: FoldedLinear,
+        nn.BatchNorm1d: FoldedBatchNorm,
+        nn.BatchNorm2d: FoldedBatchNorm,
+        nn.GroupNorm: FoldedGroupNorm,
+        nn.LayerNorm: FoldedLayerNorm,
+        Shortcut: FoldedShortcut,
+    }
+    return found | _makers_of_timm() if timm_is_loaded() else found
+
+
+def _makers_of_timm() -> dict[type[nn.Module], Maker]:
     from timm import layers as timm_layers
     from timm.layers.norm import GroupNorm, LayerNorm, LayerNorm2d
     from timm.layers.norm_act import BatchNormAct2d, GroupNormAct
 
-    from experiments.models.cifar_resnet import Shortcut
-
     return {
-        nn.Conv2d: FoldedConv2d,
-        nn.Linear: FoldedLinear,
         timm_layers.Linear: FoldedLinear,
-        nn.BatchNorm1d: FoldedBatchNorm,
-        nn.BatchNorm2d: FoldedBatchNorm,
         BatchNormAct2d: FoldedBatchNorm,
-        nn.GroupNorm: FoldedGroupNorm,
         GroupNorm: FoldedGroupNorm,
         GroupNormAct: FoldedGroupNorm,
-        nn.LayerNorm: FoldedLayerNorm,
         LayerNorm: FoldedLayerNorm,
         LayerNorm2d: FoldedLayerNorm2d,
         timm_layers.LayerScale: FoldedLayerScale,
         timm_layers.PatchEmbed: FoldedPatches,
-        Shortcut: FoldedShortcut,
     }

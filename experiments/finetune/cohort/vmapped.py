@@ -20,6 +20,7 @@ from experiments.finetune.cohort.together import train_together
 from experiments.grid.result import Cohort, RunResult
 from experiments.grid.run_spec import RunSpec
 from experiments.inputs.training_data import TrainingData
+from experiments.models.loaded import timm_is_loaded
 from theory.errors import MergeboundError
 
 
@@ -68,6 +69,8 @@ def supports_vmap(network: nn.Module) -> str | None:
 
 
 def _norms() -> tuple[type[nn.Module], ...]:
+    if not timm_is_loaded():
+        return (nn.BatchNorm1d, nn.BatchNorm2d)
     from timm.layers.norm_act import BatchNormAct2d
 
     return (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
