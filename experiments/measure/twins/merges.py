@@ -67,7 +67,7 @@ class MergeTwins:
 
     Args:
         base: x_0 in the layout, (P,).
-        vectors: (N, P) experts x_i(S); row ``expert`` is that of the base run.
+        vectors: (N, P) experts x_i(S); row ``expert`` is replaced by the base run.
         space, partition: layout of the merged coordinates.
         expert: i, whose sample is exchanged.
         choices: methods and settings.
@@ -90,7 +90,8 @@ class MergeTwins:
         if not 0 <= self.expert < len(self.vectors):
             raise MergeboundError(f"expert = {self.expert}: there are {len(self.vectors)} experts")
         self._size = self.space.take(0, len(self.partition.shared)).size
-        self._merged = [self._merge(choice, self.vectors[self.expert]) for choice in self.choices]
+        self._own = self.vectors[self.expert]
+        self._merged: list[Tensor] = []
         self._moved: dict[int, list[float]] = {}
 
     def collect(self, twin: int, step: int, state: Mapping[str, Tensor]) -> None:
@@ -98,7 +99,11 @@ class MergeTwins:
         if step != self.step:
             return
         vector = self.space.flatten(state).to(self.base)
-        own = float((vector - self.vectors[self.expert])[: self._size].double().norm())
+        if twin < 0:
+            self._own = vector
+            self._merged = [self._merge(choice, vector) for choice in self.choices]
+            return
+        own = float((vector - self._own)[: self._size].double().norm())
         moved = [
             float((self._merge(choice, vector) - merged)[: self._size].double().norm())
             for choice, merged in zip(self.choices, self._merged, strict=True)
@@ -152,7 +157,7 @@ class MergeTwins:
             effect = known.effect(len(self.vectors), **given)
         except MergeboundError as error:
             return float("nan"), known.guarantee, str(error)
-        bound = effect.surely if effect.surely is not None else effect.sensitivity
+        bound = effect.sensitivity if effect.sensitivity is not None else effect.surely
         value = float("nan") if bound is None else float(np.asarray(bound)[self.expert])
         return value, effect.guarantee, effect.reason
 

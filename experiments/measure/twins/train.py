@@ -33,7 +33,7 @@ PARTS = ("all", "shared", "private")
 WRITTEN_CHUNK, WRITTEN_BYTES, NETWORK_CHUNK = 512, 1 << 22, 8
 """Twins at a time by default: written out, as many as stay near the processor; of other networks a few."""
 Collect = Callable[[int, int, Mapping[str, Tensor]], None]
-"""``collect(twin, step, state)`` with the twin's full state dict."""
+"""``collect(twin, step, state)`` with the twin's full state dict; twin -1 is the base run, which comes first."""
 _log = logging.getLogger(__name__)
 
 
@@ -125,7 +125,7 @@ def train_twins(
         once: the fresh sample is seen in the first batch only: one kick, then the same batches (the growth of a small
             difference under common batches, theory.md section 1).
         channels_last: memory order of images.
-        collect: is called for every twin that has left the base run, at every checkpoint.
+        collect: is called for the base run and for every twin that has left it, at every checkpoint.
 
     Raises:
         MergeboundError: no way takes the network, a batch larger than S, too little memory, or a base run that leaves
@@ -145,7 +145,7 @@ def train_twins(
         chunk=chunk, memory=memory,
     )  # fmt: skip
     kept = distinct[np.unique(np.linspace(0, len(distinct), room.snapshots, endpoint=False).astype(int))]
-    base = _train_base(engine, sample, exchanged, coupling, first, {int(k) for k in kept}, stops)
+    base = _train_base(engine, sample, exchanged, coupling, first, {int(k) for k in kept}, stops, collect)
     distances = np.zeros((len(pairs), len(stops), len(PARTS)))
     rounding = np.full(len(stops), np.nan)
     order = leaving[np.argsort(coupling.starts[leaving], kind="stable")]
@@ -256,6 +256,7 @@ def _train_base(
     first: Snapshot,
     wanted: set[int],
     stops: Sequence[int],
+    collect: Collect | None,
 ) -> _Base:
     engine.open(1)
     engine.join(first, 1)
@@ -275,6 +276,8 @@ def _train_base(
                     f"the base run leaves the finite numbers before step {step + 1}; lower learning_rate, or measure "
                     "twins of a run that finishes"
                 )
+            if collect is not None:
+                collect(-1, step + 1, engine.state(engine.snapshot(0), step + 1))
     return _Base(snapshots, vectors, losses, engine.state(engine.snapshot(0), len(coupling.rows)))
 
 

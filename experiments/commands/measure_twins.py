@@ -1,0 +1,164 @@
+"""``mergebound measure twins``: stability of experts and of their merges, from coupled runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from experiments.commands.measure import (
+    AsJson,
+    Base,
+    Data,
+    Experts,
+    Images,
+    Model,
+    Out,
+    Query,
+    Root,
+    Runs,
+    Seed,
+    SeveralValues,
+    StoreFolder,
+    Threads,
+    choose_runs,
+    open_subject,
+    show,
+)
+from theory.errors import MergeboundError
+
+if TYPE_CHECKING:
+    from experiments.measure.subject import Subject
+    from experiments.measure.twins.study import TwinJob
+
+_STABILITY = ("expert", "step", "part", "value", "low", "high", "error", "count")
+_MERGES = ("expert", "method", "sensitivity", "low", "high", "largest", "theory", "guarantee")
+_BOUNDS = ("expert", "form", "value", "measured", "ratio", "gap", "tau", "gamma")
+
+
+def register(group: typer.Typer) -> None:
+    """Add the command."""
+    group.command("twins", cls=SeveralValues)(twins)
+
+
+def twins(
+    store: StoreFolder = None,
+    runs: Runs = None,
+    query: Query = None,
+    base: Base = None,
+    experts: Experts = None,
+    data: Data = None,
+    model: Model = None,
+    root: Root = None,
+    images: Images = 256,
+    count: Annotated[int, typer.Option("--twins", min=1, help="Exchanged samples of each expert.")] = 16,
+    replicates: Annotated[int, typer.Option("--replicates", min=1, help="Repetitions with other seeds.")] = 1,
+    only: Annotated[str | None, typer.Option("--of", help="Only the twins of this expert; the others stay.")] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Merging methods, comma-separated. Default: all that fit.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge/--no-merge", help="Carry twins through merging methods.")] = True,
+    chunk: Annotated[int | None, typer.Option("--chunk", min=1, help="Twins at a time.")] = None,
+    memory: Annotated[int | None, typer.Option("--memory", min=1, help="MiB that all but the data may take.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="With --base: recipe by which experts are trained anew.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="With --base: steps.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="With --base: batch size.")] = 32,
+    momentum: Annotated[float, typer.Option("--momentum", help="With --base: momentum.")] = 0.0,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="With --base: sgd, adamw or sam.")] = "sgd",
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Stability eps_i: how far an expert (and its merge) moves when one training sample is replaced by a fresh one.
+
+    Each expert is trained again from its base, and with it its twins, which see the same batches but one other sample.
+    """
+    from experiments.measure.twins.merges import MergeChoice, default_choices
+    from experiments.measure.twins.study import frames, growth_figure, jobs_from_subject, measure_expert
+
+    shared: dict[str, Any] = {"images": images, "seed": seed, "threads": threads}
+    if store is not None:
+        subject, jobs = _grid(store, runs, query, root, **shared)
+    else:
+        if learning_rate is None or steps is None:
+            raise MergeboundError(
+                "twins train experts anew: give --learning-rate and --steps with --base, or runs of a grid by --store"
+            )
+        subject = open_subject(base=base, experts=experts, data=data, model=model, runs=runs, query=query, root=root,
+                               store=store, **shared)  # fmt: skip
+        recipe = {"learning_rate": learning_rate, "steps": steps, "batch_size": batch_size, "momentum": momentum,
+                  "optimizer": optimizer, "sampling": "without_replacement", "seed": seed}  # fmt: skip
+        jobs = jobs_from_subject(subject, recipe)
+    names = [job.name for job in jobs]
+    chosen = [i for i, name in enumerate(names) if only is None or only in (name, subject.names[i])]
+    if not chosen:
+        raise MergeboundError(f"--of {only!r}: no such expert; choose from {', '.join(names)}")
+    choices = None
+    if methods is not None:
+        known = {choice.method: choice for choice in default_choices(subject.size)}
+        choices = [known.get(name, MergeChoice(name)) for name in methods.split(",")]
+    found = [
+        measure_expert(
+            jobs[i],
+            subject=subject if merge else None,
+            expert=i,
+            twins=count,
+            seed=seed,
+            choices=choices,
+            chunk=chunk,
+            memory=None if memory is None else memory << 20,
+            replicates=replicates,
+        )
+        for i in chosen
+    ]
+    tables = frames(found)
+    printed = tables["stability"]
+    notes = _notes(found, store is None)
+    show(
+        {**tables, "eps": printed[printed["statistic"] == "rms"]},
+        headline=f"stability of {len(found)} of {subject.size} experts, {count} twins each (tier: estimated)",
+        notes=notes,
+        figures={"growth": growth_figure(found)} if out is not None else None,
+        facts={"seed": seed, "tier": "estimated"},
+        shown={"stability": (), "merges": _MERGES, "theorem2": _BOUNDS, "eps": _STABILITY},
+        as_json=as_json,
+        out=out,
+    )
+
+
+def _grid(
+    folder: Path, runs: list[str] | None, query: str | None, root: Path | None, **shared: Any
+) -> tuple[Subject, tuple[TwinJob, ...]]:
+    from experiments.commands.grid_store import data_root
+    from experiments.measure.twins.study import jobs_from_store
+    from experiments.store import Store
+
+    subject = open_subject(store=folder, runs=runs, query=query, root=root, **shared)
+    with Store.open(folder, "r") as opened:
+        named = choose_runs(opened, runs, query)
+        digests = [next(full for full in opened.runs() if full.startswith(each)) for each in named]
+        return subject, jobs_from_store(opened, digests, data_root(opened, root))
+
+
+def _notes(found: Any, checkpoints: bool) -> list[str]:
+    notes = ["Theorem 2 with gaps of the exchanged pairs at x_0 and x_K and kappa = 0; cap is sqrt(2) times the drift."]
+    left = [float((each.twins.starts >= 0).mean()) for each in found]
+    if min(left) < 1:
+        notes.append(f"{min(left):.0%} or more of the exchanged samples were in a batch; the others move nothing")
+    worst = max((each.replay for each in found if each.replay == each.replay), default=float("nan"))
+    if worst == worst:
+        notes.append(f"base runs differ from the stored experts by at most {worst:.1e} of the largest weight change")
+    share = [each.twins.rounding[-1] / each.stability.epsilon.value for each in found if each.stability.epsilon.value]
+    if share and max(share) == max(share):
+        notes.append(
+            f"a row that exchanges nothing ends {max(share):.1e} of eps_i away from the base run: rounding, grown"
+        )
+    if checkpoints:
+        notes.append("experts were trained anew by the given recipe from half of the images, with frozen heads")
+    for name, reason in (found[0].skipped if found else {}).items():
+        notes.append(f"not merged by {name}: {reason}")
+    return notes
