@@ -113,10 +113,12 @@ class Predictor:
         Raises:
             MergeboundError: something it needs was not collected.
         """
-        made = []
+        made, shared = [], self.rule(statistics.size, 0)
+        alike = not any(kind.endswith("own") for part in self.parts for kind in part.kinds)
         for j, labels in enumerate(statistics.labels):
             data = np.concatenate([statistics.of(kind, j) for kind in self.known_kinds()])
-            made.append(InterpolatedField(self.rule(statistics.size, j), data, labels, self.name))
+            rule = shared if alike else self.rule(statistics.size, j)
+            made.append(InterpolatedField(rule, data, labels, self.name))
         return made
 
 
