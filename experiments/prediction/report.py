@@ -71,8 +71,8 @@ def page(
         markdown(tables.aims, ["architecture", "aim", "value", "target", "met", "merges"]),
         "## Every predictor",
         "Predicted over measured test loss: median with 5 and 95 % quantiles; share of merges within 15 %; for "
-        "collapsed merges the median factor. Both regimes; by regime, N and method, with rank correlations and their intervals "
-        "(experts resampled), in `table_predictors.csv` and `table_states.csv`.",
+        "collapsed merges the median factor. Both regimes; by regime, N and method, with rank correlations and their "
+        "intervals (experts resampled), in `table_predictors.csv` and `table_states.csv`.",
         _states(tables.states),
         "## Ranks, beside trivial predictors",
         "Spearman correlation with the measured joint risk and with the merging cost, 95 % intervals from resampling "
@@ -105,7 +105,7 @@ def page(
         parts += [
             "## Price",
             "Processor seconds on the same images: to collect for one group, to price one coefficient vector, to "
-            "evaluate one merge; `break_even` is the number of coefficient vectors from which on predicting is cheaper.",
+            "evaluate one merge; `break_even` is the number of coefficient vectors from which on predicting pays.",
             markdown(
                 tables.prices,
                 ["architecture", "N", "predictor", "seconds_collect", "seconds_price", "seconds_measure", "break_even"],
@@ -141,8 +141,8 @@ def _what(spec: StudySpec, frames: Frames, merges: pd.DataFrame, usable: int, fi
         f"(N = {', '.join(map(str, spec.groups))}), each within one half of the experts; methods {methods}. "
         f"{spec.calibration_images} calibration images per task from its validation part, {spec.test_images} test "
         f"images from its test part; seed {spec.seed}; specification {spec.digest()}. {usable} merges are usable "
-        f"(accuracy above half the experts'), {len(merges) - usable} collapsed. Tier of predictions: estimated; of what is "
-        "fitted on the other half: calibrated; of losses: measured."
+        f"(accuracy above half the experts'), {len(merges) - usable} collapsed. Tier of predictions: estimated; of "
+        "what is fitted on the other half: calibrated; of losses: measured."
     ]
     if finished is not None and finished[0] < finished[1]:
         lines.append(f"**Not finished: {finished[0]} of {finished[1]} groups of all stages.**")
