@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from experiments.measure.noise.at_point import noise_at
 from experiments.measure.noise.constant import from_parts, largest, quantile
+from experiments.measure.noise.constants import batch_noise
 from experiments.measure.noise.heterogeneity import successive_cosines, task_gradients
 from experiments.measure.noise.objective import Objective
 from experiments.measure.noise.one_step import one_step
@@ -77,6 +80,18 @@ def test_all_of_S_on_a_quadratic_is_exact_part_by_part() -> None:
     small = noise_at(_objective(task.H, x, decay), _split(z), _split(fresh), population=20, pairs=20, memory=D * 8 * 12)
     assert small["all"].gap.value == pytest.approx(found["all"].gap.value, rel=1e-12)  # blocks of three samples
     assert small["all"].largest_gap.value == pytest.approx(found["all"].largest_gap.value, rel=1e-12)
+
+
+@pytest.mark.parametrize("sampling", ["without_replacement", "with_replacement"])
+def test_noise_of_batches_against_all_batches(sampling: str) -> None:
+    task = _task(12)
+    x, z = np.ones(D), draw_data(task, 6, 1, np.random.default_rng(4))[0]
+    found = noise_at(_objective(task.H, x), _split(z), None, population=6, pairs=1)["all"]
+    rows = (x - z) @ task.H
+    every = itertools.combinations(range(6), 2) if sampling == "without_replacement" else np.ndindex(6, 6)
+    means = np.array([rows[list(batch)].mean(axis=0) for batch in every])
+    expected = np.sqrt(((means - rows.mean(axis=0)) ** 2).sum(axis=1).mean())
+    assert batch_noise(found.sigma, 6, 2, sampling).value == pytest.approx(expected)
 
 
 def test_subsets_of_S_are_unbiased_and_intervals_cover() -> None:
@@ -274,7 +289,7 @@ def test_task_gradients_against_dense_and_their_bias() -> None:
     error = values.std(axis=0, ddof=1) / np.sqrt(draws)
     assert np.all(np.abs(values.mean(axis=0) - [full.heterogeneity.value**2, norms[0] ** 2]) < 4 * error)
     assert np.mean(covered) > 0.85
-    with pytest.raises(MergeboundError, match="choose from shared"):
+    with pytest.raises(MergeboundError, match="choose from all, shared"):
         task_gradients(objectives, some, [n] * 3, "abc", part="body")
 
 

@@ -108,7 +108,7 @@ def noise_at(
     gaps = squared_gaps(few, few if others is None else _first(others, pairs))
     parts = {}
     for name in PARTS:
-        span = _span(name, objective.shared)
+        span = part_of(name, objective.shared)
         parts[name] = _part(
             _Sample(_pick(own.squares, name), _pick(inner, name), population),
             None if other is None or back is None else _Sample(_pick(other.squares, name), _pick(back, name), None),
@@ -208,7 +208,8 @@ def _pick(values: np.ndarray, part: str) -> np.ndarray:
     return np.asarray(found)
 
 
-def _span(part: str, cut: int) -> slice:
+def part_of(part: str, cut: int) -> slice:
+    """Where a part of :data:`PARTS` lies in theta; ``cut`` is the length of the shared part."""
     return {"all": slice(None), "shared": slice(None, cut), "head": slice(cut, None)}[part]
 
 

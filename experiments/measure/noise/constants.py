@@ -3,142 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from experiments.finetune.schedules import schedule
-from experiments.measure.noise.at_point import PARTS, PointNoise, noise_at
+from experiments.measure.noise.at_point import noise_at
 from experiments.measure.noise.constant import Constant, exactly, largest, largest_of, smallest_of
-from experiments.measure.noise.objective import Objective, Point, objective_of, path_of
-from experiments.measure.noise.one_step import OneStep, one_step
+from experiments.measure.noise.expert_constants import Constants, ExpertConstants
+from experiments.measure.noise.objective import Point, objective_of, path_of
+from experiments.measure.noise.one_step import one_step
 from experiments.measure.noise.per_sample import MEMORY
 from experiments.measure.noise.smoothness import ends, sample_smoothness
 from experiments.measure.subject import Subject
 from experiments.tasks.types import Split
+from theory.drift import finite_batch_factor
 from theory.errors import MergeboundError
 
 _SAMPLES = 0x6A3D
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class ExpertConstants:
-    """Constants of one expert; suprema are over the points that were looked at.
-
-    Attributes:
-        name, task: of the expert.
-        n: size of S_i; ``None`` where S_i is not known and the samples stand for the task itself.
-        points: in the order of the path (base first, expert last), chord points among them.
-        g: |grad F_S(x_0) + omega x_0| (theory.md's g_i).
-        sigma0, sigma: gradient noise at x_0, and its largest value on the path.
-        D_2, D_inf: gradient gap, rms per point and largest over points; largest pair seen.
-        D_inf_shared, D_inf_private: of the two parts of the gradient.
-        G: largest per-sample gradient norm seen.
-        L: largest absolute eigenvalue of a single sample's Hessian seen (a lower estimate of the smoothness).
-        lowest, highest: ends of the Hessian of F_S (over the samples) on the path, without decay.
-        pl: smallest PL ratio on the path.
-        initial_risk, training_risk: F_S at x_0 (with the starting head) and at the expert.
-        base_norm: |x_0| of what was trained.
-        drift, private_drift: |Delta_i| of the shared part and of the head, both of what was trained.
-        steps: the one-step factor; ``None`` where no learning rate is known.
-    """
-
-    name: str
-    task: str
-    n: int | None
-    points: tuple[PointNoise, ...]
-    g: Constant
-    sigma0: Constant
-    sigma: Constant
-    D_2: Constant
-    D_inf: Constant
-    D_inf_shared: Constant
-    D_inf_private: Constant
-    G: Constant
-    L: Constant
-    lowest: Constant
-    highest: Constant
-    pl: Constant
-    initial_risk: Constant
-    training_risk: Constant
-    base_norm: Constant
-    drift: Constant
-    private_drift: Constant
-    steps: OneStep | None
-
-    @property
-    def kappa(self) -> Constant | None:
-        """Measured one-step rate."""
-        return None if self.steps is None else self.steps.kappa
-
-    @property
-    def total_drift(self) -> float:
-        """|Delta_i| of everything trained."""
-        return float(np.hypot(self.drift.value, self.private_drift.value))
-
-    def gaps_from_loss(self) -> tuple[tuple[str, Constant, Constant | None], ...]:
-        """Gradient gaps from the loss at every point (theory.md section 5).
-
-        Name of the point, ``2 sqrt(2 L F_S)`` (steps that do not contract) and ``sqrt(2 L F_S) + sqrt(2 L F)`` (fresh
-        loss; any steps under independent batches).
-        """
-        found = []
-        for point in self.points:
-            trained = _root_product(self.L, point.loss)
-            fresh = None if point.fresh_loss is None else _sum(trained, _root_product(self.L, point.fresh_loss))
-            found.append((point.point, trained.scaled(2.0), fresh))
-        return tuple(found)
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Constants of all experts of a subject, in its order.
-
-    Attributes:
-        experts: one each.
-        seed: of all draws.
-        per_sample_loss: whether training saw a per-sample loss (A3): False with BatchNorm on batch statistics.
-        augmented: experts whose training images were augmented; the constants are of plain images.
-        notes: what a reader must know.
-    """
-
-    experts: tuple[ExpertConstants, ...]
-    seed: int
-    per_sample_loss: bool
-    augmented: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per expert and constant: value, interval, how."""
-        names = (
-            *("g", "sigma0", "sigma", "D_2", "D_inf", "D_inf_shared", "D_inf_private", "G", "L", "lowest", "highest"),
-            *("kappa", "pl", "initial_risk", "training_risk", "base_norm", "drift", "private_drift"),
-        )
-        rows = []
-        for expert in self.experts:
-            for name in names:
-                constant = getattr(expert, name)
-                if constant is not None:
-                    rows.append({"expert": expert.name, "constant": name, **vars(constant)})
-        return pd.DataFrame(rows)
-
-    def points_frame(self) -> pd.DataFrame:
-        """One row per expert, point, part of the gradient and quantity."""
-        rows = []
-        for expert in self.experts:
-            for point, (_, twice, both) in zip(expert.points, expert.gaps_from_loss(), strict=True):
-                place = {"expert": expert.name, "point": point.point, "step": point.step}
-                whole: dict[str, Constant | None] = {"loss": point.loss, "fresh_loss": point.fresh_loss}
-                whole |= {"pl_ratio": point.pl_ratio, "gap_from_loss": twice, "gap_from_both_losses": both}
-                rows += [place | {"part": "all", "constant": k} | vars(c) for k, c in whole.items() if c is not None]
-                for part in PARTS:
-                    found = point[part]
-                    for name, value in vars(found).items():
-                        listed = [(f"norm_q{share:g}", c) for share, c in value] if name == "norms" else [(name, value)]
-                        rows += [place | {"part": part, "constant": k} | vars(c) for k, c in listed]
-        return pd.DataFrame(rows)
 
 
 def constants_of(
@@ -281,6 +163,7 @@ def _one(
     lows = [edge[0] for edge in edges] + ([] if steps is None else [pair.lowest for pair in steps.pairs])
     visited = [p for p in measured if not p.point.startswith("between")]
     whole = [p["all"] for p in visited]
+    sigma = largest_of([p.sigma for p in whole])
     return ExpertConstants(
         name=subject.names[j],
         task=subject.tasks[j],
@@ -288,7 +171,8 @@ def _one(
         points=tuple(measured),
         g=whole[0].objective_gradient,
         sigma0=whole[0].sigma,
-        sigma=largest_of([p.sigma for p in whole]),
+        sigma=sigma,
+        sigma_batch=None if run is None or n is None else batch_noise(sigma, n, min(size, n), run.sampling),
         D_2=largest_of([p.gap for p in whole]),
         D_inf=largest_of([p.largest_gap for p in whole]),
         D_inf_shared=largest_of([p["shared"].largest_gap for p in visited]),
@@ -305,6 +189,12 @@ def _one(
         private_drift=exactly(float(delta[first.shared :].norm()), 1, seed, "checkpoint"),
         steps=steps,
     )
+
+
+def batch_noise(sigma: Constant, n: int, size: int, sampling: str) -> Constant:
+    """rms noise of the mean gradient of a batch of ``size`` samples of S (theory.md section 6, factor for distinct
+    samples); ``sigma`` within S with divisor n."""
+    return sigma.scaled(float(np.sqrt(finite_batch_factor(n, size, sampling) / size)))
 
 
 def _batch_statistics(subject: Subject) -> bool:
@@ -335,20 +225,4 @@ def _notes(subject: Subject, per_sample: bool, augmented: tuple[str, ...], path:
     return notes
 
 
-def _root_product(L: Constant, loss: Constant) -> Constant:
-    values = [float(np.sqrt(2.0 * L.at(w) * max(loss.at(w), 0.0))) for w in ("value", "low", "high")]
-    return Constant(values[0], values[1], values[2], loss.samples, f"L {L.how}, loss {loss.how}", loss.seed)
-
-
-def _sum(first: Constant, second: Constant) -> Constant:
-    return Constant(
-        first.value + second.value,
-        first.low + second.low,
-        first.high + second.high,
-        first.samples + second.samples,
-        first.how,
-        first.seed,
-    )
-
-
-__all__ = ["Constants", "ExpertConstants", "Objective", "constants_of", "peak_rate", "training_sample"]
+__all__ = ["Constants", "ExpertConstants", "batch_noise", "constants_of", "peak_rate", "training_sample"]

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from experiments.measure.noise.at_point import PARTS, part_of
 from experiments.measure.noise.constant import Constant, from_parts, root
 from experiments.measure.noise.objective import Objective
 from experiments.measure.noise.per_sample import MEMORY, Rows, along, moments
@@ -93,23 +94,18 @@ def task_gradients(
     Raises:
         MergeboundError: the parts differ in length, or an unknown part.
     """
-    spans = {
-        "shared": lambda o: slice(0, o.shared),
-        "head": lambda o: slice(o.shared, None),
-        "all": lambda o: slice(None),
-    }
-    if part not in spans:
-        raise MergeboundError(f"part = {part!r}: choose from {', '.join(spans)}")
+    if part not in PARTS:
+        raise MergeboundError(f"part = {part!r}: choose from {', '.join(PARTS)}")
     rows = [
         Rows(o, split.images, split.labels, memory // max(len(objectives), 1))
         for o, split in zip(objectives, samples, strict=True)
     ]
     found = [moments(r) for r in rows]
-    pieces = [m.mean[spans[part](o)] for m, o in zip(found, objectives, strict=True)]
+    pieces = [m.mean[part_of(part, o.shared)] for m, o in zip(found, objectives, strict=True)]
     if len({piece.numel() for piece in pieces}) != 1:
         raise MergeboundError(f"part = {part!r}: the tasks' gradients differ in length there; compare the shared part")
     means = torch.stack(pieces)
-    inner = [_inner(r, means, o, spans[part](o)) for r, o in zip(rows, objectives, strict=True)]
+    inner = [_inner(r, means, o, part_of(part, o.shared)) for r, o in zip(rows, objectives, strict=True)]
     squares = [_part_squares(m.squares, part) for m in found]
     gram = (means @ means.T).numpy()
     size = len(rows)
@@ -133,7 +129,7 @@ def _inner(rows: Rows, means: Tensor, objective: Objective, span: slice) -> np.n
     """Inner products of per-sample gradients with the tasks' means in one part, (m, N)."""
     wide = torch.zeros(len(means), objective.size, dtype=torch.float64)
     wide[:, span] = means
-    return along(rows, wide).sum(axis=2)
+    return np.asarray(along(rows, wide).sum(axis=2))
 
 
 def _part_squares(squares: np.ndarray, part: str) -> np.ndarray:

@@ -155,8 +155,9 @@ def _exchange(objective: Objective, inputs: Tensor, labels: Tensor, rng: np.rand
     first, second = (int(v) for v in rng.choice(len(labels), size=2, replace=len(labels) < 2))
     slope = grad(objective.mean)
     with torch.no_grad():
-        one = slope(objective.theta, inputs[first : first + 1], labels[first : first + 1])
-        return one - slope(objective.theta, inputs[second : second + 1], labels[second : second + 1])
+        one: Tensor = slope(objective.theta, inputs[first : first + 1], labels[first : first + 1])
+        two: Tensor = slope(objective.theta, inputs[second : second + 1], labels[second : second + 1])
+    return one - two
 
 
 def _normal(rng: np.random.Generator, objective: Objective) -> Tensor:

@@ -22,7 +22,8 @@ def hessian_product(objective: Objective, inputs: Tensor, labels: Tensor, vector
     """H v of the mean loss of a batch, without decay, (d,)."""
 
     def slope(theta: Tensor) -> Tensor:
-        return grad(objective.mean)(theta, inputs, labels)
+        found: Tensor = grad(objective.mean)(theta, inputs, labels)
+        return found
 
     product: Tensor = jvp(slope, (objective.theta,), (vector,))[1]
     return product
