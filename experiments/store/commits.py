@@ -131,7 +131,7 @@ def _prepared(
 
 def _stored(connection: sqlite3.Connection, runs: Sequence[int]) -> dict[int, str]:
     """Content of those runs that are there."""
-    found = {}
+    found: dict[int, str] = {}
     for part in _parts(runs):
         rows = connection.execute(f"SELECT run, content FROM results WHERE run IN ({_marks(part)})", part)
         found |= {int(row["run"]): str(row["content"]) for row in rows}

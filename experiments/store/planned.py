@@ -55,7 +55,7 @@ def known(database: Database, digests: Iterable[str]) -> dict[str, tuple[RunSpec
         StoreError: a run that the store does not know.
     """
     wanted = list(digests)
-    rows = {}
+    rows: dict[str, sqlite3.Row] = {}
     for start in range(0, len(wanted), 500):
         part = wanted[start : start + 500]
         marks = ", ".join("?" * len(part))
