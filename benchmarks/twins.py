@@ -1,8 +1,8 @@
 """Stability twins in batches against a plain PyTorch loop over twins: the same work, in turns, medians.
 
 ``python benchmarks/twins.py --out docs/results/twins`` writes the table, ``--cases logistic mlp`` runs some of it,
-``--quick`` is a check of seconds.  The plain loop (:mod:`benchmarks.cohort_speed.plain`) keeps the data in memory, swaps
-one row in place and trains each twin from x_0.
+``--quick`` is a check of seconds.  The plain loop (:mod:`benchmarks.cohort_speed.plain`) keeps the data in memory,
+swaps one row in place and trains each twin from x_0.
 """
 
 from __future__ import annotations

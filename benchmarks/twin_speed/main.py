@@ -135,7 +135,7 @@ def run_case(case: Case, rounds: int) -> Row:
     for _ in range(rounds):
         one = measure(lambda: loop(some))
         other = measure(lambda: train_twins(run, network, start, sample, fresh, pairs))
-        turns.append((one.cpu / case.plain, other.cpu / case.twins, other.memory))
+        turns.append(((one.user + one.system) / case.plain, (other.user + other.system) / case.twins, other.above))
     ratios = [plain / ours for plain, ours, _ in turns]
     return Row(
         case.name,
