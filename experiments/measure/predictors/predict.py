@@ -31,6 +31,8 @@ REFERENCES = (
     *("anchored_tangent", "anchored", "second_order", "secant_tangent"),
 )
 """Remainders are read off from the first two of these that were predicted too."""
+NARROW = float(np.log(1.25))
+"""Gaps below it are agreement (as in ``mergebound predict``)."""
 Z = 1.959964
 """Two-sided 95 % of the normal distribution."""
 
@@ -80,9 +82,9 @@ def predict_merge(
         Columns: ``merge``, ``method``, ``predictor``, ``risk`` (nats), ``standard_error``, ``low`` and ``high`` (95 %,
         from the calibration images alone), ``accuracy``, ``interval_low`` and ``interval_high`` (calibrated, else
         missing), ``bracket_low``, ``bracket_high``, ``gap`` (log ratio; missing without tangents at the base),
-        ``flag`` (do not trust: the calibrated flag, or a gap of at least log 2 with the upper end above the base's
-        risk, or every end above it), ``certificate_output``, ``certificate_remainder`` (estimated upper bounds;
-        remainders are distances to two of :data:`REFERENCES`), ``explained`` (share of the merge on the task
+        ``flag`` (do not trust: the calibrated flag, or a gap of at least :data:`NARROW` with the upper end above
+        the base's risk, or every end above it), ``certificate_output``, ``certificate_remainder`` (estimated upper
+        bounds; remainders are distances to two of :data:`REFERENCES`), ``explained`` (share of the merge on the task
         vectors), ``tier``, ``cost`` (forward passes of the collection),
         ``seconds`` (for this merge, after the collection), ``images``, ``seed``.
 
@@ -238,7 +240,7 @@ def _bracket_columns(frame: pd.DataFrame) -> None:
         return
     found = bracket_of(risks)
     base = frame["base_risk"].to_numpy()[:count]
-    flag = ((found.gap >= np.log(2.0)) & (found.high > base)) | (found.low > base)
+    flag = ((found.gap >= NARROW) & (found.high > base)) | (found.low > base)
     repeats = len(frame) // count
     columns = {"bracket_low": found.low, "bracket_high": found.high, "gap": found.gap, "flag": flag}
     for name, values in columns.items():
