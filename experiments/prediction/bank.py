@@ -284,7 +284,8 @@ def _pair_points(material: Material, pool: Pool) -> Points:
 
 def _points(material: Material, points: Points, what: str, progress: Progress) -> _Stage:
     """Features at points of parameter space; all tasks of a point in one pass."""
-    arrays, passes = {}, 0
+    arrays: dict[str, Tensor] = {}
+    passes = 0
     started = time.process_time()
     for done, (key, vector, tasks) in enumerate(points):
         images = torch.cat([material.calibration[task].images for task in tasks])

@@ -97,7 +97,8 @@ def study_pools(spec: StudySpec, regime: str, store: Store, runs: Sequence[RunSp
     for number, architecture in enumerate(architectures):
         for position, (half, points) in enumerate(spec.halves.items()):
             key = PoolKey(regime, architecture, half)
-            found, gone = [], []
+            found: list[StudyExpert] = []
+            gone: list[StudyExpert] = []
             for digest, run in stored.items():
                 recipe = numbers.get(run.learning_rate, -1)
                 if run.architecture != architecture or recipe not in points:

@@ -18,7 +18,7 @@ from experiments.tasks.types import Split
 from merging.batchnorm import reestimate_batchnorm
 from merging.merge import merge_flat
 from merging.registry import get
-from theory.function_space import Array, joint_standard_error
+from theory.function_space import Array, Labels, joint_standard_error
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def linear_coefficients(method: MethodSpec, size: int) -> Array | None:
     return None
 
 
-Images = list[tuple[Array, Array, Array]]
+Images = list[tuple[Array, Array, Labels]]
 """Per task: losses in nats, whether the class was right, and names of the images, (n,) each."""
 
 
@@ -88,7 +88,7 @@ def per_image(
 
 def summary(images: Images, part: slice = slice(None)) -> Measured:
     """Losses and accuracies by task, and the standard error of the mean loss (by images)."""
-    some = [(losses[part], hits[part], source[part]) for losses, hits, source in images]
+    some: Images = [(losses[part], hits[part], source[part]) for losses, hits, source in images]
     error = joint_standard_error([losses for losses, _, _ in some], [source for _, _, source in some])
     return Measured(
         np.array([losses.mean() for losses, _, _ in some]), np.array([hits.mean() for _, hits, _ in some]), error

@@ -122,18 +122,18 @@ def run_study(
                     process.start()
                 running[work.pool.key.folder] = (process, work)
             time.sleep(0.05 if watch is None else _POLL)
-            for name, (process, work) in list(running.items()):
-                if not process.is_alive():
-                    process.join()
+            for name, (child, work) in list(running.items()):
+                if not child.is_alive():
+                    child.join()
                     del running[name]
-                    _check(process.exitcode, work)
+                    _check(child.exitcode, work)
             if watch is not None:
                 watch(status(spec, plan, place, tuple(running)))
     finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.join(timeout=10)
+        for child, _ in running.values():
+            child.terminate()
+        for child, _ in running.values():
+            child.join(timeout=10)
     return read_frames(spec, plan, place)
 
 
