@@ -30,7 +30,7 @@ def lanczos_excess(width: float, size: int, steps: int, chance: float) -> float:
     (Krylov spaces do not change under shifts).
 
     >>> round(lanczos_excess(1.0, 10_000, 40, 0.01), 4), lanczos_excess(1.0, 10_000, 5, 0.01)
-    (0.0198, inf)
+    (0.018, inf)
     """
     if not (width >= 0 and size >= 1 and steps >= 1 and 0 < chance < 1):
         raise MergeboundError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -215,15 +216,15 @@ def predict_from_segments(
         losses, slopes = segment.losses[:, keep].mean(axis=1), segment.slopes[:, keep].mean(axis=1)
         if kind == "taylor":
             return float(gradient_aware_risk(losses[:1], slopes[:1], bends.max(keepdims=True), np.ones(1)))
-        chosen = {
-            "endpoint": lambda: bends[0],
-            "segment": lambda: curvature_on_segment(bends.max(), slopes[0], losses[0]),
-            "slopes": lambda: first_derivative_curvature(slopes, losses),
-        }[kind]()
-        return float(curvature_risk(losses[:1], np.reshape(chosen, 1), np.ones(1)))
+        chosen = bends[:1]
+        if kind == "segment":
+            chosen = curvature_on_segment(bends.max(), slopes[:1], losses[:1])
+        elif kind == "slopes":
+            chosen = first_derivative_curvature(slopes, losses).reshape(1)
+        return float(curvature_risk(losses[:1], chosen, np.ones(1)))
 
     def joint(kind: str) -> Number:
-        found = [jackknife(lambda keep, s=s: task(s, kind, keep), s.images) for s in segments]
+        found = [jackknife(partial(task, s, kind), s.images) for s in segments]
         value = float(p @ [f[0] for f in found])
         error = float(np.sqrt((p**2) @ [f[1] ** 2 for f in found]))
         return Number.normal(value, error, "images (95 %), not the model's error", segments[0].seed)

@@ -122,7 +122,7 @@ class CurvatureGram:
     def negative_share(self, task: int) -> Array:
         """What clipping takes away: sum of negative eigenvalues over sum of magnitudes, (anchors,); 0 for PSD."""
         values = np.linalg.eigvalsh(self.forms(task))
-        return np.asarray(-values.clip(max=0.0).sum(axis=1) / np.maximum(np.abs(values).sum(axis=1), 1e-300))
+        return np.asarray(np.abs(values.clip(max=0.0)).sum(axis=1) / np.maximum(np.abs(values).sum(axis=1), 1e-300))
 
     def own_risk(self, task: int) -> Number:
         """F_j(x_j) with a 95 % interval over images."""

@@ -150,12 +150,12 @@ class EmpiricalRisk:
                 return self.call(x + t * d, images)
 
             def speed(t: Tensor, curve: Callable[[Tensor], Tensor] = curve) -> tuple[Tensor, Tensor]:
-                found: tuple[Tensor, Tensor] = jvp(curve, (t,), (one,))
-                return found
+                height, rate = jvp(curve, (t,), (one,))[:2]
+                return height, rate
 
             try:
                 with torch.no_grad():
-                    (value, first), (_, second) = jvp(speed, (moment,), (one,))
+                    (value, first), (_, second) = jvp(speed, (moment,), (one,))[:2]
             except (RuntimeError, NotImplementedError) as error:
                 reason = str(error).partition("\n")[0]
                 raise MergeboundError(
