@@ -10,7 +10,7 @@ from numba import njit
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def heavy_ball(
     x: np.ndarray, v: np.ndarray, g: np.ndarray, rate: float, beta: float, decay: float, nesterov: bool
 ) -> None:
@@ -26,14 +26,14 @@ def heavy_ball(
             x[k] -= rate * v[k]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def plain(x: np.ndarray, g: np.ndarray, rate: float, decay: float) -> None:
     """x <- x - rate (g + decay x)."""
     for k in range(x.size):
         x[k] -= rate * (g[k] + decay * x[k])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def adamw(
     x: np.ndarray,
     v: np.ndarray,
