@@ -157,17 +157,22 @@ def committed(
 ) -> Iterator[Done]:
     """Do what is missing of a cohort; a run that comes out is stored."""
     waiting = Together(store, owner, wait)
-    for piece in pieces(cohort):
-        missing = store.missing(piece)
-        if not missing:
-            continue
-        began = time.monotonic()
-        for digest, result in results_of(piece, known_runs(store, piece.runs), missing, workplace, resamples=resamples):
-            waiting.add(digest, result)
-            if waiting.due():
+    try:
+        for piece in pieces(cohort):
+            missing = store.missing(piece)
+            if not missing:
+                continue
+            began = time.monotonic()
+            known = known_runs(store, piece.runs)
+            for digest, result in results_of(piece, known, missing, workplace, resamples=resamples):
+                waiting.add(digest, result)
+                if waiting.due():
+                    yield from waiting.commit()
+            if time.monotonic() - began >= wait:  # the next piece will take as long
                 yield from waiting.commit()
-        if time.monotonic() - began >= wait:  # the next piece will take as long
-            yield from waiting.commit()
+    except Exception:
+        waiting.commit()  # what came out before is not lost
+        raise
     yield from waiting.commit()
 
 
@@ -183,19 +188,18 @@ class Together:
     def __init__(self, store: Store, owner: str, wait: float = TOGETHER) -> None:
         self._store, self._owner, self._wait = store, owner, wait
         self._results: dict[str, RunResult] = {}
-        self._since = 0.0
+        self._since, self._bytes = 0.0, 0
 
     def add(self, digest: str, result: RunResult) -> None:
         """One more result."""
         if not self._results:
-            self._since = time.monotonic()
+            self._since, self._bytes = time.monotonic(), 0
         self._results[digest] = result
+        self._bytes += sum(tensor.nbytes for state in result.states.values() for tensor in state.values())
 
     def due(self) -> bool:
         """Whether the first has waited for long enough, or they take much memory."""
-        return bool(self._results) and (
-            time.monotonic() - self._since >= self._wait or sum(map(_size, self._results.values())) >= _MOST
-        )
+        return bool(self._results) and (time.monotonic() - self._since >= self._wait or self._bytes >= _MOST)
 
     def commit(self) -> list[Done]:
         """Commit what waits; what another runner has stored with other bits stays, with a warning."""
@@ -207,10 +211,6 @@ class Together:
         except StoreConflict as error:
             _log.warning("%s", error)
         return [done_of(digest, result) for digest, result in results.items()]
-
-
-def _size(result: RunResult) -> int:
-    return sum(tensor.nbytes for state in result.states.values() for tensor in state.values())
 
 
 def done_of(digest: str, result: RunResult) -> Done:

@@ -130,6 +130,14 @@ def test_short_pieces_share_a_commit_and_long_ones_do_not_wait(tmp_path: Path, m
             assert run_cohort(store, plan.cohorts[0]) == 4
             assert not store.missing()
     assert sizes == [4, 1, 1, 1, 1]
+    monkeypatch.setattr(cohort_job, "TOGETHER", 60.0)
+    with Store.open(tmp_path / "a") as store:  # what came out before an error is kept
+        last = plan.cohorts[0].runs[-1]
+        store.forget(made)
+        del made[last]
+        with pytest.raises(KeyError):
+            run_cohort(store, plan.cohorts[0])
+        assert store.missing() == (last,)
 
 
 def test_what_waits_is_committed_once_and_when_it_is_due(tmp_path: Path) -> None:
