@@ -6,6 +6,9 @@ If the Hessian of the batch loss lies in [m, L] along the segment, then
 q <= max(|1 - eta (m + omega)|, |1 - eta (L + omega)|).  Random directions of a high-dimensional space feel the mean
 curvature only and say little about the largest factor; the eigenvectors of both ends of the spectrum attain it to first
 order in r, and ``exchange`` (the difference of two samples' gradients) is where twins really part.
+
+Networks with ReLU have no Hessian at their kinks: pairs that straddle one part faster than the spectrum at the point
+allows, the more so the nearer they are.  ``factor`` above ``limit`` shows it.
 """
 
 from __future__ import annotations
