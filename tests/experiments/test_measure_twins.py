@@ -269,4 +269,11 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(MergeboundError, match="not among"):
         train_twins(spec(), network, start_of(network), data, data, Pairs(np.array([6]), np.array([0])))
     with pytest.raises(MergeboundError, match="lower learning_rate"):
-        train_twins(spec(learning_rate=1e300), network, start_of(network), data, data, draw_pairs(6, 6, 2, 0))
+        train_twins(
+            spec(learning_rate=1e38, precision="float32"),
+            network,
+            start_of(network),
+            data,
+            data,
+            draw_pairs(6, 6, 2, 0),
+        )
