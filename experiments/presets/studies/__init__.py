@@ -1,0 +1,1 @@
+"""Specifications of the studies that come with the package."""

@@ -1,0 +1,1 @@
+"""The two studies: hyperparameters of experts, and merging at scale."""

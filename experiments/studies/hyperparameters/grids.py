@@ -1,0 +1,163 @@
+"""Grids of the study: one factor at a time around a centre, and recipes of their own; run by the engines of grids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from experiments.atomic import write_atomically
+from experiments.grid.expand import expand
+from experiments.grid.spec import GridSpec
+from experiments.grid.yaml_source import read_grid
+from experiments.studies.hyperparameters.spec import HYPERPARAMETERS, StudySpec
+from theory.errors import MergeboundError
+
+Role = Literal["factors", "joint", "both"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StudyGrid:
+    """A grid and what its experts are for: one factor at a time, recipes of their own, or both."""
+
+    name: str
+    spec: GridSpec
+    role: Role
+
+
+def study_grids(spec: StudySpec) -> tuple[StudyGrid, ...]:
+    """The grids of a study, in order: those that it names, or one around the centre and one of joint recipes.
+
+    Raises:
+        MergeboundError: as grids raise.
+    """
+    if spec.grids:
+        role: Role = "both" if spec.heterogeneous is not None else "factors"
+        return tuple(StudyGrid(name, read_grid(name).spec, role) for name in spec.grids)
+    found = [StudyGrid("factors", factor_grid(spec), "factors")]
+    if spec.heterogeneous is not None:
+        found.append(StudyGrid("joint", joint_grid(spec), "joint"))
+    return tuple(found)
+
+
+def factor_grid(spec: StudySpec) -> GridSpec:
+    """One factor at a time: the product of all levels without recipes that leave the centre in two factors."""
+    content: dict[str, Any] = {"name": f"{spec.name}-factors", **_common(spec), "steps": spec.centre.steps}
+    away: dict[str, list[Any]] = {}
+    for name in HYPERPARAMETERS:
+        centre, levels = getattr(spec.centre, name), list(spec.levels.of(name))
+        content[name] = levels or centre
+        if levels:
+            away[name] = [level for level in levels if level != centre]
+    content["exclude"] = [
+        {one: away[one], other: away[other]} for k, one in enumerate(away) for other in list(away)[k + 1 :]
+    ]
+    return GridSpec.model_validate(content)
+
+
+def joint_grid(spec: StudySpec) -> GridSpec:
+    """Recipes that vary in everything at once: points of a scrambled Sobol sequence; what it leaves open is at the
+    centre."""
+    assert spec.heterogeneous is not None
+    axes = dict(spec.heterogeneous.axes)
+    held = {name: getattr(spec.centre, name) for name in (*HYPERPARAMETERS, "steps") if name not in axes}
+    joint = {"count": spec.heterogeneous.count, "axes": axes}
+    content = {"name": f"{spec.name}-joint", **_common(spec), **held, "sobol": [joint], "draw_seed": spec.seed}
+    return GridSpec.model_validate(content)
+
+
+def _common(spec: StudySpec) -> dict[str, Any]:
+    every = spec.checkpoint_every
+    return {"tasks": list(spec.tasks), "base": spec.base} | ({} if every is None else {"checkpoints": {"every": every}})
+
+
+def write_grids(grids: tuple[StudyGrid, ...], folder: Path) -> tuple[Path, ...]:
+    """Every grid as a page of YAML below ``folder``, for `mergebound grid plan` and the other commands of grids."""
+    paths = []
+    for grid in grids:
+        text = yaml.safe_dump(json.loads(json.dumps(grid.spec.content())), sort_keys=False)
+        paths.append(write_atomically(folder / f"{grid.name}.yaml", text.encode()))
+    return tuple(paths)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where grids run: ``local`` processes, or a ``ray`` cluster at ``address``; ``workers`` and ``device`` as grids
+    take them."""
+
+    name: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    device: str = "cpu"
+    address: str | None = None
+    download: bool = False
+
+
+def run_grids(
+    grids: tuple[StudyGrid, ...],
+    stores: Path,
+    *,
+    root: str | Path | None = None,
+    engine: Engine = Engine(),  # noqa: B008  frozen
+    say: Say | None = None,
+    watch: Callable[[Any], None] | None = None,
+) -> None:
+    """Do what is missing of every grid, each in its own store below ``stores``.
+
+    Raises:
+        MergeboundError: what preparing and engines raise, or cohorts that were given up (the others are stored).
+    """
+    from experiments.engines.prepare import prepare, tidy
+    from experiments.finetune.cohort.planner import machine
+    from experiments.store import Store
+
+    tell = say or (lambda line: None)
+    for grid in grids:
+        folder = stores / grid.name
+        if complete(grid, folder):
+            continue
+        runs = expand(grid.spec)
+        meta = {"grid": grid.spec.content(), "digest": grid.spec.digest(), "source": f"{grid.name}.yaml"}
+        meta |= {"limit_runs": None, "device": engine.device}
+        prepare(folder, runs, meta, root=root, device=engine.device, download=engine.download, report=tell)
+        with Store.open(folder, "r") as kept:
+            plan = kept.plan()
+        if engine.name == "local" and plan is not None and plan.machine not in ("", machine(engine.device)):
+            tell(f"{grid.name}: its plan was made on another machine; the last bits of runs may differ")
+        tell(f"{grid.name}: {len(runs)} runs")
+        outcome = _start(folder, root, engine, watch)
+        if not outcome.complete:
+            first = next(iter(outcome.failed.items()), ("", "stopped"))
+            raise MergeboundError(
+                f"{folder}: {outcome.total - outcome.done} of {outcome.total} runs are missing (cohort {first[0]}: "
+                f"{first[1]}); run the same command again"
+            )
+        tidy(folder)
+
+
+def _start(folder: Path, root: str | Path | None, engine: Engine, watch: Callable[[Any], None] | None) -> Any:
+    if engine.name == "ray":
+        from experiments.engines.ray import run_ray
+
+        return run_ray(
+            folder, root, address=engine.address, device=engine.device, workers=engine.workers, watch=watch
+        )  # fmt: skip
+    from experiments.engines.local import run_local
+
+    return run_local(folder, root, device=engine.device, workers=engine.workers, watch=watch)
+
+
+def complete(grid: StudyGrid, folder: Path) -> bool:
+    """Whether the store holds this very grid with every run done."""
+    from experiments.store import Store
+    from experiments.store.database import DATABASE
+
+    if not (folder / DATABASE).exists():
+        return False
+    with Store.open(folder, "r") as kept:
+        same = kept.meta.get("digest") == grid.spec.digest()
+        return same and bool(kept.runs()) and not kept.missing() and len(kept.runs()) >= len(expand(grid.spec))
