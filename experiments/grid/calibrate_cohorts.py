@@ -88,7 +88,7 @@ def calibrate_cohorts(
     Returns:
         ``None`` where steps take so long that there is no time for a probe.
     """
-    from experiments.finetune.cohort.planner import choose, memory_of, most_together
+    from experiments.finetune.cohort.planner import choose, kind_of, memory_of, most_together, probe_limit
     from experiments.finetune.cohort.probe import one_thread
 
     sizes = sorted({run.batch_size for run in runs})
@@ -111,7 +111,8 @@ def calibrate_cohorts(
                 run, opened, most_together(run, runs), memory=memory_of(device), budget=each, seed=seed
             )
             took = _now(on_cpu) - began
-            spent += took * (3.0 if took > each else 1.0)  # the planner's own budget is larger
+            work = found[size].loop_seconds * sum(one.steps for one in runs if kind_of(one) == kind_of(run))
+            spent += min(3.0 * took, max(took, probe_limit(work))) if took > each else took  # the planner may take more
         validation = _evaluation(network, facts, plain, classes, device, 0, seed)
         test = _evaluation(network, facts, plain, classes, device, resamples, seed)
     last = found[sizes[-1]]

@@ -25,7 +25,7 @@ from theory.errors import MergeboundError
 
 def run(**fields: Any) -> RunSpec:
     base = BaseSpec(kind="random", architecture=fields.pop("architecture", "mlp_4"), classes=3, options={"img_size": 2})
-    return RunSpec.model_validate(dict(task="a", base=base, learning_rate=0.1, steps=8, batch_size=4) | fields)
+    return RunSpec.model_validate(dict(task="a", base=base, learning_rate=0.1, steps=4000, batch_size=4) | fields)
 
 
 def opened(one: RunSpec) -> Opened:
@@ -114,6 +114,21 @@ def test_the_probe_ends_in_time() -> None:
     assert max(cohort.chunk for cohort in made.cohorts) <= 9  # no chunk grew
     slow = plan([run(seed=s) for s in range(9)], lambda name, chunk: 2.0, probe_seconds=0.1)
     assert slow.cohorts[0].way == "loop"  # 0.01 s a step: four experts would take 0.8 s
+
+
+def test_short_runs_are_not_probed_for_longer_than_they_are_worth() -> None:
+    speeds = {4: 2.0, 8: 8.0}
+    few = plan(
+        [run(seed=s, steps=8) for s in range(9)],
+        lambda name, chunk: speeds.get(chunk, 0.5) if name == "folded" else 0.5,
+    )
+    # the loop would take 0.72 s, so the probe has its second: 4 experts for 20 steps of 0.01 s fit in, 8 do not
+    assert max(cohort.chunk for cohort in few.cohorts) == 4
+    assert "the time for the probe was over" in few.cohorts[0].reason
+    many = plan(
+        [run(seed=s) for s in range(9)], lambda name, chunk: speeds.get(chunk, 0.5) if name == "folded" else 0.5
+    )
+    assert max(cohort.chunk for cohort in many.cohorts) == 8
 
 
 def test_kinds_are_probed_once_and_heads_are_kept_apart() -> None:

@@ -34,6 +34,9 @@ LARGEST, LOOPED = 64, 8
 SHARE_OF_MEMORY = 0.5
 _PROBED = 20
 """About as many steps are trained to time a way."""
+_SHARE_OF_WORK, _LEAST = 0.15, 1.0
+"""A kind of runs is probed for at most this share of the seconds that the loop would take for all of them, but for so
+many seconds in any case."""
 _log = logging.getLogger(__name__)
 
 
@@ -76,8 +79,8 @@ def make_plan(
             split, and once per kind of runs that is probed.
         device: where they will be trained.
         seed: of the probe.
-        probe_seconds: after that many seconds for one kind of runs, chunks do not grow any more; a way that is expected
-            to need more for itself is not tried.
+        probe_seconds: after that many seconds for one kind of runs, or a seventh of what the loop would take for all
+            of them, nothing more is tried; nor is a way that is expected to need more for itself.
         memory: bytes that one cohort may take; default: half of what is available, divided among one-thread workers.
         probe: stands in for :func:`experiments.finetune.cohort.probe.measure`.
         clock: of ``probe_seconds``.
@@ -100,7 +103,8 @@ def make_plan(
         kind = kind_of(first)
         if kind not in choices:
             most = max(len(others) for _, others in groups if kind_of(runs[others[0]]) == kind)
-            choices[kind] = _choose(first, open_network(first), most, limit, timed, probe_seconds, clock)
+            steps = sum(run.steps for run in runs.values() if kind_of(run) == kind)
+            choices[kind] = _choose(first, open_network(first), most, limit, timed, probe_seconds, clock, steps)
             _log.info("%s, batch %d: %s", first.architecture, first.batch_size, choices[kind].reason)
         cohorts += _cohorts(members, choices[kind], first, len(cohorts))
     return Plan(tuple(cohorts), device, machine(device), seed)
@@ -186,8 +190,20 @@ def cohort_size(candidate: Candidate) -> int:
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
+def probe_limit(work: float, budget: float = 20.0) -> float:
+    """Seconds that a kind of runs is probed for, where the loop would take ``work`` seconds for all of them."""
+    return min(budget, max(_LEAST, _SHARE_OF_WORK * work))
+
+
 def choose(
-    run: RunSpec, opened: Opened, most: int, *, memory: int | None = None, budget: float = 20.0, seed: int = 0
+    run: RunSpec,
+    opened: Opened,
+    most: int,
+    *,
+    memory: int | None = None,
+    budget: float = 20.0,
+    seed: int = 0,
+    steps: int | None = None,
 ) -> Choice:
     """The fastest way for runs like one of them, measured here.
 
@@ -198,11 +214,12 @@ def choose(
         memory: bytes that a cohort may take; ``None`` for no limit.
         budget: seconds, as ``probe_seconds`` of :func:`make_plan`.
         seed: of the probe.
+        steps: of all such runs together, which limit the budget too; ``None`` for no such limit.
 
     Raises:
         MergeboundError: it cannot be trained at all.
     """
-    return _choose(run, opened, most, memory, partial(measure, seed=seed), budget, time.perf_counter)
+    return _choose(run, opened, most, memory, partial(measure, seed=seed), budget, time.perf_counter, steps)
 
 
 def _choose(
@@ -213,6 +230,7 @@ def _choose(
     probe: Probe,
     budget: float,
     clock: Callable[[], float],
+    steps: int | None = None,
 ) -> Choice:
     loop = Candidate("loop", 1)
     began = clock()
@@ -223,12 +241,14 @@ def _choose(
     alone = probe([loop], run, opened)[loop]
     if alone.seconds is None:
         raise MergeboundError(f"{run.task}, {run.architecture}: it cannot be trained: {alone.reason}")
+    if steps is not None:
+        budget = probe_limit(alone.seconds * steps, budget)
     late = False
     for start in _candidates(run, opened[0], largest):
         each: Candidate | None = start
         while each is not None:
             grown = each is not start
-            if alone.seconds * each.chunk * _PROBED > budget or (grown and clock() - began > budget):
+            if alone.seconds * each.chunk * _PROBED > budget or ((grown or best) and clock() - began > budget):
                 late = True
                 break
             found = probe([loop, each], run, opened)
