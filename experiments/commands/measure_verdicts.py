@@ -1,0 +1,162 @@
+"""``mergebound measure verdicts``: which assumptions of the theory hold for these experts, and which tier follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from experiments.commands.measure import (
+    AsJson,
+    Base,
+    Data,
+    Experts,
+    Images,
+    Model,
+    Out,
+    Query,
+    Root,
+    Runs,
+    Seed,
+    SeveralValues,
+    StoreFolder,
+    Threads,
+    choose_runs,
+    open_subject,
+    show,
+    telling,
+)
+from theory.errors import MergeboundError
+
+if TYPE_CHECKING:
+    from experiments.measure.noise.objective import Point
+    from experiments.measure.subject import Subject
+
+_SHOWN = {
+    "statements": ("about", "statement", "standing", "tier", "broken", "open"),
+    "assumptions": ("about", "key", "name", "verdict", "seen", "why"),
+    "evidence": (),
+    "cosines": ("first", "second", "value", "low", "high", "null", "chance"),
+}
+
+
+def register(group: typer.Typer) -> None:
+    """Add ``verdicts`` to the group."""
+    group.command("verdicts", cls=SeveralValues)(verdicts)
+
+
+def verdicts(
+    store: StoreFolder = None,
+    runs: Runs = None,
+    query: Query = None,
+    base: Base = None,
+    experts: Experts = None,
+    data: Data = None,
+    model: Model = None,
+    root: Root = None,
+    images: Images = 128,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="Training samples per expert at most.")] = 128,
+    checkpoints: Annotated[
+        int, typer.Option("--checkpoints", min=0, help="Kept checkpoints of each run that are measured too, at most.")
+    ] = 2,
+    recipe_only: Annotated[
+        bool, typer.Option("--recipe-only", help="Judge recipes, images and checkpoints: seconds, no gradients.")
+    ] = False,
+    scale: Annotated[
+        float | None, typer.Option("--scale", help="Coefficient of every task vector in the merge; default 1/N.")
+    ] = None,
+    chosen_on: Annotated[
+        str, typer.Option("--chosen-on", help="What coefficients were chosen on: nothing, held-out, train, unknown.")
+    ] = "nothing",
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Of the step-size conditions, for checkpoints.")
+    ] = None,
+    smoothness: Annotated[
+        float | None, typer.Option("--L", min=0, help="Claimed smoothness, held against all.")
+    ] = None,
+    lipschitz: Annotated[float | None, typer.Option("--G", min=0, help="Claimed bound on gradients.")] = None,
+    bound: Annotated[float | None, typer.Option("--B", min=0, help="Claimed bound on losses.")] = None,
+    sigma: Annotated[float | None, typer.Option("--sigma", min=0, help="Claimed bound on the gradient noise.")] = None,
+    mu: Annotated[float | None, typer.Option("--mu", min=0, help="Claimed PL constant.")] = None,
+    least: Annotated[
+        float | None, typer.Option("--least", help="F*, the smallest training objective, for the PL ratio.")
+    ] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Does the theory apply: `mergebound measure verdicts --store RUNS --query "task == 'mnist'" --out FOLDER`.
+
+    Each assumption of each theorem with verdict (holds, violated, unknown), the numbers behind it, and which bounds it
+    feeds with which tier. With `--out`: tables as CSV and a page, `verdicts.html`.
+    """
+    from experiments.measure.verdicts.page import headline, lines_of, write
+    from experiments.measure.verdicts.report import Options, Stated, verdicts_of
+
+    subject = open_subject(
+        store=store,
+        runs=runs,
+        query=query,
+        base=base,
+        experts=experts,
+        data=data,
+        model=model,
+        root=root,
+        images=images,
+        seed=seed,
+        threads=threads,
+    )
+    options = Options(
+        measure=not recipe_only,
+        samples=samples,
+        coefficients=scale,
+        chosen_on=chosen_on,
+        learning_rate=learning_rate,
+        last_checkpoint=True if store is not None else None,
+        seed=seed,
+    )
+    claims = Stated(L=smoothness, G=lipschitz, B=bound, sigma=sigma, mu=mu, least=least)
+    path = [] if recipe_only else _checkpoints(store, runs, query, subject, checkpoints)
+    with telling() as tell:
+        found = verdicts_of(subject, options=options, stated=claims, checkpoints=path, progress=tell)
+    tables = {
+        "statements": found.statements_frame(),
+        "assumptions": found.to_frame(),
+        "evidence": found.evidence_frame(),
+    }
+    if found.pairs:
+        tables["cosines"] = found.cosines_frame()
+    page = None
+    if out is not None:
+        try:
+            page = write(found, out)
+        except OSError as error:
+            raise MergeboundError(f"--out {out}: cannot be written ({error.strerror or error})") from error
+    show(
+        tables,
+        headline=f"{subject.architecture}, {headline(found)}; seed {seed}",
+        notes=[*lines_of(found), *found.notes],
+        facts={"seed": seed, "experts": list(found.names)},
+        shown={name: columns for name, columns in _SHOWN.items() if name in tables},
+        as_json=as_json,
+        out=out,
+    )
+    if page is not None and not as_json:
+        typer.echo(f"written: {page}")
+
+
+def _checkpoints(
+    store: Path | None, runs: list[str] | None, query: str | None, subject: Subject, most: int
+) -> list[tuple[Point, ...]]:
+    """Visited points between base and expert, from the store."""
+    if store is None or most == 0:
+        return []
+    from experiments.measure.noise.objective import checkpoint_points
+    from experiments.store import Store
+
+    with Store.open(store, "r") as opened:
+        names = choose_runs(opened, runs, query)
+        whole = [next(digest for digest in opened.runs() if digest.startswith(name)) for name in names]
+        return checkpoint_points(opened, whole, subject, most)
