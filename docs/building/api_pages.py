@@ -1,0 +1,79 @@
+"""Pages of the programming interface: modules of the three packages, rendered from their docstrings."""
+
+from __future__ import annotations
+
+import importlib
+
+PACKAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "theory": (
+        ("Recipes and bounds", ("recipe", "schedules", "bound", "assumptions", "risk", "master", "network", "generalization")),
+        ("Terms of the bound", ("clocks", "stability", "drift", "dispersion", "training", "heads", "laws", "lemma")),
+        ("Predictions", ("function_space", "per_layer", "linearization_error", "certificate", "curvature", "surfaces")),
+        ("Questions", ("what_if", "subsets", "resampling", "scaling", "scaling_law", "inverse_design", "unknown", "enclosure")),
+        ("Merging operators", ("operators", "sensitivity")),
+        ("Exact ground truth", ("quadratic", "regression", "one_pass", "fixed_inputs", "logistic", "simulation")),
+        ("Published bounds", ("published", "side_by_side", "comparison")),
+        ("Proofs and exports", ("derivations", "statement_labels", "tightness", "export", "symbols", "symbolic", "errors")),
+    ),
+    "merging": (
+        ("Merging", ("merge", "many", "settings", "method", "registry", "partition", "keys", "layers", "tied")),
+        ("Checkpoints", ("checkpoint", "save", "lora", "remote", "config", "mergekit_config", "statistics", "flat")),
+        ("Before and after", ("geometry", "alignment", "permutations", "barrier", "batchnorm", "repair", "sensitivity")),
+    ),
+    "experiments": (
+        ("Tasks, models, bases", ("tasks", "models", "models.families", "models.parts", "bases.pretraining", "bases.base")),
+        ("Fine-tuning", ("finetune.task_expert", "finetune.reference", "inputs.resident", "inputs.shares")),
+        ("Grids", ("grid.spec", "grid.expand", "grid.yaml_source", "engines.prepare", "engines.local", "store")),
+        ("Merges of a grid", ("combine.api", "combine.designs", "combine.effects", "combine.recipe")),
+        ("Evaluation", ("evaluate.evaluate", "evaluate.results", "evaluate.transfer", "evaluate.normalised", "evaluate.bootstrap")),
+        ("Measuring", (
+            "measure.subject", "measure.opening", "measure.predictors", "measure.curvature.report", "measure.noise.constants",
+            "measure.twins.study", "measure.landscape.lines", "measure.landscape.planes", "measure.landscape.flatness",
+        )),
+        ("Reports", ("page", "plots", "statistics")),
+    ),
+}  # fmt: skip
+"""Modules by package and heading."""
+
+_ABOUT = {
+    "theory": "What the mathematics says. numpy, scipy and sympy; never torch.",
+    "merging": "What happens to checkpoints. torch and safetensors; never `experiments`.",
+    "experiments": "What is run and measured; owns the command line.",
+}
+
+
+def api_pages() -> dict[str, str]:
+    """Pages by file name: one per module, one per package, one for all."""
+    from docs.building.generate import toctree
+
+    pages = {}
+    for package, groups in PACKAGES.items():
+        lines = [f"# `{package}`", "", _ABOUT[package], ""]
+        for title, modules in groups:
+            names = []
+            for module in modules:
+                name = f"{package}.{module}"
+                pages[f"{name}.md"] = module_page(name)
+                names.append(name)
+            lines += [f"## {title}", "", toctree(names)]
+        pages[f"{package}.md"] = "\n".join(lines)
+    pages["index.md"] = "\n".join(
+        [
+            "# Programming interface",
+            "",
+            "Imports point one way: `experiments` → `merging` → `theory`. What is not listed here is internal and may change.",
+            "",
+            toctree(list(PACKAGES), depth=2),
+        ]
+    )
+    return pages
+
+
+def module_page(name: str) -> str:
+    """One module: its docstring and the public objects that it defines; a package's are those of ``__all__``."""
+    importlib.import_module(name)  # a name that does not exist ends the build here
+    options = [":members:", ":show-inheritance:"]
+    if name == "theory.errors":
+        options.append(":undoc-members:")
+    body = "\n".join([f".. automodule:: {name}", *(f"   {option}" for option in options)])
+    return f"# `{name}`\n\n```{{eval-rst}}\n{body}\n```\n"
