@@ -16,6 +16,10 @@ from theory.errors import MergeboundError
 
 EIGHT = ("identity", "rotate90", "rotate180", "rotate270", "flip", "transpose", "checkerboard", "roll")
 """The default eight transformations, in order; :func:`transformations` has four more."""
+MORE = ("invert", "antitranspose", "upside_down", "blocks")
+"""The other four: tasks that the default eight are held against (study of scale)."""
+TWELVE = (*EIGHT, *MORE)
+"""All transformations, in order."""
 
 
 def transformations() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
