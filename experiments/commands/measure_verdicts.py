@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from experiments.measure.noise.objective import Point
     from experiments.measure.subject import Subject
 
-_SHOWN = {
-    "statements": ("about", "statement", "standing", "tier", "broken", "open"),
-    "assumptions": ("about", "key", "name", "verdict", "seen", "why"),
+_SHOWN: dict[str, tuple[str, ...]] = {
+    "summary_of_statements": ("about", "statement", "standing", "tier", "broken", "open"),
+    "summary_of_assumptions": ("about", "key", "name", "verdict", "seen", "why"),
+    "statements": (),
+    "assumptions": (),
     "evidence": (),
     "cosines": ("first", "second", "value", "low", "high", "null", "chance"),
 }
@@ -122,6 +124,8 @@ def verdicts(
     with telling() as tell:
         found = verdicts_of(subject, options=options, stated=claims, checkpoints=path, progress=tell)
     tables = {
+        "summary_of_statements": found.summary("statements"),
+        "summary_of_assumptions": found.summary("assumptions"),
         "statements": found.statements_frame(),
         "assumptions": found.to_frame(),
         "evidence": found.evidence_frame(),

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.measure.verdicts.report import Verdicts
+from experiments.measure.verdicts.result import Verdicts
 
 if TYPE_CHECKING:
     from experiments.page import Page
@@ -61,8 +61,8 @@ def page_of(found: Verdicts, *, command: str = "", title: str = "Does the theory
             "Each theorem and form with what the verdicts make of it. Open: no assumption is violated, some are not "
             "decided. Broken: the number that the formula gives is no bound. The tier is what theory.assumptions."
             "tier_of says.",
-            {"statements": found.statements_frame()},
-            {"statements": _STATEMENTS},
+            {"summary_of_statements": found.summary("statements")},
+            {"summary_of_statements": _STATEMENTS},
         ),
         Section(
             "Assumptions",
@@ -79,7 +79,8 @@ def page_of(found: Verdicts, *, command: str = "", title: str = "Does the theory
     meta: dict[str, Any] = {"seed": found.seed}
     if command:
         meta["command"] = command
-    return Page(title, headline(found), (*lines_of(found), *found.notes), tuple(sections), meta=meta)
+    return Page(title, headline(found), (*lines_of(found), *found.notes), tuple(sections), meta=meta,
+                data={"statements": found.statements_frame()})  # fmt: skip
 
 
 def write(found: Verdicts, out: Path, *, command: str = "") -> Path:

@@ -1,13 +1,10 @@
-"""All verdicts of a subject: every assumption, every statement, tables."""
+"""All verdicts of a subject: every assumption and every statement."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from experiments.measure.noise.constants import Constants, constants_of
@@ -39,133 +36,18 @@ from experiments.measure.verdicts.noise import (
     judge_risk,
     judge_suprema,
 )
+from experiments.measure.verdicts.result import CHOSEN, Options, Stated, Verdicts
 from experiments.measure.verdicts.smooth import judge_convex, judge_smooth, judge_steps
-from experiments.measure.verdicts.statements import Judged, judge_statements
+from experiments.measure.verdicts.statements import judge_statements
 from experiments.measure.verdicts.training import judge_recipe
-from experiments.measure.verdicts.vectors import Cosine, cosines, judge_orthogonal, units_of
+from experiments.measure.verdicts.vectors import cosines, judge_orthogonal, units_of
 from theory.errors import MergeboundError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-CHOSEN = ("nothing", "held-out", "train", "unknown")
-"""What coefficients may have been chosen on."""
 _COUPLING_IMAGES = 16
 _MEASURED = (
     *("smooth", "smooth_merged", "convex", "noise_on_path", "noise_at_base", "pl", "lipschitz", "fresh_gap"),
     *("suprema", "risk_below_start", "bounded"),
 )
-
-
-@dataclass(frozen=True)
-class Stated:
-    """Constants that somebody claims, of all experts alike: each is held against what is measured.
-
-    Attributes:
-        L, G, B, sigma, mu: as in theory.md; ``None`` where nothing is claimed.
-        convex: losses are claimed to be convex.
-        least: F*, smallest value of the training objective; ``None``: 0 is used, with which PL ratios err low.
-    """
-
-    L: float | None = None
-    G: float | None = None
-    B: float | None = None
-    sigma: float | None = None
-    mu: float | None = None
-    convex: bool = False
-    least: float | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """How much is measured.
-
-    Attributes:
-        measure: False judges recipes, images and checkpoints only (seconds, no gradients).
-        samples, pairs, curvature_samples, lanczos, batches: of :func:`constants_of`.
-        between: chord points, where training was not.
-        pieces: of every edge between points, for differences of gradients.
-        coefficients: alpha of the merge, one number or one per expert; default 1/N.
-        chosen_on: what these were chosen on, of :data:`CHOSEN`.
-        learning_rate: where the recipes are not known.
-        last_checkpoint: experts are the runs' last checkpoints; ``None``: not known.
-        seed: names every draw.
-    """
-
-    measure: bool = True
-    samples: int = 128
-    pairs: int = 32
-    curvature_samples: int = 8
-    lanczos: int = 20
-    batches: int = 2
-    between: int = 1
-    pieces: int = 4
-    coefficients: npt.ArrayLike | None = None
-    chosen_on: str = "nothing"
-    learning_rate: float | None = None
-    last_checkpoint: bool | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """Everything judged.
-
-    Attributes:
-        names: of the experts.
-        findings: assumptions, expert by expert, then those of the merge.
-        judged: statements.
-        pairs: cosines of task vectors.
-        seed: of all draws.
-        notes: what a reader must know.
-    """
-
-    names: tuple[str, ...]
-    findings: tuple[Finding, ...]
-    judged: tuple[Judged, ...]
-    pairs: tuple[Cosine, ...]
-    seed: int
-    notes: tuple[str, ...] = ()
-
-    def get(self, key: str, about: str = "merge") -> Finding:
-        """One finding.
-
-        Raises:
-            MergeboundError: there is none.
-        """
-        for item in self.findings:
-            if item.key == key and item.about == about:
-                return item
-        raise MergeboundError(f"verdicts: nothing was judged under {key!r} of {about!r}; see the table of assumptions")
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per assumption and expert (or merge)."""
-        import pandas as pd
-
-        return pd.DataFrame([item.row() for item in self.findings]).assign(seed=self.seed)
-
-    def statements_frame(self) -> pd.DataFrame:
-        """One row per statement and expert (or merge)."""
-        import pandas as pd
-
-        return pd.DataFrame([item.row() for item in self.judged]).assign(seed=self.seed)
-
-    def evidence_frame(self) -> pd.DataFrame:
-        """One row per number."""
-        import pandas as pd
-
-        rows = [
-            {"about": item.about, "key": item.key, "verdict": item.verdict, **vars(e)}
-            for item in self.findings
-            for e in item.evidence
-        ]
-        return pd.DataFrame(rows)
-
-    def cosines_frame(self) -> pd.DataFrame:
-        """One row per pair of experts."""
-        import pandas as pd
-
-        return pd.DataFrame([vars(pair) for pair in self.pairs])
 
 
 def verdicts_of(
@@ -295,3 +177,6 @@ def _measured(
                    descends=gradient_descent and steps[1].verdict == "holds"),
         judge_bounded(name, between.largest_loss, stated=claim.B),
     ]  # fmt: skip
+
+
+__all__ = ["Options", "Stated", "Verdicts", "verdicts_of"]

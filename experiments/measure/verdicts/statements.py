@@ -171,9 +171,10 @@ def _judged(statement: Statement, owner: str, findings: Sequence[Finding]) -> Ju
             needed[item.key].append(item)
     every = [item for items in needed.values() for item in items]
     missing = [key for key, items in needed.items() if not items]
-    covered = _names(f for f in every if f.verdict == "violated" and f.covered and f.key in statement.covers)
-    broken = _names(f for f in every if f.verdict == "violated" and not (f.covered and f.key in statement.covers))
-    unknown = (*_names(f for f in every if f.verdict == "unknown"), *missing)
+    covered = _names(owner, (f for f in every if f.verdict == "violated" and f.covered and f.key in statement.covers))
+    hard = [f for f in every if f.verdict == "violated" and not (f.covered and f.key in statement.covers)]
+    broken = _names(owner, hard)
+    unknown = (*_names(owner, (f for f in every if f.verdict == "unknown")), *missing)
     known = {"L", "kappa"} if _certain(needed.get("smooth", []) + needed.get("smooth_merged", [])) else set()
     measured = tuple(c for c in statement.constants if c not in known)
     standing: Standing = "broken" if broken else "open" if unknown else "holds"
@@ -185,5 +186,9 @@ def _certain(findings: Sequence[Finding]) -> bool:
     return bool(findings) and all(f.verdict == "holds" for f in findings)
 
 
-def _names(items: Iterable[Finding]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(f.key if f.about == "merge" else f"{f.key} ({f.about})" for f in items))
+def _names(owner: str, items: Iterable[Finding]) -> tuple[str, ...]:
+    """Keys in order; for a merge with the experts concerned."""
+    groups: dict[str, list[str]] = {}
+    for f in items:
+        groups.setdefault(f.key, []).extend([] if f.about in (owner, "merge") else [f.about])
+    return tuple(f"{key} ({', '.join(experts)})" if experts else key for key, experts in groups.items())

@@ -23,7 +23,6 @@ from theory.errors import MergeboundError
 
 LEVEL = 0.01
 """Chance that any pair of orthogonal task vectors is called not orthogonal."""
-_NORMAL = 1.959963984540054
 _ZERO = 1e-12
 
 
@@ -34,11 +33,13 @@ class Cosine:
     Attributes:
         first, second: experts.
         value: cosine.
-        low, high: 95 % interval over units (infinitesimal jackknife: units taken as exchangeable).
+        low, high: 95 % interval over units (infinitesimal jackknife: units taken as exchangeable; Student's limits
+            with ``effective - 1`` degrees of freedom).  It is too narrow where ``effective`` is small.
         null: standard deviation of the cosine under the null hypothesis.
         z: value / null.
         chance: bound on the chance of such a value under the null hypothesis.
         units: that have a product which is not zero.
+        effective: participation ratio of the units' shares of the lengths: how many carry most of them.
     """
 
     first: str
@@ -50,6 +51,7 @@ class Cosine:
     z: float
     chance: float
     units: int
+    effective: float
     tier: str = "estimated"
 
 
@@ -93,15 +95,20 @@ def cosines(deltas: Tensor, units: Tensor, names: Sequence[str]) -> tuple[Cosine
 
 
 def _cosine(first: str, second: str, products: np.ndarray, a: np.ndarray, b: np.ndarray) -> Cosine:
+    from scipy.stats import t
+
     scale = float(np.sqrt(a.sum() * b.sum()))
     value = float(products.sum()) / scale
     influence = products / scale - 0.5 * value * (a / a.sum() + b / b.sum())
-    half = _NORMAL * float(np.sqrt((influence**2).sum()))
+    share = np.sqrt(a * b) if (a * b).any() else a + b
+    effective = float(share.sum() ** 2 / (share**2).sum())
+    half = float(t.ppf(0.975, max(effective - 1.0, 1.0)) * np.sqrt((influence**2).sum()))
     null = float(np.sqrt((products**2).sum())) / scale
     units = int((products != 0.0).sum())
     z = value / null if null > _ZERO else 0.0
     chance = min(1.0, 2.0 * float(np.exp(-0.5 * z * z)))
-    return Cosine(first, second, value, max(value - half, -1.0), min(value + half, 1.0), null, z, chance, units)
+    low, high = max(value - half, -1.0), min(value + half, 1.0)
+    return Cosine(first, second, value, low, high, null, z, chance, units, effective)
 
 
 def judge_orthogonal(
@@ -136,7 +143,7 @@ def judge_orthogonal(
     formula = float(orthogonal_bound(np.sqrt(np.diag(gram)), alpha, p))
     top = max(pairs, key=lambda c: abs(c.value))
     rarest = min(pairs, key=lambda c: c.chance)
-    covers = f"95 % over {top.units} units, {top.first} and {top.second}"
+    covers = f"95 % over {top.units} units ({top.effective:.0f} carry most), {top.first} and {top.second}"
     evidence = (
         Evidence("largest cosine", top.value, top.low, top.high, covers),
         Evidence.exact("its standard deviation if signs were random", top.null, "null hypothesis"),
