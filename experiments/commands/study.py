@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import typer
 
-from experiments.commands import study_prediction
+from experiments.commands import study_hyperparameters, study_prediction
 
-PARTS: tuple[Callable[[typer.Typer], None], ...] = (study_prediction.register,)
+PARTS: tuple[Callable[[typer.Typer], None], ...] = (study_prediction.register, study_hyperparameters.register)
 """What adds commands to the group, in the order in which help shows them."""
 
 

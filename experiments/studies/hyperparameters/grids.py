@@ -102,7 +102,7 @@ def run_grids(
     stores: Path,
     *,
     root: str | Path | None = None,
-    engine: Engine = Engine(),  # noqa: B008  frozen
+    engine: Engine = Engine(),
     say: Say | None = None,
     watch: Callable[[Any], None] | None = None,
 ) -> None:

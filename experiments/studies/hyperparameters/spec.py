@@ -1,4 +1,4 @@
-"""The specification of the study of hyperparameters: what is trained, merged, predicted and judged, and by which rule."""
+"""The specification of the study of hyperparameters: what is trained, merged, predicted, and how it is judged."""
 
 from __future__ import annotations
 

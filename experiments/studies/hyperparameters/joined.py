@@ -1,0 +1,114 @@
+"""One table of everything: each measured merge beside its predictions, its bounds, and what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from experiments.measure.predictors.calibration import fit_combination
+from experiments.studies.hyperparameters.bounds import TERMS
+from experiments.studies.hyperparameters.pricing import key_of
+from experiments.studies.hyperparameters.spec import StudySpec
+from experiments.studies.hyperparameters.work import Row
+from theory.errors import MergeboundError
+
+MEASURED = ("loss", "accuracy", "error", "expert_loss", "expert_accuracy", "merging_cost", "normalised")
+KEPT = (
+    *("grid", "architecture", "base_digest", "factor", "level", "seed", "size", "tasks", "experts", "group", "label"),
+    *("alpha", "n", "half"),
+)
+
+
+def joined(merges: pd.DataFrame, prices: Sequence[Row], bounds: Sequence[Row], spec: StudySpec) -> pd.DataFrame:
+    """One row per merge and factor.
+
+    Columns: what was drawn (``grid`` to ``alpha``; ``half`` by the parity of the group's seed), measurements
+    (``loss`` in nats, ``accuracy``, ``error`` = 1 - accuracy and at least half an image, ...), predictions
+    ``pred_<name>`` (and ``pred_accuracy_<name>``), ``pred_calibrated`` (fitted on groups of the other half), measured
+    ``V`` and ``drift``, ``bound_recipe`` and ``bound_measured_drift`` with ``_low`` and ``_high``, and from the recipe
+    the square roots of the terms and what Theorems 2 to 4 give (``epsilon``, ``drift_bound``, ``V_bound``).
+    """
+    if not len(merges):
+        return merges
+    table = merges.copy()
+    table["half"] = np.where(table["seed"].astype(int) % 2 == 0, "A", "B")
+    table["error"] = np.maximum(1.0 - table["accuracy"], 0.5 / table["n"])
+    table["key"] = [key_of(g, a) for g, a in zip(table["group"], table["alpha"], strict=True)]
+    priced = {str(row["key"]): _price_columns(row) for row in prices}
+    bounded: dict[str, dict[str, object]] = {}
+    for row in bounds:
+        bounded.setdefault(str(row["key"]), {}).update(_bound_columns(row))
+    more = pd.DataFrame([{**priced.get(k, {}), **bounded.get(k, {})} for k in table["key"]], index=table.index)
+    first = [name for name in (*KEPT, *MEASURED, "key") if name in table.columns]
+    table = pd.concat([table[first], more], axis=1)
+    table["pred_calibrated"] = calibrated(table, spec)
+    return table.reset_index(drop=True)
+
+
+def _price_columns(row: Row) -> dict[str, object]:
+    found: dict[str, object] = {"V": row["V"], "drift": row["drift"]}
+    for name, numbers in row["predictions"].items():
+        found |= {f"pred_{name}": numbers["risk"], f"pred_accuracy_{name}": numbers["accuracy"]}
+        found |= {f"pred_{name}_low": numbers["low"], f"pred_{name}_high": numbers["high"]}
+    return found
+
+
+def _bound_columns(row: Row) -> dict[str, object]:
+    source = str(row["source"])
+    found: dict[str, object] = {f"why_{source}": row.get("why", "")}
+    names = {"bound": f"bound_{source}", "bound_low": f"bound_{source}_low", "bound_high": f"bound_{source}_high"}
+    found |= {new: row[old] for old, new in names.items() if old in row}
+    if source == "recipe" and "bound" in row:
+        found |= {name: row.get(name) for name in (*TERMS, "epsilon", "epsilon_form", "V_bound")}
+        found |= {"drift_bound": row.get("drift"), "drift_form": row.get("drift_form")}
+    return found
+
+
+def calibrated(table: pd.DataFrame, spec: StudySpec) -> pd.Series:
+    """A place between two predictions with a constant factor, fitted by network on groups of one half, for the other.
+
+    Groups of both halves share experts, since every task has one expert per recipe: what is judged is transfer to
+    other groups, not to other experts.
+    """
+    found = pd.Series(np.nan, index=table.index)
+    columns = [f"pred_{name}" for name in spec.calibrated]
+    if not set(columns) <= set(table.columns):
+        return found
+    usable = np.isfinite(table[[*columns, "loss"]].astype(float)).all(axis=1)
+    for _, part in table[usable].groupby("base_digest", sort=True):
+        for half in ("A", "B"):
+            fitting = part[part["half"] != half].drop_duplicates("key")
+            judged = part[part["half"] == half]
+            if not len(judged):
+                continue
+            try:
+                fit = fit_combination(fitting, columns, "loss", constant=True)
+            except MergeboundError:
+                continue
+            found.loc[judged.index] = fit.predict(judged)
+    return found
+
+
+Curve = tuple[list[object], np.ndarray, list[list[str]]]
+"""Levels in order, values of matched groups (G, L), and tasks of each group (of its largest level)."""
+
+
+def curves(table: pd.DataFrame, factor: str, quantity: str, levels: Sequence[object]) -> Mapping[str, Curve]:
+    """The curve of a quantity over a factor, by the digest of the base.
+
+    Levels that were not measured are left out; a group that lacks one has NaN there.
+    """
+    found = {}
+    rows = table[table["factor"] == factor]
+    for base, part in rows.groupby("base_digest", sort=True):
+        there = [level for level in levels if (part["level"] == level).any()]
+        wide = part.pivot_table(index="seed", columns="level", values=quantity, aggfunc="first", dropna=False)
+        values = wide.reindex(columns=there).to_numpy(dtype=float)
+        tasks = [
+            sorted({task for text in part.loc[part["seed"] == seed, "tasks"] for task in str(text).split(";")})
+            for seed in wide.index
+        ]
+        found[str(base)] = (there, values, tasks)
+    return found

@@ -1,0 +1,239 @@
+"""The report of the study: one page with its tables as CSV and its figures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from experiments import plots
+from experiments.page import Page, Section, write_page
+from experiments.studies.hyperparameters import figures, words
+from experiments.studies.hyperparameters.designs import Drawn, merges_frame
+from experiments.studies.hyperparameters.grids import StudyGrid
+from experiments.studies.hyperparameters.joined import joined
+from experiments.studies.hyperparameters.spec import StudySpec
+from experiments.studies.hyperparameters.tables import Tables, compute, predictions
+from experiments.studies.hyperparameters.work import read_rows
+from theory.errors import MergeboundError
+
+if TYPE_CHECKING:
+    from experiments.studies.hyperparameters.run import Place
+
+VERDICTS = {
+    "architecture": "Architecture",
+    "factor": "Factor",
+    "measured": "Measured",
+    "measured_exponent": "Exponent",
+    "prediction": "Predictor",
+    "tier": "Tier",
+    "predicted": "Predicted",
+    "predicted_exponent": "its exponent",
+    "verdict": "Verdict",
+    "heterogeneous": "heterogeneous groups",
+    "groups": "groups",
+}
+RANKS = {
+    "architecture": "Architecture",
+    "groups_of": "Groups",
+    "prediction": "Predictor",
+    "tier": "Tier",
+    "merges": "merges",
+    "spearman": "Spearman",
+    "ratio": "predicted / measured",
+    "ratio_q05": "5 %",
+    "ratio_q95": "95 %",
+    "above": "share above the measurement",
+}
+EXPONENTS = {
+    "architecture": "Architecture",
+    "factor": "Factor",
+    "quantity": "Quantity",
+    "source": "Source",
+    "tier": "Tier",
+    "exponent": "Exponent",
+    "note": "Why",
+}
+ELASTICITIES = {
+    "architecture": "Architecture",
+    "factor": "Factor",
+    "quantity": "Quantity",
+    "tier": "Tier",
+    "elasticity": "Elasticity",
+    "kind": "Sign",
+    "groups": "groups",
+}
+
+
+def write_report(
+    spec: StudySpec,
+    place: Place,
+    grids: Sequence[StudyGrid],
+    drawn: Sequence[Drawn],
+    recipes: pd.DataFrame,
+    *,
+    command: str = "",
+) -> Path:
+    """Tables, figures and page of whatever is finished; returns the page's path.
+
+    Raises:
+        MergeboundError: no merge is measured yet.
+    """
+    from experiments.demo import versions
+
+    merges = merges_frame(spec, drawn, place.stores)
+    if not len(merges):
+        raise MergeboundError(f"{place.stores}: no merge is measured yet; run the stage `merges` first")
+    rows = {name: read_rows(place.rows(spec, name)) for name in ("predictions", "bounds", "constants")}
+    table = joined(merges, rows["predictions"], rows["bounds"], spec)
+    experts = {str(row["expert"]): row for row in rows["constants"]}
+    tables = compute(spec, table, experts, recipes)
+    planned = sum(len(one.groups) * len(one.methods) for one in drawn)
+    stores = {f"store of {grid.name}": grid.spec.digest() for grid in grids}
+    text = spec.model_dump_json()
+    meta: dict[str, Any] = {
+        "command": command,
+        "seed": spec.seed,
+        "versions": versions(),
+        "hashes": {"specification": hashlib.sha256(text.encode()).hexdigest(), **stores},
+        "settings": {
+            "study": spec.name,
+            "groups": f"{spec.groups} matched groups of {spec.size} experts per level",
+            "images": f"{spec.calibration_images} for calibration, {spec.test_images or 'all'} for tests, per task",
+            "rule": spec.rule.model_dump_json(),
+            "measured": f"{len(table)} of {planned} merges",
+        },
+    }
+    page = Page(
+        f"Hyperparameters of experts and their merge: {spec.name}",
+        words.lead(tables.verdicts),
+        tuple(words.lines(spec, table, tables, drawn, planned)),
+        tuple(_sections(spec, table, tables)),
+        _assumptions(spec, experts),
+        meta,
+        {"merges": _shown(table), "levels": tables.levels, "trends": tables.trends},
+    )
+    return write_page(place.out, page)
+
+
+def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Section]:
+    networks = sorted(set(table["architecture"]))
+    predicted = predictions(spec, table)
+    near = [name for column, (name, _) in predicted.items() if column.startswith("pred_")]
+    bounds = [name for column, (name, _) in predicted.items() if column.startswith("bound_")]
+    matched = (
+        f"Means over {spec.groups} matched groups of {spec.size} tasks, the same at every level; bands are "
+        f"{spec.rule.level:.0%} intervals, the hull of resampling experts and groups. Seed {spec.seed}."
+    )
+    drawn: dict[str, dict[str, Callable[[], plots.Picture]]] = {"loss": {}, "accuracy": {}, "bound": {}, "term": {}}
+    for network in networks:
+        who = plots.pretty(network)
+        drawn["loss"][f"loss_{network}"] = lambda n=network, w=who: figures.curves_figure(
+            tables.levels, n, ["loss", *near], f"Test loss of merges by factor, {w}: measured, and predicted on "
+            f"calibration images (estimated; calibrated: fitted on the other half of groups). {matched}",
+            text="loss (nats)",
+        )  # type: ignore[misc]  # fmt: skip
+        drawn["accuracy"][f"accuracy_{network}"] = lambda n=network, w=who: figures.curves_figure(
+            tables.levels, n, ["accuracy", *[f"accuracy, {name}" for name in spec.predictors]],
+            f"Test accuracy of merges by factor, {w}: measured and predicted. {matched}", log=False, text="accuracy",
+        )  # type: ignore[misc]  # fmt: skip
+        if bounds:
+            drawn["bound"][f"bound_{network}"] = lambda n=network, w=who: figures.curves_figure(
+                tables.levels, n, ["loss", *bounds], f"The master bound by factor, {w}, beside the measured loss. "
+                f"Estimated: constants are measured. {matched}", text="loss (nats)",
+            )  # type: ignore[misc]  # fmt: skip
+            terms = [f"sqrt {name} term" for name in ("training", "dispersion", "instability")]
+            drawn["term"][f"terms_{network}"] = lambda n=network, w=who, t=terms: figures.curves_figure(
+                tables.levels, n, t, f"Square roots of the three terms of the bound from the recipe, {w}. "
+                f"Estimated. {matched}", text="sqrt(loss)",
+            )  # type: ignore[misc]  # fmt: skip
+    seed = f"Seed {spec.seed}."
+    loss_of = {column: name for column, (name, _) in predicted.items() if column.startswith("pred_")}
+    verdict_caption = f"Measured trend of the loss (bold) and what each prediction says; colour: the verdict. {seed}"
+    elasticity_caption = f"Elasticities of the merged loss, measured and predicted; experts resampled. {seed}"
+    return [
+        _section(
+            "Verdicts",
+            words.rule_note(spec.rule),
+            {"verdicts": tables.verdicts},
+            {"verdicts": VERDICTS},
+            {"verdicts": lambda: figures.verdict_figure(tables.verdicts, verdict_caption)},
+        ),
+        _section("Loss of merges by factor", words.calibrated_note(spec), {}, {}, drawn["loss"]),
+        _section("Accuracy", "Test accuracy, on the same images.", {}, {}, drawn["accuracy"]),
+        _section("The bound", words.BOUND, {}, {}, drawn["bound"]),
+        _section("Terms of the bound", "Training, dispersion, instability.", {}, {}, drawn["term"]),
+        _section(
+            "Exponents",
+            words.EXPONENTS,
+            {"exponents": tables.exponents},
+            {"exponents": EXPONENTS},
+            {"exponents": lambda: figures.exponents_figure(tables.exponents, f"Exponents with intervals. {seed}")},
+        ),
+        _section(
+            "Heterogeneous groups",
+            words.HETEROGENEOUS,
+            {"heterogeneous": tables.heterogeneous},
+            {"heterogeneous": ELASTICITIES},
+            {"elasticities": lambda: figures.elasticities_figure(tables.heterogeneous, elasticity_caption)},
+        ),
+        _section(
+            "Predicted against measured",
+            "Every merge once; filled marks: heterogeneous groups.",
+            {"ranks": tables.ranks},
+            {"ranks": RANKS},
+            {
+                "predicted": lambda: figures.scatter_figure(
+                    table, loss_of, f"Predicted against measured test loss of every merge. {seed}"
+                )
+            },
+        ),
+    ]
+
+
+def _section(
+    title: str,
+    note: str,
+    tables: Mapping[str, pd.DataFrame],
+    columns: Mapping[str, Mapping[str, str]],
+    makers: Mapping[str, Callable[[], plots.Picture]],
+) -> Section:
+    made: dict[str, plots.Picture] = {}
+    skipped: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except ValueError as error:
+            skipped[name] = str(error)
+    return Section(title, note, dict(tables), dict(columns), made, skipped)
+
+
+def _assumptions(spec: StudySpec, experts: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    shared = {True: ("violated", "tasks share images"), False: ("holds", "tasks have training images of their own"),
+              None: ("unknown", "not stated by the specification")}[spec.shared_samples]  # fmt: skip
+    found = [("A1 samples of different tasks are independent", *shared)]
+    found.append(("A2 recipes, coefficients and stopping do not depend on the samples", "holds", "fixed beforehand"))
+    flags = {bool(row["per_sample_loss"]) for row in experts.values()}
+    if flags:
+        word = "holds" if flags == {True} else "violated" if flags == {False} else "violated for some"
+        why = "no BatchNorm on batch statistics" if flags == {True} else "BatchNorm trained on batch statistics"
+        found.append(("A3 the loss is a loss per sample", word, why))
+    found.append(("A4 smoothness is known", "violated", "networks have none; constants are measured at a few points"))
+    return tuple(found)
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Merges for the CSV: short names of experts' runs, numbers with six digits."""
+    kept = table.drop(columns=[name for name in ("key", "base_digest") if name in table.columns]).copy()
+    kept["group"] = [str(value)[:12] for value in kept["group"]]
+    kept["experts"] = [
+        ";".join(f"{name.partition('@')[0][:10]}@{name.partition('@')[2]}" for name in str(text).split(";"))
+        for text in kept["experts"]
+    ]
+    numbers = kept.select_dtypes("number").columns
+    kept[numbers] = kept[numbers].map(lambda value: float(f"{value:.6g}") if np.isfinite(value) else value)
+    return kept

@@ -1,0 +1,312 @@
+"""Tables of the study: curves over levels, trends, exponents, verdicts, heterogeneous groups, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments import statistics as st
+from experiments.studies.hyperparameters.designs import JOINT
+from experiments.studies.hyperparameters.joined import Curve, curves
+from experiments.studies.hyperparameters.law import QUANTITIES, centre_curves, law_of
+from experiments.studies.hyperparameters.spec import StudySpec
+from experiments.studies.hyperparameters.trends import Trend, estimate, position, sign_kind, trend, verdict
+from experiments.studies.hyperparameters.work import Row
+
+RANKING = ("sampling",)
+"""Factors whose levels are names: a slope over them has a sign and is no exponent."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Every table of the study, see :func:`compute`."""
+
+    verdicts: pd.DataFrame
+    levels: pd.DataFrame
+    trends: pd.DataFrame
+    exponents: pd.DataFrame
+    heterogeneous: pd.DataFrame
+    ranks: pd.DataFrame
+
+    def items(self) -> dict[str, pd.DataFrame]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def predictions(spec: StudySpec, table: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Columns that predict the merged risk, in order, with name and tier."""
+    wanted = {f"pred_{name}": (name, "estimated") for name in spec.predictors}
+    wanted["pred_calibrated"] = ("calibrated", "calibrated")
+    wanted["bound_recipe"] = ("bound", "estimated")
+    wanted["bound_measured_drift"] = ("bound, measured drift", "estimated")
+    return {c: w for c, w in wanted.items() if c in table and np.isfinite(table[c].astype(float)).any()}
+
+
+def quantities(spec: StudySpec, table: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """All columns that have curves, with name and tier."""
+    found = {
+        "loss": ("loss", "measured"),
+        "accuracy": ("accuracy", "measured"),
+        "error": ("error", "measured"),
+        "expert_loss": ("expert loss", "measured"),
+        "merging_cost": ("merging cost", "measured"),
+        **predictions(spec, table),
+    }
+    for name in spec.predictors:
+        found[f"pred_accuracy_{name}"] = (f"accuracy, {name}", "estimated")
+    parts = {"drift": ("drift", "measured"), "V": ("V", "measured"), "drift_bound": ("drift, Theorem 3", "estimated")}
+    parts |= {"V_bound": ("V, Theorem 4", "estimated"), "epsilon": ("epsilon, Theorem 2", "estimated")}
+    parts |= {name: (f"sqrt {name} term", "estimated") for name in ("training", "dispersion", "instability")}
+    return {c: w for c, w in (found | parts).items() if c in table and np.isfinite(table[c].astype(float)).any()}
+
+
+def compute(spec: StudySpec, table: pd.DataFrame, experts: Mapping[str, Row], recipes: pd.DataFrame) -> Tables:
+    """All tables.
+
+    Args:
+        spec: the study.
+        table: :func:`experiments.studies.hyperparameters.joined.joined`.
+        experts: constants by ``run@step`` (empty where the study has none).
+        recipes: one row per ``expert`` (``run@step``) with its hyperparameters and ``step``.
+    """
+    names = dict(zip(table["base_digest"], table["architecture"], strict=True))
+    factors = [name for name in spec.levels.factors if (table["factor"] == name).any()]
+    kinds: dict[tuple[str, str, str], Trend] = {}
+    levels, rows = [], []
+    for factor in factors:
+        for column, (name, tier) in quantities(spec, table).items():
+            for base, (values_at, values, tasks) in _curves(spec, table, factor, column):
+                about = {"architecture": names[base], "factor": factor, "quantity": name, "tier": tier}
+                levels += _levels(about, values_at, values, tasks, spec)
+                found = trend(position(factor, values_at), values, tasks, spec.rule, spec.seed)
+                kinds[base, factor, column] = found
+                rows.append(_trend_row(about, found, values_at, spec))
+    hetero = heterogeneous(spec, table, recipes)
+    return Tables(
+        verdicts(spec, table, kinds, hetero, names, factors),
+        pd.DataFrame(levels),
+        pd.DataFrame(rows),
+        exponents(spec, table, kinds, experts, names, factors),
+        hetero,
+        ranks(spec, table, names),
+    )
+
+
+def _curves(spec: StudySpec, table: pd.DataFrame, factor: str, column: str) -> list[tuple[str, Curve]]:
+    """Curves over the levels of the specification that have at least two of them."""
+    found = curves(table, factor, column, spec.levels.of(factor))
+    return [(base, curve) for base, curve in found.items() if len(curve[0]) > 1]
+
+
+def _levels(
+    about: dict[str, Any], levels: Sequence[object], values: np.ndarray, tasks: list[list[str]], spec: StudySpec
+) -> list[Row]:
+    rows = []
+    for k, level in enumerate(levels):
+        found = estimate(values[:, k], st.membership(tasks), spec.rule, spec.seed)
+        count = int(np.isfinite(values[:, k]).sum())
+        rows.append(about | {"level": level, "value": found.value, "value_low": found.low, "value_high": found.high,
+                             "groups": count, "seed": spec.seed})  # fmt: skip
+    return rows
+
+
+def _trend_row(about: dict[str, Any], found: Trend, levels: Sequence[object], spec: StudySpec) -> Row:
+    row = about | {"kind": found.kind, "turn": levels[found.turn] if found.turn >= 0 else ""}
+    row |= {"exponent": found.slope.value, "exponent_low": found.slope.low, "exponent_high": found.slope.high}
+    row |= {"change": found.change.value, "change_low": found.change.low, "change_high": found.change.high}
+    if about["factor"] in RANKING:
+        row |= dict.fromkeys(("exponent", "exponent_low", "exponent_high"), np.nan)
+    return row | {"groups": found.groups, "seed": spec.seed}
+
+
+def verdicts(
+    spec: StudySpec,
+    table: pd.DataFrame,
+    kinds: Mapping[tuple[str, str, str], Trend],
+    hetero: pd.DataFrame,
+    names: Mapping[str, str],
+    factors: Sequence[str],
+) -> pd.DataFrame:
+    """One row per network, factor and prediction: measured and predicted kind, and the verdict; homogeneous groups by
+    the trend over levels, heterogeneous ones by the sign of the regression's slope."""
+    rows = []
+    for base, architecture in sorted(names.items(), key=lambda item: item[1]):
+        for factor in factors:
+            measured = kinds.get((base, factor, "loss"))
+            if measured is None:
+                continue
+            for column, (name, tier) in predictions(spec, table).items():
+                found = kinds.get((base, factor, column))
+                if found is None:
+                    continue
+                own = (
+                    hetero[(hetero["architecture"] == architecture) & (hetero["factor"] == factor)]
+                    if len(hetero)
+                    else hetero
+                )
+                joint = dict(zip(own["quantity"], own["kind"], strict=True)) if len(own) else {}
+                rows.append(
+                    {
+                        "architecture": architecture,
+                        "factor": factor,
+                        "prediction": name,
+                        "tier": tier,
+                        "measured": measured.kind,
+                        "measured_exponent": measured.slope.value,
+                        "measured_exponent_low": measured.slope.low,
+                        "measured_exponent_high": measured.slope.high,
+                        "measured_change": measured.change.value,
+                        "predicted": found.kind,
+                        "predicted_exponent": found.slope.value,
+                        "predicted_exponent_low": found.slope.low,
+                        "predicted_exponent_high": found.slope.high,
+                        "verdict": verdict(measured.kind, found.kind),
+                        "heterogeneous": verdict(joint["loss"], joint[name]) if {"loss", name} <= set(joint) else "",
+                        "groups": found.groups,
+                        "seed": spec.seed,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def exponents(
+    spec: StudySpec,
+    table: pd.DataFrame,
+    kinds: Mapping[tuple[str, str, str], Trend],
+    experts: Mapping[str, Row],
+    names: Mapping[str, str],
+    factors: Sequence[str],
+) -> pd.DataFrame:
+    """Fitted exponents beside the theory's: the law, the formula with constants of the centre, with constants measured
+    at every level, and what was measured on checkpoints (drift and V; epsilon needs twins, which the study has not)."""
+    columns = {"drift": ("drift_bound", "drift"), "V": ("V_bound", "V"), "epsilon": ("epsilon", "")}
+    rows: list[Row] = []
+    for base, architecture in sorted(names.items(), key=lambda item: item[1]):
+        for factor in factors:
+            if factor in (*RANKING, "coefficient"):
+                continue
+            levels = spec.levels.of(factor)
+            formula = {} if factor == "experts" else _formula(spec, table, experts, base, factor, levels)
+            for quantity in QUANTITIES:
+                about = {"architecture": architecture, "factor": factor, "quantity": quantity, "seed": spec.seed}
+                law = law_of(factor, quantity, levels)
+                if law is not None:
+                    found = st.Estimate((law.low + law.high) / 2, law.low, law.high)
+                    rows.append(_exponent(about, "law", "theory", found, law.source))
+                if quantity in formula:
+                    found = formula[quantity]
+                    rows.append(_exponent(about, "formula, constants of the centre", "estimated", found))
+                estimated, measured = columns[quantity]
+                for source, column, tier in (
+                    ("formula, constants of each level", estimated, "estimated"),
+                    ("measured", measured, "measured"),
+                ):
+                    if (base, factor, column) in kinds and not (factor == "experts" and quantity == "epsilon"):
+                        rows.append(_exponent(about, source, tier, kinds[base, factor, column].slope))
+    return pd.DataFrame(rows)
+
+
+def _exponent(about: Row, source: str, tier: str, found: st.Estimate, note: str = "") -> Row:
+    ends = {"exponent": found.value, "exponent_low": found.low, "exponent_high": found.high}
+    return about | {"source": source, "tier": tier, **ends, "note": note}
+
+
+def _formula(
+    spec: StudySpec, table: pd.DataFrame, experts: Mapping[str, Row], base: str, factor: str, levels: Sequence[object]
+) -> dict[str, st.Estimate]:
+    """Slopes of the theorems' formulas for the centre's experts, constants held."""
+    centre = spec.centre.steps if factor == "step" else getattr(spec.centre, factor)
+    part = table[(table["base_digest"] == base) & (table["factor"] == factor) & (table["level"] == centre)]
+    own = sorted({name for text in part["experts"] for name in str(text).split(";")} & set(experts))
+    if not own:
+        return {}
+    x = position(factor, levels)
+    made = centre_curves([experts[name] for name in own], factor, levels, spec)
+    one_each = [[name] for name in own]
+    return {q: trend(x, values, one_each, spec.rule, spec.seed).slope for q, values in made.items()}
+
+
+def heterogeneous(spec: StudySpec, table: pd.DataFrame, recipes: pd.DataFrame) -> pd.DataFrame:
+    """Elasticities over groups of experts with recipes of their own: log of a quantity regressed on the group's mean
+    of each log hyperparameter (momentum as 1/(1 - beta)), all at once; measured and predicted the same way."""
+    from experiments.studies.hyperparameters.trends import regression_slopes
+
+    part = table[table["factor"] == JOINT]
+    if not len(part) or not len(recipes):
+        return pd.DataFrame()
+    known = recipes.set_index("expert")
+    rows: list[Row] = []
+    for (_, architecture), own in part.groupby(["base_digest", "architecture"], sort=True):
+        groups = [str(text).split(";") for text in own["experts"]]
+        used = known.loc[sorted({name for group in groups for name in group})]
+        usable = [f for f in spec.levels.factors if f in known.columns and f not in RANKING and used[f].nunique() > 1]
+        usable = [f for f in usable if f == "momentum" or (used[f].astype(float) > 0).all()]
+        logs = {f: dict(zip(used.index, np.log(position(f, list(used[f]))), strict=True)) for f in usable}
+        design = np.array([[np.mean([logs[f][name] for name in group]) for f in usable] for group in groups])
+        columns = {"loss": ("loss", "measured"), "error": ("error", "measured"), **predictions(spec, table)}
+        for column, (name, tier) in columns.items():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                y = np.log(own[column].to_numpy(dtype=float))
+            for factor, found in zip(usable, regression_slopes(design, y, groups, spec.rule, spec.seed), strict=True):
+                rows.append(
+                    {
+                        "architecture": architecture,
+                        "factor": factor,
+                        "quantity": name,
+                        "tier": tier,
+                        "elasticity": found.value,
+                        "elasticity_low": found.low,
+                        "elasticity_high": found.high,
+                        "kind": sign_kind(found),
+                        "groups": int(np.isfinite(y).sum()),
+                        "seed": spec.seed,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def ranks(spec: StudySpec, table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """How each prediction orders merges and how far off it is, for homogeneous and heterogeneous groups apart.
+
+    ``spearman`` with the measured loss and its interval (experts resampled), median and 5 to 95 % quantiles of
+    predicted / measured, and the share of merges that lie below the prediction (a bound should have all).
+    """
+    rows: list[Row] = []
+    for base, architecture in sorted(names.items(), key=lambda item: item[1]):
+        for which in ("homogeneous", "heterogeneous"):
+            part = table[(table["base_digest"] == base) & ((table["factor"] == JOINT) == (which == "heterogeneous"))]
+            part = part.drop_duplicates("key")
+            for column, (name, tier) in predictions(spec, table).items():
+                kept = part[np.isfinite(part[column].astype(float))]
+                if len(kept) < 5:
+                    continue
+                predicted, measured = kept[column].to_numpy(float), kept["loss"].to_numpy(float)
+                weights = st.expert_weights(st.membership_of(kept["experts"]), min(spec.rule.resamples, 300), spec.seed)
+
+                def statistic(w: np.ndarray, x: np.ndarray = predicted, y: np.ndarray = measured) -> np.ndarray:
+                    return st.spearman(x, y, w)
+
+                found = st.interval(statistic, weights, level=spec.rule.level, domain=(-1.0, 1.0))
+                low, middle, high = np.quantile(predicted / measured, [0.05, 0.5, 0.95])
+                rows.append(
+                    {
+                        "architecture": architecture,
+                        "groups_of": which,
+                        "prediction": name,
+                        "tier": tier,
+                        "merges": len(kept),
+                        "spearman": found.value,
+                        "spearman_low": found.low,
+                        "spearman_high": found.high,
+                        "ratio": middle,
+                        "ratio_q05": low,
+                        "ratio_q95": high,
+                        "above": float((predicted >= measured).mean()),
+                        "seed": spec.seed,
+                    }
+                )
+    return pd.DataFrame(rows)

@@ -1,0 +1,101 @@
+"""What the report says in words: its first sentences, and the notes of its sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.plots import pretty
+from experiments.studies.hyperparameters.designs import Drawn
+from experiments.studies.hyperparameters.figures import label
+from experiments.studies.hyperparameters.spec import Rule, StudySpec
+from experiments.studies.hyperparameters.tables import Tables
+
+EXPONENTS = (
+    "The law is section 11 of the theory (constants fixed, before saturation). Formulas: Theorems 3, 4 and 2, with "
+    "the centre's constants at every level (the elasticity of the formula), and with constants measured at each level "
+    "(what the bound used). Measured: lengths and dispersion of task vectors. Stability is not measured here: that "
+    "takes twins (`mergebound measure twins`)."
+)
+BOUND = (
+    "From the recipe: clock, Theorems 2 and 3 with measured constants. Measured drift: no clock, stability by the cap "
+    "sqrt(2) d, measured dispersion; any optimizer."
+)
+HETEROGENEOUS = (
+    "Every expert has a recipe of its own. Elasticities: log loss regressed on the group's mean of every log "
+    "hyperparameter at once."
+)
+
+
+def lead(verdicts: pd.DataFrame) -> str:
+    """The main result in one sentence, by prediction."""
+    if verdicts.empty:
+        return "No factor has two measured levels yet."
+    parts = []
+    for name, part in verdicts.groupby("prediction", sort=False):
+        agrees, disagrees = (int((part["verdict"] == word).sum()) for word in ("agrees", "disagrees"))
+        rest = len(part) - agrees - disagrees
+        parts.append(f"{pretty(name)}: {agrees} agree, {disagrees} disagree, {rest} undecided")
+    trends = len(verdicts.drop_duplicates(["architecture", "factor"]))
+    return (
+        f"{trends} trends of the merged loss (factor and network), against each prediction: " + "; ".join(parts) + "."
+    )
+
+
+def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[Drawn], planned: int) -> list[str]:
+    """Further results, a sentence each."""
+    found = [f"{len(table)} of {planned} merges are measured; seed {spec.seed}."]
+    verdicts = tables.verdicts
+    if len(verdicts):
+        for network, part in verdicts.drop_duplicates(["architecture", "factor"]).groupby("architecture", sort=True):
+            words = [_trend(row) for row in part.to_dict("records")]
+            found.append(f"Measured loss of merges, {pretty(network)}: " + "; ".join(words) + ".")
+        for row in verdicts[verdicts["verdict"] == "disagrees"].to_dict("records"):
+            found.append(
+                f"Disagreement, {pretty(row['architecture'])}: over {label(row['factor'])} the loss has the trend "
+                f"'{row['measured']}', {pretty(row['prediction'])} says '{row['predicted']}'."
+            )
+    if len(tables.ranks):
+        own = tables.ranks[tables.ranks["groups_of"] == "heterogeneous"]
+        for row in own.to_dict("records"):
+            low, high = row["spearman_low"], row["spearman_high"]
+            found.append(
+                f"Heterogeneous groups, {pretty(row['architecture'])}, {pretty(row['prediction'])}: Spearman "
+                f"{row['spearman']:.2f} ({low:.2f} to {high:.2f}), predicted over measured {row['ratio']:.3g} "
+                f"(5 to 95 %: {row['ratio_q05']:.3g} to {row['ratio_q95']:.3g})."
+            )
+    lost = sorted({text for one in drawn for text in one.left_out})
+    if lost:
+        found.append(f"Left out at every level, since some level lacks them: {'; '.join(lost)}.")
+    return found
+
+
+def _trend(row: Mapping[Any, Any]) -> str:
+    said = f"{label(row['factor'])} {row['measured']}"
+    if row["factor"] in ("sampling", "coefficient") or not np.isfinite(row["measured_exponent"]):
+        return said
+    low, high = row["measured_exponent_low"], row["measured_exponent_high"]
+    return f"{said} (exponent {row['measured_exponent']:.2f}, {low:.2f} to {high:.2f})"
+
+
+def rule_note(rule: Rule) -> str:
+    """The rule of the verdicts."""
+    return (
+        "Rule, fixed beforehand: a curve has a minimum or maximum where an inner level lies beyond both ends (paired "
+        f"differences with intervals, and {rule.least:g} or more in log); else it rises or falls where the "
+        f"{rule.level:.0%} interval of its log-log slope leaves out 0 and its ends differ by {rule.least:g} or more in "
+        "log; else it is undecided. A prediction agrees where both curves do the same; the verdict is undecided where "
+        "one of them is. Heterogeneous groups: the sign of the regression's slope. Momentum is read as 1/(1 - beta); "
+        "over sampling a slope is a ranking in the order in which Gamma (Theorem 2) grows."
+    )
+
+
+def calibrated_note(spec: StudySpec) -> str:
+    """What is calibrated, and on what."""
+    return (
+        f"Homogeneous groups. Calibrated: between {' and '.join(pretty(n) for n in spec.calibrated)} in log, with a "
+        "constant factor, fitted on groups of one parity of seeds and judged on the other; both halves share experts."
+    )
