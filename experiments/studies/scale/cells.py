@@ -53,7 +53,7 @@ def cells(spec: ScaleSpec) -> tuple[Cell, ...]:
         Cell(family.name, architecture, base, place)
         for family in spec.families
         for place, architecture in enumerate(family.architectures)
-        for base in spec.bases
+        for base in spec.bases_of(family)
     )
 
 
@@ -82,7 +82,9 @@ def family_grid(spec: ScaleSpec, family: FamilySpec) -> GridSpec:
         "name": f"{spec.name}-{family.name}",
         "tasks": list(spec.held_in),
         "base": [
-            _base(spec, family, architecture, base) for architecture in family.architectures for base in spec.bases
+            _base(spec, family, architecture, base)
+            for architecture in family.architectures
+            for base in spec.bases_of(family)
         ],
         "seeds": list(spec.seeds),
         **family.recipe,

@@ -9,6 +9,7 @@ import pandas as pd
 from experiments.atomic import write_atomically
 from experiments.measure.opening import from_store
 from experiments.measure.subject import Subject
+from experiments.store import Store
 from experiments.studies.scale.cells import Cell, Chosen, chains
 from experiments.studies.scale.points import (
     MultitaskModel,
@@ -22,7 +23,6 @@ from experiments.studies.scale.scoring import make_scorer
 from experiments.studies.scale.shape import measure_shape
 from experiments.studies.scale.spec import ScaleSpec
 from experiments.studies.scale.terms import measure_terms
-from experiments.store import Store
 from theory.errors import MergeboundError
 
 POINTS, MULTITASK, TERMS, SHAPE, ABOUT = "points.npz", "multitask.csv", "terms.csv", "shape.csv", "cell.csv"

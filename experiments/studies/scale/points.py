@@ -1,4 +1,4 @@
-"""The points of a cell and their scores: base, experts, merges, multitask models; rows with one entry per test image."""
+"""The points of a cell and their scores per test image: base, experts, merges, multitask models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,9 +48,12 @@ class Points:
 
 
 def score_points(
-    scorers: dict[int, Scorer], groups: Sequence[Chosen], spec: ScaleSpec, multitask: Sequence[tuple[str, MultitaskModel]],
+    scorers: dict[int, Scorer],
+    groups: Sequence[Chosen],
+    spec: ScaleSpec,
+    multitask: Sequence[tuple[str, MultitaskModel]],
     tell: Tell,
-) -> Points:  # fmt: skip
+) -> Points:
     """Score everything of a cell.
 
     Args:

@@ -8,6 +8,8 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from experiments.studies.scale.points import Points, read_points
 from experiments.studies.scale.spec import ScaleSpec
 from theory.errors import MergeboundError
 
-ERROR, NOW = "error.txt", "now.txt"
+NOW = "now.txt"
 _POLL = 0.5
 Watch = Callable[[str, int, int], None]
 """Told (what is going on, done, total): runs of a grid, then files of cells."""
@@ -32,7 +34,8 @@ class Measured:
 
     Attributes:
         points: by cell.
-        about, multitask, terms, shape: tables of all cells, with ``family``, ``architecture``, ``base``, ``parameters``.
+        about, multitask, terms, shape: tables of all cells, with ``family``, ``architecture``, ``base``,
+            ``parameters``.
         done, total: files of cells.
         missing: cells that are not finished.
     """
@@ -98,8 +101,15 @@ def run_study(
 
 
 def _train(
-    spec: ScaleSpec, name: str, store: Path, root: str | None, workers: int | None, device: str, download: bool, tell: Watch
-) -> None:  # fmt: skip
+    spec: ScaleSpec,
+    name: str,
+    store: Path,
+    root: str | None,
+    workers: int | None,
+    device: str,
+    download: bool,
+    tell: Watch,
+) -> None:
     from experiments.engines.local import run_local
     from experiments.engines.prepare import prepare
     from experiments.grid.expand import expand
@@ -125,49 +135,49 @@ def _train(
 def _measure(jobs: list[_Work], limit: int, tell: Watch) -> None:
     waiting = [job for job in jobs if finished(job.spec, job.cell, job.folder) < len(stages(job.spec, job.cell))]
     waiting.sort(key=lambda job: -job.cell.place)  # large networks first, so that no one is left alone with one
-    context = multiprocessing.get_context("spawn")
-    running: dict[str, tuple[multiprocessing.process.BaseProcess, _Work]] = {}
+    if not waiting:
+        return
     total = sum(len(stages(job.spec, job.cell)) for job in jobs)
-    try:
-        while waiting or running:
-            while waiting and len(running) < limit:
-                job = waiting.pop(0)
-                with one_thread_children():
-                    process = context.Process(target=_run, args=(job,), daemon=True)
-                    process.start()
-                running[job.cell.folder] = (process, job)
-            time.sleep(_POLL)
-            for name, (child, job) in list(running.items()):
-                if not child.is_alive():
-                    child.join()
-                    del running[name]
-                    _check(child.exitcode, job)
-            done = sum(finished(job.spec, job.cell, job.folder) for job in jobs)
-            tell(", ".join(_now(job) for _, job in running.values()) or "cells", done, total)
-    finally:
-        for child, _ in running.values():
-            child.terminate()
-        for child, _ in running.values():
-            child.join(timeout=10)
+    context = multiprocessing.get_context("spawn")
+    with one_thread_children(), ProcessPoolExecutor(min(limit, len(waiting)), mp_context=context) as pool:
+        running = {pool.submit(_run, job): job for job in waiting}
+        try:
+            while running:
+                ended, _ = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    job = running.pop(future)
+                    if text := future.result(timeout=0):
+                        raise MergeboundError(f"{job.cell.folder}: {text}")
+                done = sum(finished(job.spec, job.cell, job.folder) for job in jobs)
+                tell(", ".join(filter(None, (_now(job) for job in running.values()))) or "cells", done, total)
+        except BrokenProcessPool as error:
+            raise MergeboundError(
+                "a worker process ended, perhaps for lack of memory; run the same command again with fewer --workers, "
+                "finished cells are kept"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _now(job: _Work) -> str:
     try:
         return f"{job.cell.folder} {(job.folder / NOW).read_text()}".strip()
     except OSError:
-        return job.cell.folder
+        return ""
 
 
-def _run(job: _Work) -> None:
-    """In the worker: errors go to a file that the runner reads."""
+def _run(job: _Work) -> str:
+    """In the worker, cell after cell; returns what went wrong, or nothing."""
     import torch
 
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     job.folder.mkdir(parents=True, exist_ok=True)
-    note, now = job.folder / ERROR, job.folder / NOW
-    note.unlink(missing_ok=True)
+    now = job.folder / NOW
     last = 0.0
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -180,23 +190,13 @@ def _run(job: _Work) -> None:
 
     try:
         measure_cell(job.spec, job.cell, job.base, job.store, job.folder, job.root, tell)
-        now.unlink(missing_ok=True)
     except MergeboundError as error:
-        note.write_text(str(error))
-        raise SystemExit(2) from error
-    except Exception as error:
-        note.write_text(traceback.format_exc())
-        raise SystemExit(1) from error
-
-
-def _check(code: int | None, job: _Work) -> None:
-    if code == 0:
-        return
-    note = job.folder / ERROR
-    text = note.read_text() if note.exists() else "it may have run out of memory; run the same command again"
-    if code == 2:
-        raise MergeboundError(text)
-    raise MergeboundError(f"{job.cell.folder}: the worker ended with code {code}: {text}")
+        return str(error)
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        now.unlink(missing_ok=True)
+    return ""
 
 
 def read_study(spec: ScaleSpec, work: Path) -> Measured:

@@ -36,6 +36,7 @@ class FamilySpec(_Strict):
         name: of the family.
         architectures: small to large; at least two.
         options: of the networks (``img_size``, ``in_chans``).
+        bases: names of the study's bases that this family takes; default all.
         recipe: hyperparameters of a grid (:class:`experiments.grid.spec.GridSpec`): ``learning_rate``, ``steps``,
             ``batch_size`` and so on; the same for every size and base.
     """
@@ -43,6 +44,7 @@ class FamilySpec(_Strict):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     architectures: Annotated[tuple[str, ...], Field(min_length=2)]
     options: dict[str, Any] = {}
+    bases: tuple[str, ...] | None = None
     recipe: dict[str, Any]
 
     @model_validator(mode="after")
@@ -137,7 +139,7 @@ class ScaleSpec(_Strict):
     methods: Annotated[tuple[MethodSpec, ...], Field(min_length=1)]
     transfers: Annotated[tuple[str, ...], Field(min_length=1)] = ("ncm_cosine", "knn_majority", "linear_probe")
     neighbours: Count = 10
-    probe_l2: Positive = 0.01
+    probe_l2: Positive = 0.1
     test_images: Annotated[int, Field(ge=8)] = 80
     fit_images: Annotated[int, Field(ge=8)] = 80
     validation_images: Annotated[int, Field(ge=8)] = 24
@@ -161,6 +163,10 @@ class ScaleSpec(_Strict):
         for name in self.transfers:
             if name not in TRANSFERS:
                 raise ValueError(f"transfers: {name!r}: {nearest(name, TRANSFERS)}")
+        for family in self.families:
+            for name in family.bases or ():
+                if name not in self.bases:
+                    raise ValueError(f"families.{family.name}.bases: {name!r}: {nearest(name, tuple(self.bases))}")
         for field, part in (("multitask", self.multitask), ("terms", self.terms), ("landscape", self.landscape)):
             for name in part.bases if part is not None else ():
                 if name not in self.bases:
@@ -176,6 +182,10 @@ class ScaleSpec(_Strict):
         if self.laws.method not in names:
             raise ValueError(f"laws.method: {self.laws.method!r} is not merged; {nearest(self.laws.method, names)}")
         return self
+
+    def bases_of(self, family: FamilySpec) -> tuple[str, ...]:
+        """Names of a family's bases, weakest first."""
+        return tuple(name for name in self.bases if family.bases is None or name in family.bases)
 
     @property
     def strongest(self) -> str:

@@ -1,0 +1,267 @@
+"""From scores to effects: normalised performance of every point, and contrasts between points with intervals.
+
+Two sources of chance are joined: which tasks were merged (the expert bootstrap of :mod:`experiments.statistics`, over
+tasks, because experts of one task are matched between sizes, bases and methods), and which test images were scored (all
+points resample them jointly).  Deviations of both are added, which is right to first order for independent sources.
+Seeds of fine-tuning are not resampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from experiments.evaluate.bootstrap import bootstrap_means
+from experiments.statistics import Estimate, expert_weights, mean, membership
+from experiments.studies.scale.cells import Cell
+from experiments.studies.scale.points import Points
+from experiments.studies.scale.runner import Measured
+
+Floats = NDArray[np.float64]
+RESAMPLES = 300
+SCALE = 0.1
+"""Of the expert bootstrap."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Numbers of points with their resampled values.
+
+    Attributes:
+        rows: ``family``, ``architecture``, ``base``, ``parameters``, ``place``, ``kind``, ``method``, ``experts``,
+            ``chain``, ``seed``, ``members``, ``measure``, ``value``.
+        draws: (rows, R), ``value`` on resampled test images.
+    """
+
+    rows: pd.DataFrame
+    draws: Floats
+
+    def where(self, **wanted: Any) -> Table:
+        """Rows with these values; a list or tuple stands for any of its members."""
+        keep = np.ones(len(self.rows), dtype=bool)
+        for name, value in wanted.items():
+            keep &= self.rows[name].isin(list(value) if isinstance(value, list | tuple) else [value]).to_numpy()
+        return self.take(np.flatnonzero(keep))
+
+    def take(self, places: NDArray[np.int64]) -> Table:
+        """Rows by place."""
+        return Table(self.rows.iloc[places].reset_index(drop=True), self.draws[places])
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """E values (E,), on resampled images (E, R), and the tasks behind each."""
+
+    value: Floats
+    draws: Floats
+    members: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+def joined(*parts: Effects) -> Effects:
+    """All effects together."""
+    return Effects(
+        np.concatenate([p.value for p in parts]),
+        np.concatenate([p.draws for p in parts]),
+        tuple(name for p in parts for name in p.members),
+    )
+
+
+def table_of(measured: Measured, resamples: int = RESAMPLES, seed: int = 0) -> Table:
+    """Normalised performance and losses of every point.
+
+    Measures: ``held_in`` (mean over its tasks of merged / expert), ``held_in_accuracy`` and ``held_in_loss`` over a
+    point's own tasks (all held-in tasks for base and multitask), ``joint_loss`` over all held-in tasks;
+    ``held_out/<transfer>`` (mean over held-out tasks of point / base), ``held_out_accuracy/<transfer>``.
+
+    Tasks where the reference is zero are left out of a ratio.
+    """
+    rows: list[dict[str, Any]] = []
+    draws: list[Floats] = []
+    about = measured.about.set_index(["architecture", "base"])["parameters"]
+    for cell, points in measured.points.items():
+        common = {"family": cell.family, "architecture": cell.architecture, "base": cell.base, "place": cell.place}
+        common["parameters"] = int(about[(cell.architecture, cell.base)])
+        for row, drawn in _points_of(cell, points, resamples, seed):
+            rows.append({**common, **row})
+            draws.append(drawn)
+    return Table(pd.DataFrame(rows), np.stack(draws))
+
+
+_POINT = ("kind", "method", "experts", "chain", "seed", "members")
+
+
+def _points_of(cell: Cell, points: Points, resamples: int, seed: int) -> list[tuple[dict[str, Any], Floats]]:
+    rows = points.rows
+    accuracy = _drawn(points, resamples, seed)
+    value = rows["accuracy"].to_numpy(dtype=float)
+    loss = rows["loss"].to_numpy(dtype=float)
+    place = {
+        (int(p), t, s): k
+        for k, (p, t, s) in enumerate(zip(rows["point"], rows["task"], rows["scored_by"], strict=True))
+    }
+    heads = rows[rows["scored_by"] == "head"]
+    transfers = list(dict.fromkeys(rows.loc[rows["group"] == "held_out", "scored_by"]))
+    held_out = list(dict.fromkeys(rows.loc[rows["group"] == "held_out", "task"]))
+    held_in = list(dict.fromkeys(heads["task"]))
+    base = int(rows.loc[rows["kind"] == "base", "point"].iloc[0])
+    experts = {
+        (int(r["seed"]), r["members"]): int(r["point"])
+        for r in rows[rows["kind"] == "expert"].drop_duplicates("point").to_dict("records")
+    }
+    first = next(iter(experts))[0]
+    out: list[tuple[dict[str, Any], Floats]] = []
+
+    def add(point: dict[str, Any], measure: str, number: float, drawn: Floats) -> None:
+        out.append(({**point, "measure": measure, "value": number}, drawn))
+
+    none = np.full(resamples, np.nan)
+    for number, own in rows.drop_duplicates("point").set_index("point")[list(_POINT)].iterrows():
+        p = int(number)  # type: ignore[call-overload]
+        point = {name: own[name] for name in _POINT}
+        tasks = str(own["members"]).split(";") if own["members"] else held_in
+        seed_of = int(own["seed"]) if (int(own["seed"]), tasks[0]) in experts else first
+        mine = [place[p, t, "head"] for t in tasks]
+        theirs = [place[experts[seed_of, t], t, "head"] for t in tasks]
+        add(point, "held_in", *_ratio(value, accuracy, mine, theirs))
+        add(point, "held_in_accuracy", float(value[mine].mean()), accuracy[mine].mean(axis=0))
+        add(point, "held_in_loss", float(loss[mine].mean()), none)
+        add(point, "joint_loss", float(loss[[place[p, t, "head"] for t in held_in]].mean()), none)
+        for transfer in transfers:
+            mine = [place[p, t, transfer] for t in held_out]
+            add(
+                point,
+                f"held_out/{transfer}",
+                *_ratio(value, accuracy, mine, [place[base, t, transfer] for t in held_out]),
+            )
+            add(point, f"held_out_accuracy/{transfer}", float(value[mine].mean()), accuracy[mine].mean(axis=0))
+    return out
+
+
+def _ratio(value: Floats, draws: Floats, mine: Sequence[int], theirs: Sequence[int]) -> tuple[float, Floats]:
+    """Mean over tasks of one row over another, with its draws; tasks whose reference is zero are left out."""
+    good = [(a, b) for a, b in zip(mine, theirs, strict=True) if value[b] > 0]
+    if not good:
+        return float("nan"), np.full(draws.shape[1], np.nan)
+    a, b = [x for x, _ in good], [x for _, x in good]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = np.where(draws[b] > 0, draws[a] / draws[b], np.nan)
+    return float((value[a] / value[b]).mean()), np.asarray(np.nanmean(drawn, axis=0))
+
+
+def _drawn(points: Points, resamples: int, seed: int) -> Floats:
+    """Accuracy of every row on resampled test images, (rows, R); the same draws for every cell and point."""
+    tasks = list(dict.fromkeys(points.rows["task"]))
+    out = np.full((len(points.rows), resamples), np.nan)
+    places = [np.flatnonzero((points.rows["task"] == task).to_numpy()) for task in tasks]
+    blocks = []
+    for rows in places:
+        block = points.correct[rows].T.astype(np.float64)
+        blocks.append(block[~np.isnan(block).any(axis=1)])
+    sources = [points.sources.get(task) for task in tasks]
+    for rows, means in zip(
+        places, bootstrap_means(blocks, sources=sources, resamples=resamples, seed=seed), strict=True
+    ):
+        out[rows] = means.T
+    return out
+
+
+def slope_weights(x: Sequence[float]) -> Floats:
+    """Weights that turn values at x into their least squares slope."""
+    centred = np.asarray(x, dtype=float) - np.mean(x)
+    return np.asarray(centred / (centred @ centred))
+
+
+def contrast(
+    table: Table, factor: str, levels: Sequence[Any], weights: Sequence[float] | Floats, match: Sequence[str]
+) -> Effects:
+    """Weighted sums over the levels of a factor, one for every combination of the other columns that has all levels.
+
+    Args:
+        table: rows of one measure.
+        factor: column.
+        levels: of the factor, each with its weight.
+        weights: of the levels.
+        match: columns that are equal within a combination.
+
+    Returns:
+        Effects; the members are those of the combination's row with the most experts.
+    """
+    rows = table.rows
+    keys = list(zip(*(rows[name] for name in match), strict=True)) if match else [()] * len(rows)
+    found: dict[Any, dict[Any, int]] = {}
+    for place, (key, level) in enumerate(zip(keys, rows[factor], strict=True)):
+        found.setdefault(key, {})[level] = place
+    value, draws, members = [], [], []
+    w = np.asarray(weights, dtype=float)
+    numbers = rows["value"].to_numpy(dtype=float)
+    for places in found.values():
+        if not all(level in places for level in levels):
+            continue
+        chosen = [places[level] for level in levels]
+        value.append(float(w @ numbers[chosen]))
+        draws.append(w @ table.draws[chosen])
+        members.append(max((str(rows["members"].iloc[k]) for k in chosen), key=lambda text: text.count(";")))
+    width = table.draws.shape[1]
+    return Effects(np.asarray(value, dtype=float), np.asarray(draws).reshape(len(value), width), tuple(members))
+
+
+def spread(table: Table, match: Sequence[str]) -> Table:
+    """Largest minus smallest value over the methods of each combination of ``match``, as rows of a table."""
+    groups = table.rows.groupby(list(match), sort=False).indices
+    rows, draws = [], []
+    for places in groups.values():
+        kept = table.draws[places]
+        row = table.rows.iloc[places[0]].to_dict()
+        values = table.rows["value"].to_numpy(dtype=float)[places]
+        rows.append({**row, "method": "spread", "value": float(values.max() - values.min())})
+        draws.append(kept.max(axis=0) - kept.min(axis=0))
+    return Table(
+        pd.DataFrame(rows, columns=table.rows.columns), np.asarray(draws).reshape(len(rows), table.draws.shape[1])
+    )
+
+
+def estimate(effects: Effects, *, level: float = 0.95, seed: int = 0) -> Estimate:
+    """Mean effect with an interval over tasks and test images; NaN bounds where there is nothing to resample."""
+    good = np.isfinite(effects.value)
+    if not good.any():
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    value, draws = effects.value[good], effects.draws[good]
+    members = membership([m.split(";") for m, keep in zip(effects.members, good, strict=True) if keep])
+    centre = float(value.mean())
+    weights = expert_weights(members, draws.shape[1], seed, SCALE)
+    deviations = (mean(value, weights) - centre) / SCALE if len(value) > 1 else np.zeros(draws.shape[1])
+    images = draws.mean(axis=0)
+    if np.isfinite(images).any():
+        deviations = deviations + np.nan_to_num(images - np.nanmean(images))
+    if not np.ptp(deviations) > 0:
+        return Estimate(centre, float("nan"), float("nan"))
+    tail = (1.0 - level) / 2.0
+    low, high = centre + np.quantile(deviations, [tail, 1.0 - tail])
+    return Estimate(centre, float(low), float(high))
+
+
+def summary(table: Table, by: Sequence[str], measures: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
+    """Mean of each measure over the points of every combination of ``by``, with intervals."""
+    out = []
+    chosen = table.where(measure=list(measures))
+    for key, places in chosen.rows.groupby([*by, "measure"], sort=False).indices.items():
+        part = chosen.take(places)
+        own = Effects(
+            part.rows["value"].to_numpy(dtype=float), part.draws, tuple(str(m) or "all" for m in part.rows["members"])
+        )
+        found = estimate(own, seed=seed)
+        names: Mapping[str, Any] = dict(zip([*by, "measure"], key, strict=True))
+        out.append({**names, "value": found.value, "low": found.low, "high": found.high, "points": len(part.rows),
+                    "tier": "measured", "seed": seed})  # fmt: skip
+    return pd.DataFrame(out)
+
+
+Choice = Callable[[Table], Table]

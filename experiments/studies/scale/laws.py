@@ -1,0 +1,166 @@
+"""Laws in the number k of merged experts, fitted to some k and judged on a k that was held out.
+
+Two losses of averages of k experts, each a mean over groups: ``joint`` over all held-in tasks, and ``own`` over the
+tasks of the merged experts.  k = 1 are the experts themselves.
+
+=============  =====================================================  =========================================
+``empirical``  ``l_inf + a / (k + c)``, a >= 0, c >= 0                arXiv 2509.24244 (three parameters)
+``quadratic``  ``l_inf + a / k``, a >= 0                              exact for the joint loss of averages under a
+                                                                      quadratic risk (:mod:`theory.scaling_law`)
+``dispersion`` ``(sqrt(R) + sqrt(d (1 - 1/k)))^2``, R, d >= 0         theory's N-law with orthogonal task vectors
+                                                                      (:func:`theory.laws.number_law`), no instability
+``constant``   the mean over the fitted k                             what a law has to beat
+=============  =====================================================  =========================================
+
+All are *calibrated*: fitted on one part, judged on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from experiments.statistics import mean_interval, membership
+from experiments.studies.scale.effects import Table
+from experiments.studies.scale.spec import ScaleSpec
+from theory.errors import MergeboundError
+from theory.laws import number_law
+from theory.scaling_law import fit_merging_law
+
+Floats = NDArray[np.float64]
+Law = Callable[[Floats, Floats, int], Callable[[Floats], Floats]]
+CELL = ("family", "architecture", "base", "parameters")
+
+
+def empirical(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
+    """The empirical law."""
+    return fit_merging_law(k, y, seed=seed, bootstrap=0).predict
+
+
+def quadratic(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
+    """The law with ``c = 0``, by least squares with ``a >= 0``."""
+    x = 1.0 / k
+    centred = x - x.mean()
+    tail = max(0.0, float(centred @ (y - y.mean()) / (centred @ centred))) if np.ptp(x) > 0 else 0.0
+    floor = float(y.mean() - tail * x.mean())
+    return lambda at: np.asarray(floor + tail / at)
+
+
+def dispersion(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
+    """The N-law with two free numbers, R and ``d = L |Delta|^2 / 2``, by least squares."""
+    import scipy.optimize
+
+    def curve(theta: Floats, at: Floats) -> Floats:
+        return np.asarray(number_law(at, theta[0], 2.0, np.sqrt(theta[1]), 0.0, orthogonal=True).value)
+
+    best = None
+    for share in (0.01, 0.1, 0.5):
+        start = np.array([max(1e-6, float(y.min())), max(1e-6, share * float(y.max()))])
+        found = scipy.optimize.least_squares(lambda t: curve(t, k) - y, start, bounds=(0.0, np.inf))
+        if best is None or found.cost < best.cost:
+            best = found
+    assert best is not None
+    solution = best.x
+    return lambda at: curve(solution, at)
+
+
+def constant(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
+    """The mean."""
+    return lambda at: np.full(np.shape(at), float(y.mean()))
+
+
+LAWS: dict[str, Law] = {"empirical": empirical, "quadratic": quadratic, "dispersion": dispersion, "constant": constant}
+
+
+def curves(table: Table, spec: ScaleSpec) -> pd.DataFrame:
+    """Mean losses by cell, target and k: ``target`` (joint, own), ``k``, ``loss``, ``groups``."""
+    rows = table.rows
+    chosen = rows[
+        ((rows["kind"] == "expert") | ((rows["kind"] == "merge") & (rows["method"] == spec.laws.method)))
+        & rows["measure"].isin(["joint_loss", "held_in_loss"])
+    ]
+    out = []
+    for key, part in chosen.groupby([*CELL, "measure", "experts"], sort=False):
+        *cell, measure, k = key
+        about = dict(zip(CELL, cell, strict=True))
+        target = "joint" if measure == "joint_loss" else "own"
+        out.append({**about, "target": target, "k": int(k), "loss": float(part["value"].mean()), "groups": len(part)})
+    return pd.DataFrame(out)
+
+
+def judged(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
+    """Every law's prediction of every held-out k, for every cell and target.
+
+    Returns:
+        ``family``, ``architecture``, ``base``, ``parameters``, ``target``, ``held_out``, ``extrapolates`` (the largest
+        k), ``law``, ``predicted``, ``loss``, ``log_error`` = ``|log(predicted / loss)|``, ``tier``, ``seed``.
+    """
+    rows: list[dict[str, Any]] = []
+    for key, part in found.groupby([*CELL, "target"], sort=False):
+        k, y = part["k"].to_numpy(dtype=float), part["loss"].to_numpy(dtype=float)
+        if not np.isfinite(y).all():
+            continue
+        for left in spec.laws.held_out:
+            kept = k != left
+            if kept.all() or len(np.unique(k[kept])) < 3:
+                continue
+            truth = float(y[~kept].mean())
+            for name, law in LAWS.items():
+                try:
+                    predicted = float(law(k[kept], y[kept], spec.seed)(np.array([float(left)]))[0])
+                except MergeboundError:
+                    predicted = float("nan")
+                error = abs(np.log(predicted / truth)) if predicted > 0 and truth > 0 else float("nan")
+                about = dict(zip([*CELL, "target"], key, strict=True))
+                rows.append(
+                    {**about, "held_out": left, "extrapolates": bool(left == k.max()), "law": name,
+                     "predicted": predicted, "loss": truth, "log_error": float(error)}
+                )  # fmt: skip
+    return pd.DataFrame(rows).assign(tier="calibrated", seed=spec.seed)
+
+
+def compared(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
+    """Mean error of every law, and its paired difference to the empirical law, with intervals over cells.
+
+    Returns:
+        ``target``, ``law``, ``held_out`` (inside or beyond the fitted k), ``error``, ``low``, ``high``, ``difference``
+        (error minus that of the empirical law), ``difference_low``, ``difference_high``, ``cells``, ``tier``, ``seed``.
+    """
+    rows = []
+    if found.empty:
+        return pd.DataFrame()
+    named = found.assign(cell=found["architecture"] + " " + found["base"])
+    for (target, beyond), part in named.groupby(["target", "extrapolates"], sort=False):
+        wide = part.pivot_table(index=["cell", "held_out"], columns="law", values="log_error")
+        members = membership([[str(cell)] for cell, _ in wide.index])
+        for law in LAWS:
+            if law not in wide:
+                continue
+            own = mean_interval(wide[law], members, 500, spec.seed, domain=(0.0, np.inf))
+            gap = mean_interval(wide[law] - wide["empirical"], members, 500, spec.seed)
+            rows.append(
+                {"target": target, "law": law, "held_out": "largest k" if beyond else "inner k", "error": own.value,
+                 "low": own.low, "high": own.high, "difference": gap.value, "difference_low": gap.low,
+                 "difference_high": gap.high, "cells": int(part["cell"].nunique())}
+            )  # fmt: skip
+    return pd.DataFrame(rows).assign(tier="calibrated", seed=spec.seed)
+
+
+def fits(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
+    """The empirical law fitted to all k of a cell: floor, tail and shift with 90 % bootstrap intervals."""
+    rows = []
+    for key, part in found.groupby([*CELL, "target"], sort=False):
+        k, y = part["k"].to_numpy(dtype=float), part["loss"].to_numpy(dtype=float)
+        if len(np.unique(k)) < 3 or not np.isfinite(y).all():
+            continue
+        law = fit_merging_law(k, y, seed=spec.seed, bootstrap=spec.laws.bootstrap)
+        ends = law.parameter_intervals()
+        row: dict[str, Any] = dict(zip([*CELL, "target"], key, strict=True))
+        for name in ("floor", "tail", "shift"):
+            row |= {name: getattr(law, name), f"{name}_low": ends[name][0], f"{name}_high": ends[name][1]}
+        rows.append({**row, "rmse": law.rmse, "at_bound": " ".join(law.at_bound), "tier": law.tier, "seed": law.seed})
+    return pd.DataFrame(rows)
