@@ -9,9 +9,13 @@ from collections.abc import Callable
 
 import typer
 
-from experiments.commands import study_hyperparameters, study_prediction
+from experiments.commands import study_hyperparameters, study_prediction, study_scale
 
-PARTS: tuple[Callable[[typer.Typer], None], ...] = (study_prediction.register, study_hyperparameters.register)
+PARTS: tuple[Callable[[typer.Typer], None], ...] = (
+    study_prediction.register,
+    study_hyperparameters.register,
+    study_scale.register,
+)
 """What adds commands to the group, in the order in which help shows them."""
 
 

@@ -1,0 +1,119 @@
+"""``mergebound study scale``: what matters for merging at scale (protocol B), at a size that this machine can bear."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from experiments.studies.scale.spec import ScaleSpec
+
+PACKAGES = ("mergebound", "torch", "timm", "numpy", "scipy")
+
+
+def register(group: typer.Typer) -> None:
+    """Add the command to the group ``study``."""
+    group.command("scale")(scale)
+
+
+def scale(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the report, tables (CSV) and figures.")],
+    size: Annotated[str, typer.Option("--size", help="tiny, small, paper, or a YAML file.")] = "tiny",
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Folder of what is finished; default: `work` in --out.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes of one thread (default: one per core).")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where experts are trained: cpu or cuda.")] = "cpu",
+    download: Annotated[bool, typer.Option("--download", help="Published weights may be downloaded.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Report on what is finished; run nothing.")
+    ] = False,
+    count: Annotated[bool, typer.Option("--count", help="Say what would be done, and stop.")] = False,
+    resamples: Annotated[int, typer.Option("--resamples", min=50, help="Resamples of test images.")] = 300,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+) -> None:
+    """Model size, base quality, number of experts and method: five findings with effects, intervals and verdicts.
+
+    Experts are trained as a grid, merged, and scored on the tasks of the merge and, with frozen features, on tasks
+    that nobody was trained on; multitask models, barriers, flatness and the theory's terms go with them. Every
+    finished part is kept: stop at any moment, and run the same command to go on.
+    """
+    from experiments.studies.scale.report import write_report
+    from experiments.studies.scale.runner import read_study, run_study
+    from experiments.studies.scale.spec import read_scale
+
+    spec = read_scale(size)
+    place = work or out / "work"
+    if count:
+        _count(spec)
+        return
+    if report_only:
+        measured = read_study(spec, place)
+    else:
+        with Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=Console(stderr=True), transient=True,
+        ) as bar:  # fmt: skip
+            task = bar.add_task("study", total=None)
+            measured = run_study(
+                spec, place, root=root, workers=workers, device=device, download=download,
+                watch=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            )  # fmt: skip
+    command = f"mergebound study scale --size {Path(size).name} --out FOLDER"
+    tables = write_report(spec, measured, out, command=command, versions=_versions(), resamples=resamples)
+    findings = tables.frames["findings"]
+    own = findings[findings["papers_own"].isin(["yes", "other family"])]
+    if as_json:
+        typer.echo(json.dumps(json.loads(own.to_json(orient="records")), indent=2))
+        return
+    _show(own, Console(width=140))
+    typer.echo(f"{measured.done} of {measured.total} parts; report and tables in {out}")
+
+
+def _count(spec: ScaleSpec) -> None:
+    from experiments.studies.scale.cells import cells, chains
+
+    every, groups = cells(spec), chains(spec)
+    experts = len(every) * len(spec.held_in) * len(spec.seeds)
+    typer.echo(
+        f"{len(every)} cells, {experts} experts, {len(every) * len(groups) * len(spec.methods)} merges of "
+        f"{len(groups)} groups by {len(spec.methods)} methods"
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _show(findings: pd.DataFrame, console: Console) -> None:
+    table = Table(title="Findings (95 % intervals over tasks and test images)")
+    for name in ("finding", "scope", "measure", "effect", "interval", "unit", "paper", "verdict"):
+        table.add_column(name, justify="right" if name in ("effect", "interval") else "left")
+    for row in findings.to_dict("records"):
+        table.add_row(
+            str(row["finding"]), str(row["scope"]), str(row["measure"]), f"{row['effect']:+.3g}",
+            f"{row['low']:+.3g} to {row['high']:+.3g}", str(row["unit"]), str(row["paper"]), str(row["verdict"]),
+        )  # fmt: skip
+    console.print(table)

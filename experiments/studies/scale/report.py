@@ -1,0 +1,230 @@
+"""The report of a study of scale: tables, figures, verdicts and how to reproduce, as one page with CSV beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.page import Page, Section, write_page
+from experiments.plots import Picture
+from experiments.studies.scale import figures
+from experiments.studies.scale.account import account_table, along_table, says_table
+from experiments.studies.scale.effects import RESAMPLES, Table, summary, table_of
+from experiments.studies.scale.findings import CHECKS, FINDINGS, findings_table, shape_table
+from experiments.studies.scale.laws import compared, curves, fits, judged
+from experiments.studies.scale.runner import Measured
+from experiments.studies.scale.spec import ScaleSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """All tables of a report, by name, and the summaries that the figures are drawn from."""
+
+    frames: Mapping[str, pd.DataFrame]
+    by_base: pd.DataFrame
+    by_number: pd.DataFrame
+    by_method: pd.DataFrame
+    table: Table
+
+
+def make_tables(spec: ScaleSpec, measured: Measured, resamples: int = RESAMPLES) -> Tables:
+    """Every table of a study.
+
+    Args:
+        spec: the study.
+        measured: what is finished of it.
+        resamples: of the test images.
+    """
+    table = table_of(measured, resamples, spec.seed)
+    merges = table.where(kind="merge")
+    main = ["held_in", "held_in_accuracy", *(f"held_out/{t}" for t in spec.transfers)]
+    cell = ["family", "architecture", "parameters", "base"]
+    found = curves(table, spec)
+    held = judged(found, spec)
+    frames = {
+        "findings": findings_table(table, spec),
+        "open_checks": shape_table(measured.shape, spec),
+        "account": account_table(measured.terms, spec),
+        "terms_and_loss": along_table(measured.terms, table, spec),
+        "laws": compared(held, spec),
+        "law_fits": fits(found, spec) if len(found) else pd.DataFrame(),
+        "law_predictions": held,
+        "law_losses": found,
+        "means": summary(merges, [*cell, "experts", "method"], main, seed=spec.seed),
+        "baselines": summary(
+            table.where(kind=["base", "expert", "multitask_fixed", "multitask_optimised"]), [*cell, "kind"],
+            ["held_in", "held_in_accuracy", *(f"held_out_accuracy/{t}" for t in spec.transfers),
+             *(f"held_out/{t}" for t in spec.transfers)], seed=spec.seed,
+        ),
+        "multitask_training": measured.multitask,
+        "shape": measured.shape,
+        "terms": measured.terms,
+        "cells": measured.about,
+        "points": table.rows,
+    }  # fmt: skip
+    return Tables(
+        frames,
+        summary(merges, cell, main, seed=spec.seed),
+        summary(merges, [*cell, "experts", "method"], main, seed=spec.seed),
+        summary(merges, [*cell, "method"], main, seed=spec.seed),
+        table,
+    )
+
+
+def write_report(
+    spec: ScaleSpec,
+    measured: Measured,
+    out: Path,
+    *,
+    command: str = "",
+    versions: Mapping[str, str] | None = None,
+    resamples: int = RESAMPLES,
+) -> Tables:
+    """Write ``report.html``, a CSV for every table, and the figures; returns the tables."""
+    tables = make_tables(spec, measured, resamples)
+    write_page(out, make_page(spec, measured, tables, command, versions or {}))
+    return tables
+
+
+def make_page(
+    spec: ScaleSpec, measured: Measured, tables: Tables, command: str = "", versions: Mapping[str, str] | None = None
+) -> Page:
+    """The page of a study."""
+    frames = tables.frames
+    own = frames["findings"][frames["findings"]["papers_own"].isin(["yes", "other family"])]
+    first = f"held_out/{spec.transfers[0]}"
+    scaled: list[tuple[str, Callable[[], Picture]]] = [
+        (
+            "held_in_against_size",
+            lambda: figures.against_size(tables.by_base, spec, "held_in", "held-in: merged / expert"),
+        ),
+        ("held_out_against_size", lambda: figures.against_size(tables.by_base, spec, first, "held-out: merged / base")),
+    ]
+    numbers: list[tuple[str, Callable[[], Picture]]] = [
+        (
+            "held_out_against_number",
+            lambda: figures.against_number(tables.by_number, spec, first, "held-out: merged / base"),
+        ),
+        (
+            "held_in_against_number",
+            lambda: figures.against_number(tables.by_number, spec, "held_in", "held-in: merged / expert"),
+        ),
+    ]
+    sections = (
+        _section(
+            "Verdicts", "Each finding of the paper with its effect here. 'agrees' and 'disagrees' compare directions "
+            "only, where the 95 % interval (over tasks and test images, not over seeds of fine-tuning) leaves zero out.",
+            {"verdicts": own}, [("effects", lambda: figures.effects_figure(frames["findings"], spec))], _FINDING,
+        ),
+        _section("Size and base", "Held-in: merged / expert. Held-out: frozen features, merged / base.", {}, scaled),
+        _section("Number of experts", "", {}, numbers),
+        _section("Methods", "", {}, [("methods_against_size", lambda: figures.methods_figure(tables.by_method, spec))]),
+        _section(
+            "Baselines", "Experts on their own tasks and with frozen features; base with the experts' heads; the "
+            "multitask model trained for as many steps as all experts, and with an optimised budget and early stopping.",
+            {"baselines": frames["baselines"], "multitask_training": frames["multitask_training"]}, [],
+        ),
+        _section(
+            "Open checks", "; ".join(f"{k}: {v}" for k, v in CHECKS.items()), {"open_checks": frames["open_checks"]},
+            [("shape", lambda: figures.shape_figure(measured.shape, spec))], {**_FINDING, "mean": "mean"},
+        ),
+        _section(
+            "The theory's account", "Which term moves with size, base and number of experts (change of log10 of the "
+            "term; 95 % over tasks), and how it ranks the measured loss of averages.",
+            {"theory_says": says_table(), "account": frames["account"], "terms_and_loss": frames["terms_and_loss"]},
+            [("terms", lambda: figures.terms_figure(measured.terms, spec))],
+        ),
+        _section(
+            "Laws in the number of experts", "Errors are |log(predicted / measured)| on a number of experts that the "
+            "fit did not see; differences are to the empirical law, paired over cells.",
+            {"laws": frames["laws"], "law_fits": frames["law_fits"]},
+            [("laws", lambda: figures.laws_figure(frames["law_losses"], spec))],
+        ),
+        _section("All effects", "Other bases, scores and baselines: for the shape of the result, not for the verdict.",
+                 {"findings": frames["findings"]}, [], _FINDING),
+    )  # fmt: skip
+    lead, lines = say(spec, measured, tables)
+    printed = {name for one in sections for name in one.tables}
+    return Page(
+        f"Study of scale: {spec.name}",
+        lead,
+        lines,
+        sections,
+        meta={
+            "command": command,
+            "seed": spec.seed,
+            "versions": dict(versions or {}),
+            "hashes": {
+                "specification": spec.digest(),
+                **{
+                    f"base of {row['architecture']}, {row['base']}": row["base_tensors"]
+                    for row in measured.about.to_dict("records")
+                },
+            },
+        },
+        data={name: frame for name, frame in frames.items() if name not in printed and len(frame)},
+    )
+
+
+_FINDING = {
+    "finding": "Finding", "scope": "Scope", "measure": "Measure", "effect": "Effect", "low": "from", "high": "to",
+    "unit": "Unit", "paper": "Paper", "verdict": "Verdict", "comparisons": "Comparisons", "tier": "Tier",
+}  # fmt: skip
+
+
+def _section(
+    title: str, note: str, tables: Mapping[str, pd.DataFrame], drawn: list[tuple[str, Callable[[], Picture]]],
+    columns: Mapping[str, str] | None = None,
+) -> Section:  # fmt: skip
+    pictures, skipped = {}, {}
+    for name, make in drawn:
+        try:
+            pictures[name] = make()
+        except ValueError as error:
+            skipped[name] = str(error)
+    kept = {name: frame for name, frame in tables.items() if len(frame)}
+    named = {name: columns for name in kept} if columns else {}
+    return Section(title, note, kept, named, pictures, skipped)
+
+
+def say(spec: ScaleSpec, measured: Measured, tables: Tables) -> tuple[str, tuple[str, ...]]:
+    """The main sentence of a report, and its further lines."""
+    rows = tables.frames["findings"]
+    own = rows[rows["papers_own"] == "yes"]
+    counts = {name: int((own["verdict"] == name).sum()) for name in ("agrees", "disagrees", "undecided")}
+    merges = int((tables.table.rows["kind"] == "merge").sum() / max(1, tables.table.rows["measure"].nunique()))
+    lead = (
+        f"Of the paper's five findings, {counts['agrees']} agree in direction here, {counts['disagrees']} disagree and "
+        f"{counts['undecided']} stay undecided ({merges} merges in {len(measured.points)} cells, family "
+        f"{spec.families[0].name})."
+    )
+    lines = [
+        f"{FINDINGS[row['finding']]} {row['scope']}: {_number(row)} {row['unit']}, {row['verdict']}."
+        for row in own.to_dict("records")
+    ]
+    other = rows[rows["papers_own"] == "other family"]
+    for name in dict.fromkeys(f.name for f in spec.families[1:]):
+        part = other[other["scope"].str.startswith(f"{name}:")]
+        said = ", ".join(f"{str(r['finding'])[0]} {r['verdict']}" for r in part.to_dict("records"))
+        if said:
+            lines.append(f"Other family ({name}): {said}.")
+    if spec.scope:
+        lines.append(spec.scope.strip())
+    if measured.missing:
+        lines.append(
+            f"Not finished: {measured.done} of {measured.total} files; missing cells: "
+            f"{', '.join(cell.folder for cell in measured.missing)}."
+        )
+    return lead, tuple(lines)
+
+
+def _number(row: Mapping[str, Any]) -> str:
+    value = f"{row['effect']:+.3g}"
+    if np.isfinite(row["low"]) and np.isfinite(row["high"]):
+        return f"{value} [{row['low']:+.3g}, {row['high']:+.3g}]"
+    return value
