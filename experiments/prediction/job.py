@@ -15,20 +15,21 @@ from experiments.prediction.bank import Bank, Material, Progress, build_bank
 from experiments.prediction.compare import Collected, compare_rows
 from experiments.prediction.curve import curve_rows, price_rows
 from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.measuring import clamped_variances, linear_coefficients
 from experiments.prediction.opening import open_pool
 from experiments.prediction.rows import merge_rows
-from experiments.prediction.spec import StudySpec
+from experiments.prediction.spec import StudySpec, label
 from experiments.store import Store
 
 Row = dict[str, Any]
-STAGES = ("merges", "prices", "comparison", "curve")
+STAGES = ("merges", "variances", "prices", "comparison", "curve")
 """Files of a pool, ``<stage>.jsonl``, one line per group."""
 
 
 def stage_groups(spec: StudySpec, pool: Pool, stage: str) -> list[StudyGroup]:
     """The groups that take part in a stage."""
     groups = list(pool.groups)
-    if stage == "merges":
+    if stage in ("merges", "variances"):
         return groups
     if stage == "prices":
         return _first(groups, list(spec.groups), 1)
@@ -88,6 +89,7 @@ def run_pool(
         known: dict[int, Measured] = {}
         makers: dict[str, Callable[[StudyGroup], list[Row]]] = {
             "merges": lambda group: merge_rows(spec, pool, bank, group, known),
+            "variances": lambda group: variance_rows(spec, pool, bank.material, group),
             "prices": lambda group: price_rows(spec, pool, bank, group),
             "comparison": _comparison(spec, pool, bank, kept),
             "curve": _curve(spec, pool, material, opened, kept, root),
@@ -99,6 +101,19 @@ def run_pool(
                 with (folder / f"{stage}.jsonl").open("a") as handle:
                     handle.write(json.dumps({"key": str(group.number), "rows": rows}) + "\n")
                 tell(stage, done + 1, len(missing[stage]))
+
+
+def variance_rows(spec: StudySpec, pool: Pool, material: Material, group: StudyGroup) -> list[Row]:
+    """Share of running variances that every merge clamps at zero (methods that are not linear average them)."""
+    members = list(group.members)
+    rows = []
+    for method in spec.methods:
+        if method.merges(len(members)):
+            alpha = linear_coefficients(method, len(members))
+            share = 0.0 if alpha is None else clamped_variances(material, members, alpha)
+            name = f"{pool.key.folder}-{group.number}"
+            rows.append({"group": name, "settings": label(method), "clamped": share, "tier": "measured"})
+    return rows
 
 
 def _comparison(

@@ -160,6 +160,7 @@ def flag_table(merges: pd.DataFrame, scores: Sequence[str], settings: Settings) 
     """Flags of collapse fitted on one half and judged on the other: misses and false alarms, both directions pooled.
 
     Each network has one flag for all regimes, fitted to miss a share :data:`MISSES` of collapsed merges at most.
+    ``either`` is raised by the flag, or where merging clamps a running variance at zero (known from the checkpoints).
     """
     rows: list[Row] = []
     frame = merges.assign(
@@ -175,16 +176,24 @@ def flag_table(merges: pd.DataFrame, scores: Sequence[str], settings: Settings) 
                     flag = calibrate_flag(fit, score=score, collapsed="collapsed_even", groups="group", misses=MISSES)
                 except MergeboundError:
                     continue
-                judged_rows.append(judged[["regime", "collapsed_odd"]].assign(raised=flag.raised(judged)))
+                up = flag.raised(judged)
+                clamped = (
+                    (judged["clamped"] > 0).to_numpy() if "clamped" in judged else np.zeros(len(judged), dtype=bool)
+                )
+                seen = judged[["regime", "collapsed_odd"]]
+                judged_rows.append(seen.assign(raised=up, either=up | clamped))
             if not judged_rows:
                 continue
             for regime, some in _regimes(pd.concat(judged_rows)):
-                up, truth = some["raised"].to_numpy(dtype=bool), some["collapsed_odd"].to_numpy(dtype=bool)
+                truth = some["collapsed_odd"].to_numpy(dtype=bool)
+                up, either = some["raised"].to_numpy(dtype=bool), some["either"].to_numpy(dtype=bool)
                 rows.append(
                     {
                         "regime": regime, "architecture": architecture, "score": score, "merges": len(up),
                         "collapsed": int(truth.sum()), "missed": int((truth & ~up).sum()),
-                        "alarms": int((~truth & up).sum()), "tier": "calibrated", "seed": settings.seed,
+                        "alarms": int((~truth & up).sum()),
+                        "missed_either": int((truth & ~either).sum()),
+                        "alarms_either": int((~truth & either).sum()), "tier": "calibrated", "seed": settings.seed,
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)

@@ -98,8 +98,21 @@ def page(
                 ],
             ),
             "A flag is fitted to miss a tenth of collapsed merges at most; `missed` and `alarms` count merges of "
-            "the other half.",
-            markdown(tables.flags, ["regime", "architecture", "score", "merges", "collapsed", "missed", "alarms"]),
+            "the other half, `_either` with every merge flagged too that clamps a running variance of BatchNorm.",
+            markdown(
+                tables.flags,
+                [
+                    "regime",
+                    "architecture",
+                    "score",
+                    "merges",
+                    "collapsed",
+                    "missed",
+                    "alarms",
+                    "missed_either",
+                    "alarms_either",
+                ],
+            ),
         ]
     if len(tables.prices):
         parts += [
@@ -126,6 +139,17 @@ def page(
             markdown(
                 tables.reestimated,
                 ["regime", "N", "measured_loss", "reestimated_loss", "measured_accuracy", "reestimated_accuracy"],
+            ),
+        ]
+    if len(tables.clamped):
+        parts += [
+            "## Running variances clamped at zero",
+            "Where coefficients sum to more than one, x_0 + Σ αᵢ Δᵢ can make running variances of BatchNorm negative; "
+            "merging clamps them at zero, and the network breaks. Checkpoints show it before any pass; the table was "
+            "added after the results had been looked at.",
+            markdown(
+                tables.clamped,
+                ["architecture", "method", "N", "clamped", "merges", "share", "usable", "measured_loss", "ratio_q50"],
             ),
         ]
     parts.append("## Figures")

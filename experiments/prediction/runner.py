@@ -189,4 +189,8 @@ def read_frames(spec: StudySpec, plan: Sequence[tuple[Pool, Path]], place: Path)
             rows += [row for group in pool.groups for row in kept.get(str(group.number), [])]
         tables[stage] = pd.DataFrame(rows)
     gone = tuple(name for pool, _ in plan for name in pool.left_out)
-    return Frames(tables["merges"], tables["comparison"], tables["prices"], tables["curve"], gone)
+    merges, variances = tables["merges"], tables["variances"]
+    if len(merges) and len(variances):
+        kept = variances[["group", "settings", "clamped"]]
+        merges = merges.merge(kept, on=["group", "settings"], how="left", validate="one_to_one")
+    return Frames(merges, tables["comparison"], tables["prices"], tables["curve"], gone)

@@ -45,6 +45,7 @@ class Tables:
     methods: pd.DataFrame
     duels: pd.DataFrame
     reestimated: pd.DataFrame
+    clamped: pd.DataFrame
 
 
 def compute_tables(frames: Frames, settings: Settings) -> Tables:
@@ -68,6 +69,7 @@ def compute_tables(frames: Frames, settings: Settings) -> Tables:
         method_table(frames.comparison, settings),
         duel_table(frames.comparison, settings),
         reestimated_table(frames.merges),
+        clamped_table(merges),
     )
 
 
@@ -253,6 +255,31 @@ def duel_table(comparison: pd.DataFrame, settings: Settings) -> pd.DataFrame:
         found = optimal_table(pooled, None, settings, reference)
         parts.append(found[found["method"].str.startswith("risk_optimal")].assign(against=reference))
     return pd.concat(parts, ignore_index=True)
+
+
+def clamped_table(merges: pd.DataFrame, name: str = "best") -> pd.DataFrame:
+    """Merges that clamp running variances of BatchNorm at zero, apart from the others: a way to fail that no predictor
+    sees, but that the checkpoints show.
+
+    Columns: network, method, N, ``clamped`` (whether any variance is), merges, ``usable`` (share), measured loss
+    (median), and the median ratio of the prediction.
+    """
+    if "clamped" not in merges or not (merges["clamped"] > 0).any():
+        return pd.DataFrame()
+    rows = []
+    frame = merges.assign(any=merges["clamped"] > 0)
+    for key, part in cells(frame, ("architecture", "method", "N", "any")):
+        ratio = part[f"pred_{name}"] / part["measured_loss"]
+        rows.append(
+            dict(zip(("architecture", "method", "N", "clamped"), key, strict=True))
+            | {
+                "merges": len(part), "share": float(part["clamped"].mean()),
+                "usable": float((part["state"] == USABLE).mean()),
+                "measured_loss": float(part["measured_loss"].median()), "ratio_q50": float(ratio.median()),
+                "tier": "measured",
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def reestimated_table(merges: pd.DataFrame) -> pd.DataFrame:
