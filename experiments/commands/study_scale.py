@@ -65,14 +65,23 @@ def scale(
         measured = read_study(spec, place)
     else:
         with Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=Console(stderr=True), transient=True,
-        ) as bar:  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as bar:
             task = bar.add_task("study", total=None)
             measured = run_study(
-                spec, place, root=root, workers=workers, device=device, download=download,
+                spec,
+                place,
+                root=root,
+                workers=workers,
+                device=device,
+                download=download,
                 watch=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-            )  # fmt: skip
+            )
     command = f"mergebound study scale --size {Path(size).name} --out FOLDER"
     tables = write_report(spec, measured, out, command=command, versions=_versions(), resamples=resamples)
     findings = tables.frames["findings"]
@@ -113,7 +122,13 @@ def _show(findings: pd.DataFrame, console: Console) -> None:
         table.add_column(name, justify="right" if name in ("effect", "interval") else "left")
     for row in findings.to_dict("records"):
         table.add_row(
-            str(row["finding"]), str(row["scope"]), str(row["measure"]), f"{row['effect']:+.3g}",
-            f"{row['low']:+.3g} to {row['high']:+.3g}", str(row["unit"]), str(row["paper"]), str(row["verdict"]),
-        )  # fmt: skip
+            str(row["finding"]),
+            str(row["scope"]),
+            str(row["measure"]),
+            f"{row['effect']:+.3g}",
+            f"{row['effect_low']:+.3g} to {row['effect_high']:+.3g}",
+            str(row["unit"]),
+            str(row["paper"]),
+            str(row["verdict"]),
+        )
     console.print(table)

@@ -50,8 +50,8 @@ def _moves(name: str, effects: Effects, factor: str, scope: str, unit: str, seed
         "scope": scope,
         "term": name,
         "change": found.value,
-        "low": found.low,
-        "high": found.high,
+        "change_low": found.low,
+        "change_high": found.high,
         "unit": unit,
         "moves": ("grows" if found.value > 0 else "falls") if clear else "undecided",
         "comparisons": int(np.isfinite(effects.value).sum()),
@@ -62,8 +62,8 @@ def account_table(terms: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
     """How every term changes with size, base and N: ``change`` is of log10 of the term (of the cosine itself).
 
     Returns:
-        ``factor``, ``scope``, ``term``, ``change``, ``low``, ``high`` (95 %, over tasks), ``unit``, ``moves`` (grows,
-        falls, undecided), ``comparisons``, ``tier``, ``seed``.
+        ``factor``, ``scope``, ``term``, ``change`` with ``_low`` and ``_high`` (95 %, over tasks), ``unit``,
+        ``moves`` (grows, falls, undecided), ``comparisons``, ``tier``, ``seed``.
     """
     rows: list[dict[str, Any]] = []
     if terms.empty:
@@ -126,8 +126,8 @@ def along_table(terms: pd.DataFrame, table: Table, spec: ScaleSpec) -> pd.DataFr
     """Rank correlation of every term of averages with their measured test loss on their own tasks, over all cells.
 
     Returns:
-        ``family``, ``term``, ``against`` (loss; ``cost``: minus the mean loss of the experts), ``spearman``, ``low``,
-        ``high`` (95 %, over experts), ``merges``, ``tier``, ``seed``.
+        ``family``, ``term``, ``against`` (loss; ``cost``: minus the mean loss of the experts), ``spearman`` with
+        ``_low`` and ``_high`` (95 %, over experts), ``merges``, ``tier``, ``seed``.
     """
     if terms.empty:
         return pd.DataFrame()
@@ -164,9 +164,18 @@ def along_table(terms: pd.DataFrame, table: Table, spec: ScaleSpec) -> pd.DataFr
                 weights = st.expert_weights(kept, 500, spec.seed)
                 found = st.interval(lambda w, a=x[good], b=y[good]: st.spearman(a, b, w), weights, domain=(-1.0, 1.0))  # type: ignore[misc]
                 out.append(
-                    {"family": family.name, "term": name, "against": against, "spearman": found.value, "low": found.low,
-                     "high": found.high, "merges": int(good.sum()), "tier": part["tier"].iloc[0], "seed": spec.seed}
-                )  # fmt: skip
+                    {
+                        "family": family.name,
+                        "term": name,
+                        "against": against,
+                        "spearman": found.value,
+                        "spearman_low": found.low,
+                        "spearman_high": found.high,
+                        "merges": int(good.sum()),
+                        "tier": part["tier"].iloc[0],
+                        "seed": spec.seed,
+                    }
+                )
     return pd.DataFrame(out)
 
 

@@ -259,8 +259,17 @@ def summary(table: Table, by: Sequence[str], measures: Sequence[str], *, seed: i
         )
         found = estimate(own, seed=seed)
         names: Mapping[str, Any] = dict(zip([*by, "measure"], key, strict=True))
-        out.append({**names, "value": found.value, "low": found.low, "high": found.high, "points": len(part.rows),
-                    "tier": "measured", "seed": seed})  # fmt: skip
+        out.append(
+            {
+                **names,
+                "value": found.value,
+                "value_low": found.low,
+                "value_high": found.high,
+                "points": len(part.rows),
+                "tier": "measured",
+                "seed": seed,
+            }
+        )
     return pd.DataFrame(out)
 
 

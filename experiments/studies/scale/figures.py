@@ -42,7 +42,7 @@ def _sizes(ax: Axes, values: Sequence[float]) -> None:
 def _line(ax: Axes, x: Sequence[float], part: pd.DataFrame, k: int, label: str, style: str = "-") -> None:
     colour, marker = SERIES[k % len(SERIES)]
     y = part["value"].to_numpy(dtype=float)
-    low, high = part["low"].to_numpy(dtype=float), part["high"].to_numpy(dtype=float)
+    low, high = part["value_low"].to_numpy(dtype=float), part["value_high"].to_numpy(dtype=float)
     ax.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.4, linestyle=style, label=label)
     if np.isfinite(low).any():
         ax.fill_between(np.asarray(x, dtype=float), low, high, color=colour, alpha=0.13, linewidth=0)
@@ -109,13 +109,18 @@ def effects_figure(findings: pd.DataFrame, spec: ScaleSpec) -> Picture:
     colours = {"agrees": SERIES[2][0], "disagrees": SERIES[1][0], "undecided": GREY}
     labels = []
     for k, row in enumerate(part.to_dict("records")):
-        ends = [abs(v) for v in (row["effect"], row["low"], row["high"]) if np.isfinite(v)]
+        ends = [abs(v) for v in (row["effect"], row["effect_low"], row["effect_high"]) if np.isfinite(v)]
         scale = max(ends, default=1.0) or 1.0
         sign = -1.0 if row["paper"] == "below 0" else 1.0
         y = len(part) - 1 - k
         colour = colours.get(str(row["verdict"]), GREY)
-        if np.isfinite(row["low"]):
-            ax.plot([sign * row["low"] / scale, sign * row["high"] / scale], [y, y], color=colour, linewidth=2.0)
+        if np.isfinite(row["effect_low"]):
+            ax.plot(
+                [sign * row["effect_low"] / scale, sign * row["effect_high"] / scale],
+                [y, y],
+                color=colour,
+                linewidth=2.0,
+            )
         ax.plot(sign * row["effect"] / scale, y, "o", color=colour, markersize=5)
         labels.append(f"{row['finding']}, {row['scope']}")
         ax.annotate(

@@ -49,8 +49,8 @@ def _row(
         "scope": scope,
         "measure": measure,
         "effect": found.value,
-        "low": found.low,
-        "high": found.high,
+        "effect_low": found.low,
+        "effect_high": found.high,
         "unit": unit,
         "paper": {1: "above 0", -1: "below 0", 0: "not stated"}[direction],
         "verdict": verdict(found, direction) if direction else "measured",
@@ -139,8 +139,8 @@ def findings_table(table: Table, spec: ScaleSpec) -> pd.DataFrame:
     The first family's rows with the paper's own measure come first (``papers_own == "yes"``); the others widen them.
 
     Returns:
-        ``finding``, ``scope``, ``measure``, ``effect``, ``low``, ``high`` (95 %, over tasks and test images), ``unit``,
-        ``paper`` (its direction), ``verdict``, ``comparisons``, ``papers_own``, ``tier``, ``seed``.
+        ``finding``, ``scope``, ``measure``, ``effect`` with ``_low`` and ``_high`` (95 %, over tasks and images),
+        ``unit``, ``paper`` (its direction), ``verdict``, ``comparisons``, ``papers_own``, ``tier``, ``seed``.
     """
     rows: list[dict[str, Any]] = []
     for place, family in enumerate(spec.families):

@@ -127,8 +127,8 @@ def compared(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
     """Mean error of every law, and its paired difference to the empirical law, with intervals over cells.
 
     Returns:
-        ``target``, ``law``, ``held_out`` (inside or beyond the fitted k), ``error``, ``low``, ``high``, ``difference``
-        (error minus that of the empirical law), ``difference_low``, ``difference_high``, ``cells``, ``tier``, ``seed``.
+        ``target``, ``law``, ``held_out`` (inner or largest k), ``error`` with ``_low`` and ``_high``, ``difference``
+        (error minus that of the empirical law) with ``_low`` and ``_high``, ``cells``, ``tier``, ``seed``.
     """
     rows = []
     if found.empty:
@@ -144,7 +144,7 @@ def compared(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
             gap = mean_interval(wide[law] - wide["empirical"], members, 500, spec.seed)
             rows.append(
                 {"target": target, "law": law, "held_out": "largest k" if beyond else "inner k", "error": own.value,
-                 "low": own.low, "high": own.high, "difference": gap.value, "difference_low": gap.low,
+                 "error_low": own.low, "error_high": own.high, "difference": gap.value, "difference_low": gap.low,
                  "difference_high": gap.high, "cells": int(part["cell"].nunique())}
             )  # fmt: skip
     return pd.DataFrame(rows).assign(tier="calibrated", seed=spec.seed)

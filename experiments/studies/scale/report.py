@@ -118,7 +118,7 @@ def make_page(
     sections = (
         _section(
             "Verdicts", "Each finding of the paper with its effect here. 'agrees' and 'disagrees' compare directions "
-            "only, where the 95 % interval (over tasks and test images, not over seeds of fine-tuning) leaves zero out.",
+            "only, where the 95 % interval (over tasks and test images, not over training seeds) leaves zero out.",
             {"verdicts": own}, [("effects", lambda: figures.effects_figure(frames["findings"], spec))], _FINDING,
         ),
         _section("Size and base", "Held-in: merged / expert. Held-out: frozen features, merged / base.", {}, scaled),
@@ -126,7 +126,7 @@ def make_page(
         _section("Methods", "", {}, [("methods_against_size", lambda: figures.methods_figure(tables.by_method, spec))]),
         _section(
             "Baselines", "Experts on their own tasks and with frozen features; base with the experts' heads; the "
-            "multitask model trained for as many steps as all experts, and with an optimised budget and early stopping.",
+            "multitask model trained for as many steps as all experts, and with an optimised budget.",
             {"baselines": frames["baselines"], "multitask_training": frames["multitask_training"]}, [],
         ),
         _section(
@@ -172,7 +172,7 @@ def make_page(
 
 
 _FINDING = {
-    "finding": "Finding", "scope": "Scope", "measure": "Measure", "effect": "Effect", "low": "from", "high": "to",
+    "finding": "Finding", "scope": "Scope", "measure": "Measure", "effect": "Effect",
     "unit": "Unit", "paper": "Paper", "verdict": "Verdict", "comparisons": "Comparisons", "tier": "Tier",
 }  # fmt: skip
 
@@ -225,6 +225,6 @@ def say(spec: ScaleSpec, measured: Measured, tables: Tables) -> tuple[str, tuple
 
 def _number(row: Mapping[str, Any]) -> str:
     value = f"{row['effect']:+.3g}"
-    if np.isfinite(row["low"]) and np.isfinite(row["high"]):
-        return f"{value} [{row['low']:+.3g}, {row['high']:+.3g}]"
+    if np.isfinite(row["effect_low"]) and np.isfinite(row["effect_high"]):
+        return f"{value} [{row['effect_low']:+.3g}, {row['effect_high']:+.3g}]"
     return value

@@ -25,9 +25,9 @@ def measure_shape(subject: Subject, spec: ScaleSpec, tell: Tell) -> pd.DataFrame
 
     Returns:
         One row per quantity and place: ``quantity`` (``loss_barrier``, ``error_barrier``, ``length``,
-        ``average_filters``, ``sam``), ``place`` (pair, ``base`` or ``average``), ``members``, ``value``, ``low``,
-        ``high`` (95 %, over test images; for flatness as :mod:`experiments.measure.landscape.sharpness` says),
-        ``loss`` (at the point), ``tier``, ``seed``, ``images``.
+        ``average_filters``, ``sam``), ``place`` (pair, ``base`` or ``average``), ``members``, ``value``,
+        ``value_low``, ``value_high`` (95 %, over test images; for flatness as
+        :mod:`experiments.measure.landscape.sharpness` says), ``loss`` (at the point), ``tier``, ``seed``, ``images``.
     """
     assert spec.landscape is not None
     chosen = spec.landscape
@@ -49,12 +49,14 @@ def measure_shape(subject: Subject, spec: ScaleSpec, tell: Tell) -> pd.DataFrame
                 "quantity": name,
                 **about,
                 "value": joint[name],
-                "low": joint[f"{name}_low"],
-                "high": joint[f"{name}_high"],
+                "value_low": joint[f"{name}_low"],
+                "value_high": joint[f"{name}_high"],
             }
             for name in ("loss_barrier", "error_barrier")
         ]
-        rows.append({"quantity": "length", **about, "value": joint["length"], "low": np.nan, "high": np.nan})
+        rows.append(
+            {"quantity": "length", **about, "value": joint["length"], "value_low": np.nan, "value_high": np.nan}
+        )
     options = FlatnessOptions(
         measures=MEASURES, radius=chosen.sam_radius, filter_noise=chosen.filter_noise, draws=chosen.draws, directions=0
     )
@@ -62,7 +64,15 @@ def measure_shape(subject: Subject, spec: ScaleSpec, tell: Tell) -> pd.DataFrame
     table = flatness(subject, on, points, options=options, seed=spec.seed, progress=tell).to_frame()
     for row in table.to_dict("records"):
         rows.append(
-            {"quantity": row["measure"], "place": row["point"], "members": ";".join(subject.tasks), "loss": row["loss"],
-             "value": row["value"], "low": row.get("low", np.nan), "high": row.get("high", np.nan), "tier": row["tier"]}
-        )  # fmt: skip
+            {
+                "quantity": row["measure"],
+                "place": row["point"],
+                "members": ";".join(subject.tasks),
+                "loss": row["loss"],
+                "value": row["value"],
+                "value_low": row["low"],
+                "value_high": row["high"],
+                "tier": row["tier"],
+            }
+        )
     return pd.DataFrame(rows).assign(seed=spec.seed, images=chosen.images)
