@@ -7,7 +7,7 @@ PEERS  ?= .venv-peers
 RESULTS ?= out/merging
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint soak bench bench-peers clean
+.PHONY: help install demo test lint docs soak bench bench-peers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,14 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## build the site in out/docs: runs the gallery, every code block and every command of the pages
+	OMP_NUM_THREADS=1 $(BIN)/python docs/building/run_pages.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -d out/doctrees docs out/docs
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
 
 soak: $(STAMP)  ## 1,000 short runs killed 20 times, by two runners, on a full disk: equal bits (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak

@@ -9,6 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import theory
+from docs.building import fixtures
+from docs.building.blocks import blocks_of, commands, faults, pages
+from docs.building.run_pages import Failed, run_block
 from experiments.cli import build_app
 from experiments.commands.methods import markdown_table
 from experiments.grid.expand import expand
@@ -106,14 +109,77 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-GROUPS = ("base", "collect", "data", "grid", "models")
+GROUPS = ("base", "collect", "data", "grid", "measure", "models", "study")
 """Commands whose options belong to commands of their own."""
+
+
+ALL = pages()
+"""The README and every page that is written by hand; `make docs` runs their blocks and commands."""
+CHEAP = ("docs/concepts.md", "docs/migration.md", "docs/tutorials/merge.md", "docs/tutorials/report.md")
+"""Pages that are run here too, in a second or two each."""
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_every_block_is_run_or_says_why_not(page: str) -> None:
+    assert [fault for block in blocks_of(page) for fault in faults(block)] == []
+
+
+@pytest.mark.parametrize("page", CHEAP)
+def test_cheap_pages_do_what_they_say(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fixtures.prepare(page, tmp_path)
+    scope: dict[str, object] = {}
+    for block in blocks_of(page):
+        if block.runs:
+            run_block(block, tmp_path, scope)
+
+
+def test_the_runner_notices_what_does_not_hold(tmp_path: Path) -> None:
+    """Blocks are found with their marks; one that prints something else, fails or is not refused is an error."""
+    page = "\n".join(
+        [
+            "<!-- prints: two -->\n```python\nprint('one')\n```",
+            "```python\nassert False\n```",
+            "<!-- refused: no -->\n```sh\necho no\n```",
+            "```sh\nexit 3\n```",
+            "```yaml\na: 1\n```",
+        ]
+    )
+    found = blocks_of("page.md", page)
+    assert [block.language for block in found] == ["python", "python", "sh", "sh", "yaml"]
+    assert [len(list(faults(block))) for block in found] == [0, 0, 0, 0, 1]
+    for block in found[:4]:
+        with pytest.raises(Failed, match=block.place):
+            run_block(block, tmp_path, {})
+    assert commands("# a\nb \\\n  c\n\nd # e") == ("b c", "d # e")
+
+
+def test_the_tutorials_bound_is_the_example() -> None:
+    (written,) = [b for b in blocks_of("docs/tutorials/newcomer.md") if b.marked("file") == ("own_bound.py",)]
+    assert written.code == (ROOT / "docs/examples/own_bound.py").read_text()
+
+
+def test_the_tutorials_bound_passes_the_tutorials_tests(tmp_path: Path) -> None:
+    """In this process: the files as the page gives them, and every test of the second one."""
+    names = ("own_bound.py", "test_own_bound.py")
+    code = {
+        name: next(b.code for b in blocks_of("docs/tutorials/newcomer.md") if name in b.marked("file"))
+        for name in names
+    }
+    bound: dict[str, object] = {}
+    exec(compile(code["own_bound.py"], "own_bound.py", "exec"), bound)
+    tests: dict[str, object] = dict(bound)
+    exec(compile(code["test_own_bound.py"].replace("from own_bound import never_drawn\n", ""), names[1], "exec"), tests)
+    for n in (2, 7):
+        tests["test_the_algorithm_that_remembers_one_sample_attains_it"](n)  # type: ignore[operator]
+    for name in ("remembering_more_stays_below", "more_than_one_epoch_says_nothing", "a_missing_constant_is_named"):
+        tests[f"test_{name}"]()  # type: ignore[operator]
 
 
 def test_commands_and_options_exist() -> None:
     runner, app = CliRunner(), build_app()
-    text = "\n".join(TEXTS.values())
-    found = re.findall(rf"mergebound ((?:{'|'.join(GROUPS)}) [a-z]+|[a-z]+)([^`\n]*)", text)
+    text = "\n".join((ROOT / page).read_text() for page in ALL)
+    found = re.findall(rf"mergebound ((?:{'|'.join(GROUPS)}) [a-z-]+|[a-z]+)([^`\n]*)", text)
     used: dict[str, set[str]] = {}
     for command, rest in found:
         used.setdefault(command, set()).update(re.findall(r"(?<!\S)(--[\w-]+)", rest))
@@ -125,6 +191,8 @@ def test_commands_and_options_exist() -> None:
 
 
 def test_figures_and_links_exist() -> None:
-    for page, text in TEXTS.items():
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
+    """Links into the generated part are checked by the build of the site."""
+    for page in ALL:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+            made = "generated/" in target
+            assert target.startswith("http") or made or ((ROOT / page).parent / target).exists(), (page, target)

@@ -6,29 +6,32 @@ import importlib
 
 PACKAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "theory": (
-        ("Recipes and bounds", ("recipe", "schedules", "bound", "assumptions", "risk", "master", "network", "generalization")),
+        ("Recipes and bounds", ("recipe", "schedules", "bound", "assumptions", "risk", "master", "generalization")),
         ("Terms of the bound", ("clocks", "stability", "drift", "dispersion", "training", "heads", "laws", "lemma")),
         ("Predictions", ("function_space", "per_layer", "linearization_error", "certificate", "curvature", "surfaces")),
-        ("Questions", ("what_if", "subsets", "resampling", "scaling", "scaling_law", "inverse_design", "unknown", "enclosure")),
-        ("Merging operators", ("operators", "sensitivity")),
+        ("Questions", ("what_if", "subsets", "resampling", "scaling", "scaling_law", "inverse_design", "unknown")),
+        ("Merging operators, networks", ("operators", "sensitivity", "network", "enclosure")),
         ("Exact ground truth", ("quadratic", "regression", "one_pass", "fixed_inputs", "logistic", "simulation")),
         ("Published bounds", ("published", "side_by_side", "comparison")),
-        ("Proofs and exports", ("derivations", "statement_labels", "tightness", "export", "symbols", "symbolic", "errors")),
+        ("Proofs and exports", ("derivations", "statement_labels", "tightness", "export", "symbols", "errors")),
     ),
     "merging": (
         ("Merging", ("merge", "many", "settings", "method", "registry", "partition", "keys", "layers", "tied")),
         ("Checkpoints", ("checkpoint", "save", "lora", "remote", "config", "mergekit_config", "statistics", "flat")),
-        ("Before and after", ("geometry", "alignment", "permutations", "barrier", "batchnorm", "repair", "sensitivity")),
+        ("Before and after", ("geometry", "alignment", "permutations", "barrier", "batchnorm", "repair")),
+        ("Sensitivity", ("sensitivity",)),
     ),
     "experiments": (
-        ("Tasks, models, bases", ("tasks", "models", "models.families", "models.parts", "bases.pretraining", "bases.base")),
+        ("Tasks, models, bases", ("tasks", "models", "models.families", "models.parts", "bases.base")),
+        ("Pretraining", ("bases.pretraining", "bases.training")),
         ("Fine-tuning", ("finetune.task_expert", "finetune.reference", "inputs.resident", "inputs.shares")),
         ("Grids", ("grid.spec", "grid.expand", "grid.yaml_source", "engines.prepare", "engines.local", "store")),
         ("Merges of a grid", ("combine.api", "combine.designs", "combine.effects", "combine.recipe")),
-        ("Evaluation", ("evaluate.evaluate", "evaluate.results", "evaluate.transfer", "evaluate.normalised", "evaluate.bootstrap")),
+        ("Evaluation", ("evaluate.evaluate", "evaluate.results", "evaluate.transfer", "evaluate.normalised")),
         ("Measuring", (
-            "measure.subject", "measure.opening", "measure.predictors", "measure.curvature.report", "measure.noise.constants",
-            "measure.twins.study", "measure.landscape.lines", "measure.landscape.planes", "measure.landscape.flatness",
+            "measure.subject", "measure.opening", "measure.predictors", "measure.curvature.report",
+            "measure.noise.constants", "measure.twins.study", "measure.landscape.lines", "measure.landscape.planes",
+            "measure.landscape.flatness", "measure.verdicts.report",
         )),
         ("Reports", ("page", "plots", "statistics")),
     ),
@@ -61,7 +64,8 @@ def api_pages() -> dict[str, str]:
         [
             "# Programming interface",
             "",
-            "Imports point one way: `experiments` → `merging` → `theory`. What is not listed here is internal and may change.",
+            "Imports point one way: `experiments` → `merging` → `theory`. What is not listed here is internal and",
+            "may change.",
             "",
             toctree(list(PACKAGES), depth=2),
         ]

@@ -17,9 +17,10 @@ def method_pages() -> dict[str, str]:
     lines = [
         "# Merging methods",
         "",
-        "Made from the registry. A tick is a promise that `tests/conformance` enforces, and a missing one is enforced too: there is",
-        "a counterexample. *Lipschitz* is what generalization bounds need: a small change of the experts changes the merge by at most a",
-        "constant times as much. Settings, file handling and where tools depart from the papers: [Merging checkpoints](../../merging.md).",
+        "Made from the registry. A tick is a promise that `tests/conformance` enforces, and a missing one is",
+        "enforced too: there is a counterexample. *Lipschitz* is what generalization bounds need: a small change",
+        "of the experts changes the merge by at most a constant times as much. Settings, file handling and where",
+        "tools depart from the papers: [Merging checkpoints](../../merging.md).",
         "",
         "| method | what it does | " + " | ".join(flags) + " | source |",
         "|---" * (len(flags) + 3) + "|",

@@ -39,7 +39,7 @@ def run_page(page: str, scratch: Path) -> tuple[int, int]:
     found = blocks_of(page)
     os.chdir(scratch)
     fixtures.prepare(page, scratch)
-    scope: dict[str, Any] = {"__name__": "__page__"}
+    scope: dict[str, Any] = {"__name__": "__page__", **fixtures.names(page)}
     done = 0
     for block in found:
         if block.runs:

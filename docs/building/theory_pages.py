@@ -33,11 +33,12 @@ def index_page(proofs: list[str]) -> str:
         [
             "# The theory, from its calculators",
             "",
-            "These pages are written by the code that computes: the formulas are the sympy expressions from which the numeric",
-            "functions are compiled, and every proof was checked when this page was built (identities by sympy or with 50",
-            "digits, inequalities at random points of their domain, statements about expectations on random finite",
-            "probability spaces that are summed out). How to use the calculators is on [Bounds and predictions](../../theory.md);",
-            "what is easily read too generously, on [traps](../../theory-traps.md).",
+            "These pages are written by the code that computes: the formulas are the sympy expressions from which",
+            "the numeric functions are compiled, and every proof was checked when this page was built (identities",
+            "by sympy or with 50 digits, inequalities at random points of their domain, statements about",
+            "expectations on random finite probability spaces that are summed out). How to use the calculators is",
+            "on [Bounds and predictions](../../theory.md); what is easily read too generously, on",
+            "[traps](../../theory-traps.md).",
             "",
             toctree(["glossary", "formulas", "statements"]),
             "## Proofs",
@@ -54,8 +55,8 @@ def glossary_page() -> str:
     lines = [
         "# Symbols",
         "",
-        "Units: `loss` is the unit of the risk, `param` that of a parameter; the two are kept apart, because no bound may",
-        "depend on how either is scaled.",
+        "Units: `loss` is the unit of the risk, `param` that of a parameter; the two are kept apart, because no",
+        "bound may depend on how either is scaled.",
         "",
         "| symbol | in code | meaning | unit | domain |",
         "|---|---|---|---|---|",
@@ -76,8 +77,9 @@ def formulas_page() -> str:
     lines = [
         "# Formulas",
         "",
-        "Each of these is one sympy expression; the function that computes is compiled from it, so what is shown is what runs.",
-        "`theory.formula_to_python` writes any of them as a plain function, `theory.latex_document` all of them as LaTeX.",
+        "Each of these is one sympy expression; the function that computes is compiled from it, so what is shown",
+        "is what runs. `theory.formula_to_python` writes any of them as a plain function, `theory.latex_document`",
+        "all of them as LaTeX.",
         "",
     ]
     for number, make in enumerate(formulas(), 1):
@@ -106,8 +108,9 @@ def statements_page() -> str:
     lines = [
         "# How tight every statement is",
         "",
-        "*tight*: an instance attains it; *limit*: instances come as close as one likes; *upper*: none is known, and the ratio is",
-        "the largest exact/upper that was found. The instances are in `theory.statement_labels` and are recomputed by the tests.",
+        "*tight*: an instance attains it; *limit*: instances come as close as one likes; *upper*: none is known,",
+        "and the ratio is the largest exact/upper that was found. The instances are in `theory.statement_labels`",
+        "and are recomputed by the tests.",
         "",
         "| statement | theorem | label | exact/upper | instance | how it was looked for |",
         "|---|---|---|---|---|---|",
