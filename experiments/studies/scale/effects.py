@@ -153,7 +153,9 @@ def _ratio(value: Floats, draws: Floats, mine: Sequence[int], theirs: Sequence[i
     a, b = [x for x, _ in good], [x for _, x in good]
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = np.where(draws[b] > 0, draws[a] / draws[b], np.nan)
-    return float((value[a] / value[b]).mean()), np.asarray(np.nanmean(drawn, axis=0))
+    known = np.isfinite(drawn).sum(axis=0)
+    means = np.where(known > 0, np.nansum(drawn, axis=0) / np.maximum(known, 1), np.nan)
+    return float((value[a] / value[b]).mean()), np.asarray(means)
 
 
 def _drawn(points: Points, resamples: int, seed: int) -> Floats:

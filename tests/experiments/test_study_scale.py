@@ -1,0 +1,291 @@
+"""The study of scale: nested groups, disjoint tasks, effects with known answers, laws that recover themselves."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from experiments.bases.spec import BaseSpec
+from experiments.grid.run_spec import RunSpec
+from experiments.statistics import Estimate
+from experiments.studies.scale.cells import Cell, cells, chains, runs_of
+from experiments.studies.scale.effects import Effects, Table, contrast, estimate, slope_weights, spread, table_of
+from experiments.studies.scale.findings import findings_table, number_effects, verdict
+from experiments.studies.scale.laws import LAWS, judged
+from experiments.studies.scale.multitask import Start, train_fixed
+from experiments.studies.scale.points import Points, read_points, save_points
+from experiments.studies.scale.runner import Measured
+from experiments.studies.scale.spec import ScaleSpec, read_scale, settings_for, study_sizes
+from experiments.tasks.digits8 import EIGHT, MORE
+from experiments.tasks.digits_images import digits_task
+from experiments.tasks.images import source_rows
+from experiments.tasks.types import Split
+from theory.errors import MergeboundError
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ScaleSpec:
+    return read_scale("tiny")
+
+
+def test_nobody_was_trained_on_images_of_the_further_digit_tasks() -> None:
+    trained = set(source_rows(digits_task("pretraining").train))
+    for name in EIGHT:
+        trained |= set(source_rows(digits_task(name).train))
+    for name in MORE:
+        task = digits_task(name)
+        parts = [set(source_rows(part).tolist()) for part in (task.train, task.validation, task.test)]
+        assert [len(part) for part in parts] == [160, 96, 400]
+        assert not trained & (parts[0] | parts[1] | parts[2])
+        assert not parts[0] & parts[1]
+        assert not (parts[0] | parts[1]) & parts[2]
+        assert set(task.train.labels) == set(range(10))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "paper"])
+def test_every_size_is_a_grid_with_one_run_per_cell_task_and_seed(size: str) -> None:
+    spec = read_scale(size)
+    assert size in study_sizes()
+    for family in spec.families:
+        found = runs_of(spec, family)
+        assert set(found) == {cell for cell in cells(spec) if cell.family == family.name}
+        for cell, runs in found.items():
+            assert {(run.task.removeprefix("./"), run.seed) for run in runs} == {
+                (task, seed) for task in spec.held_in for seed in spec.seeds
+            }
+            assert len({run.base for run in runs}) == 1
+            assert runs[0].base.architecture.startswith(cell.architecture)
+
+
+def test_groups_of_a_chain_are_nested_and_the_group_of_all_is_there_once(tiny: ScaleSpec) -> None:
+    groups = chains(tiny)
+    assert len(groups) == tiny.chains * 3 + 1
+    for chain in range(tiny.chains):
+        own = [set(group.members) for group in groups if group.chain == chain and group.size < 8]
+        assert all(a < b for a, b in itertools.pairwise(own))
+    assert [group.members for group in groups if group.size == 8] == [tuple(range(8))]
+
+
+def test_the_coefficient_one_over_n_follows_the_number_of_experts(tiny: ScaleSpec) -> None:
+    method = tiny.methods[1].model_copy(update={"settings": {"coefficient": "1/N"}})
+    assert settings_for(method, 4) == {"coefficient": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"held_out": ["digits8:identity"]}, "held in as well"),
+        ({"experts": [2, 9]}, "must ascend up to the 8"),
+        ({"transfers": ["ncm"]}, "transfers"),
+        ({"laws": {"method": "slerp"}}, "is not merged"),
+    ],
+)
+def test_a_wrong_entry_is_named(tiny: ScaleSpec, tmp_path: Path, change: dict[str, object], said: str) -> None:
+    import yaml
+
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(tiny.model_dump(mode="json") | change))
+    with pytest.raises(MergeboundError, match=said):
+        read_scale(path)
+
+
+# --- effects ---------------------------------------------------------------------------------------------------------
+
+
+def _table(rows: list[dict[str, object]], draws: np.ndarray) -> Table:
+    return Table(pd.DataFrame(rows), draws)
+
+
+def test_a_contrast_is_the_slope_that_was_put_in() -> None:
+    rng = np.random.default_rng(3)
+    sizes, rows = (1e5, 1e6, 1e7), []
+    for chain in range(4):
+        level = rng.normal()
+        rows += [
+            {"architecture": f"a{k}", "chain": chain, "members": f"t{chain};u", "value": level + 0.25 * np.log10(p)}
+            for k, p in enumerate(sizes)
+        ]
+    table = _table(rows, np.tile([[float(row["value"])] for row in rows], (1, 50)))
+    found = contrast(table, "architecture", ("a0", "a1", "a2"), slope_weights(np.log10(sizes)), ("chain",))
+    np.testing.assert_allclose(found.value, 0.25, atol=1e-12)
+    one_missing = contrast(
+        table.take(np.arange(11)), "architecture", ("a0", "a1", "a2"), slope_weights(np.log10(sizes)), ("chain",)
+    )
+    assert len(one_missing) == 3
+
+
+def test_the_interval_joins_the_variances_of_tasks_and_of_images() -> None:
+    rng = np.random.default_rng(0)
+    tasks, draws = 200, 4000
+    value = rng.normal(0.0, 1.0, tasks)
+    images = rng.normal(0.0, 0.1, draws)
+    found = estimate(Effects(value, value[:, None] + images, tuple(f"t{k}" for k in range(tasks))), seed=1)
+    expected = 1.96 * np.sqrt(value.var() / tasks + 0.1**2)
+    assert found.value == pytest.approx(value.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.08)
+
+
+def test_the_spread_over_methods_is_the_largest_gap() -> None:
+    rows = [
+        {"chain": chain, "method": m, "members": "a", "value": v}
+        for chain, values in enumerate([(0.1, 0.4, 0.3), (0.5, 0.5, 0.5)])
+        for m, v in zip("xyz", values, strict=True)
+    ]
+    found = spread(_table(rows, np.array([[float(row["value"])] for row in rows])), ("chain",))
+    np.testing.assert_allclose(found.rows["value"], [0.3, 0.0])
+    np.testing.assert_allclose(found.draws[:, 0], [0.3, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "direction", "said"),
+    [(0.1, 0.3, 1, "agrees"), (-0.3, -0.1, 1, "disagrees"), (-0.3, -0.1, -1, "agrees"), (-0.1, 0.3, 1, "undecided"),
+     (np.nan, np.nan, 1, "undecided")],
+)  # fmt: skip
+def test_verdicts_compare_directions_beyond_the_interval(low: float, high: float, direction: int, said: str) -> None:
+    assert verdict(Estimate((low + high) / 2, low, high), direction) == said
+
+
+# --- from points to findings -----------------------------------------------------------------------------------------
+
+
+def _points(spec: ScaleSpec, cell: Cell, quality: float) -> Points:
+    """A cell whose merges keep ``quality`` of every expert's accuracy, and grow by 0.1 per doubling held out."""
+    rows, correct, number = [], [], 0
+    n = 200
+
+    def add(kind: str, members: str, method: str, experts: int, chain: int, accuracy: float, out: float) -> None:
+        nonlocal number
+        for task in (*spec.held_in, *spec.held_out):
+            ways = ("head",) if task in spec.held_in else spec.transfers
+            for way in ways:
+                value = accuracy if way == "head" else out
+                rows.append(
+                    {"point": number, "kind": kind, "method": method, "experts": experts, "chain": chain, "seed": 0,
+                     "members": members, "task": task, "group": "held_in" if way == "head" else "held_out",
+                     "scored_by": way, "accuracy": value, "loss": 1.0 if way == "head" else np.nan, "images": n}
+                )  # fmt: skip
+                correct.append((np.arange(n) < round(value * n)).astype(np.float32))
+        number += 1
+
+    add("base", "", "", 0, -1, 0.1, 0.4)
+    for task in spec.held_in:
+        add("expert", task, "", 1, -1, 0.8, 0.4)
+    for group in chains(spec):
+        members = ";".join(spec.held_in[i] for i in group.members)
+        for method in spec.methods:
+            gain = 0.4 * (1.0 + 0.1 * np.log2(group.size))
+            add("merge", members, method.name, group.size, group.chain, 0.8 * quality, gain)
+    return Points(pd.DataFrame(rows), np.stack(correct), {})
+
+
+def test_findings_of_scores_that_were_made_up(tiny: ScaleSpec) -> None:
+    spec = tiny.model_copy(
+        update={
+            "families": tiny.families[:1],
+            "methods": tuple(m.model_copy(update={"settings": {}}) for m in tiny.methods),
+        }
+    )
+    quality = {"none": 0.25, "weak": 0.5, "strong": 0.75}
+    points = {cell: _points(spec, cell, quality[cell.base] + 0.05 * cell.place) for cell in cells(spec)}
+    about = pd.DataFrame(
+        [{"architecture": c.architecture, "base": c.base, "parameters": 10 ** (5 + c.place)} for c in points]
+    )
+    none = pd.DataFrame()
+    table = table_of(Measured(points, about, none, none, none, 1, 1, ()), resamples=60)
+    found = findings_table(table, spec)
+    own = found[found["papers_own"] == "yes"].set_index("finding")
+    assert own.loc["1 stronger base", "effect"] == pytest.approx(0.5, abs=0.01)
+    assert own.loc["2 larger model", "effect"] == pytest.approx(0.05, abs=0.005)
+    assert own.loc["3 more experts", "effect"] == pytest.approx(0.1, abs=0.01)
+    assert own.loc["5 methods converge", "effect"] == pytest.approx(0.0, abs=1e-12)
+    assert list(own.loc[["1 stronger base", "2 larger model"], "verdict"]) == ["agrees", "agrees"]
+    assert own.loc["5 methods converge", "verdict"] == "undecided"
+    merges = table.where(kind="merge", measure="held_out/ncm_cosine", base="strong")
+    assert len(number_effects(merges, spec)) == 4 * spec.chains * len(spec.methods)
+
+
+def test_points_survive_the_disk(tmp_path: Path, tiny: ScaleSpec) -> None:
+    points = _points(tiny, cells(tiny)[0], 0.5)
+    points.correct[0, 150:] = np.nan
+    kept = Points(points.rows, points.correct, {tiny.held_in[0]: np.arange(5)})
+    save_points(tmp_path / "points.npz", kept)
+    again = read_points(tmp_path / "points.npz")
+    pd.testing.assert_frame_equal(again.rows, kept.rows, check_dtype=False)
+    np.testing.assert_array_equal(again.correct, kept.correct)
+    np.testing.assert_array_equal(again.sources[tiny.held_in[0]], np.arange(5))
+    (tmp_path / "points.npz").write_bytes(b"other")
+    with pytest.raises(MergeboundError, match="remove it"):
+        read_points(tmp_path / "points.npz")
+
+
+# --- laws and baselines ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "curve"),
+    [
+        ("empirical", lambda k: 0.3 + 0.8 / (k + 1.5)),
+        ("quadratic", lambda k: 0.3 + 0.8 / k),
+        ("dispersion", lambda k: (np.sqrt(0.2) + np.sqrt(0.6 * (1 - 1 / k))) ** 2),
+    ],
+)
+def test_a_law_predicts_its_own_held_out_k(tiny: ScaleSpec, name: str, curve: object) -> None:
+    k = np.array([1.0, 2.0, 4.0, 6.0, 8.0])
+    loss = curve(k)  # type: ignore[operator]
+    rows = [
+        {
+            "family": "f",
+            "architecture": "a",
+            "base": "b",
+            "parameters": 1,
+            "target": "own",
+            "k": int(a),
+            "loss": b,
+            "groups": 1,
+        }
+        for a, b in zip(k, loss, strict=True)
+    ]
+    found = judged(pd.DataFrame(rows), tiny)
+    errors = found[found["law"] == name].set_index("held_out")["log_error"]
+    assert set(errors.index) == set(tiny.laws.held_out)
+    assert errors.max() < 2e-3
+    assert errors.max() < found[found["law"] == "constant"]["log_error"].min()
+    assert set(found["law"]) == set(LAWS)
+
+
+def test_multitask_training_on_one_task_is_gradient_descent_written_out() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(5, 4))
+    model.add_module("head", nn.Linear(4, 3))
+    state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    head = {name: state[name] for name in ("head.weight", "head.bias")}
+    run = RunSpec(
+        task="t", base=BaseSpec(kind="random", architecture="mlp_64", classes=3), learning_rate=0.2, steps=5,
+        batch_size=12, momentum=0.6, weight_decay=0.01,
+    )  # fmt: skip
+    found = train_fixed(Start(model, state, (head,)), [Split(x, y, np.arange(12))], run, seed=0)
+    w = {name: t.double().numpy().copy() for name, t in state.items()}
+    v = {name: np.zeros_like(t) for name, t in w.items()}
+    inputs, hot = x.double().numpy(), np.eye(3)[y.numpy()]
+    for _ in range(5):
+        hidden = inputs @ w["body.weight"].T + w["body.bias"]
+        logits = hidden @ w["head.weight"].T + w["head.bias"]
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        error = (p / p.sum(1, keepdims=True) - hot) / 12
+        back = error @ w["head.weight"]
+        g = {"head.weight": error.T @ hidden, "head.bias": error.sum(0), "body.weight": back.T @ inputs,
+             "body.bias": back.sum(0)}  # fmt: skip
+        for name in w:
+            v[name] = 0.6 * v[name] + g[name] + 0.01 * w[name]
+            w[name] = w[name] - 0.2 * v[name]
+    for name, tensor in {**found.shared, **found.heads[0]}.items():
+        np.testing.assert_allclose(tensor.numpy(), w[name], atol=2e-6)
+    assert found.steps == found.trained == 5
