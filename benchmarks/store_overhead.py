@@ -5,9 +5,9 @@
 ``digits-small``: runs spread over the preset (each is trained for 20 to 40 steps of networks with 650 to 39,000
 weights, most of them for milliseconds), trained in cohorts of a fixed plan, measured, and committed as the engines do
 it.  ``cifar_resnet20``: a usual run, 200 steps of batches of 32 images of 32x32 pixels, one at a time; training time is
-that of 20 steps, times ten.  The store's part is everything that is asked of it and every commit; shares are of training time
-(measuring checkpoints counts as neither), by wall time, waiting for the disk included, and by processor time, which a
-busy machine stretches less.
+that of 20 steps, times ten.  The store's part is everything that is asked of it and every commit; shares are of
+training time (measuring checkpoints counts as neither), by wall time, waiting for the disk included, and by processor
+time, which a busy machine stretches less.
 """
 
 from __future__ import annotations
