@@ -17,6 +17,7 @@ from experiments.prediction.compare import Collected, coarse, compare_rows
 from experiments.prediction.curve import price_rows
 from experiments.prediction.draws import Pool, PoolKey, StudyExpert, StudyGroup, draw_groups, recipe_numbers
 from experiments.prediction.judged import flag_table, honest, interval_table, with_choices
+from experiments.prediction.measuring import clamped_variances
 from experiments.prediction.rows import merge_rows
 from experiments.prediction.spec import StudySpec, read_study
 from experiments.tasks.types import Split
@@ -243,6 +244,28 @@ def test_the_comparison_takes_its_choices_from_calibration_images(material: Mate
     alpha = torch.tensor([float(v) for v in rows["risk_optimal_secant"]["alpha"].split(";")])
     merged = material.origin + alpha @ material.deltas
     assert rows["risk_optimal_secant"]["measured_loss"] == pytest.approx(loss(merged, material.test), abs=1e-3)
+
+
+def test_running_variances_below_zero_are_counted_from_the_checkpoints() -> None:
+    from types import SimpleNamespace
+
+    from merging.flat import FlatSpace
+
+    state = {
+        "w": torch.tensor([1.0]),
+        "n.running_mean": torch.tensor([-1.0]),
+        "n.running_var": torch.tensor([1.0, 1.0]),
+    }
+    experts = [
+        {"w": torch.tensor([-9.0]), "n.running_mean": torch.tensor([-9.0]), "n.running_var": torch.tensor([0.2, 0.9])},
+        {"w": torch.tensor([-9.0]), "n.running_mean": torch.tensor([-9.0]), "n.running_var": torch.tensor([0.4, 0.8])},
+    ]
+    space = FlatSpace.of(state)
+    origin = space.flatten(state)
+    deltas = torch.stack([space.flatten(one) - origin for one in experts])
+    stand_in = SimpleNamespace(backbone=SimpleNamespace(space=space), origin=origin, deltas=deltas)
+    for alpha, share in (([0.5, 0.5], 0.0), ([0.7, 0.7], 0.0), ([0.8, 0.8], 0.5), ([5.0, 5.0], 1.0)):
+        assert clamped_variances(stand_in, [0, 1], np.array(alpha)) == share  # type: ignore[arg-type]
 
 
 def test_neighbouring_layers_are_joined_evenly() -> None:
