@@ -13,6 +13,7 @@ from torch import nn
 
 from experiments.bases.spec import BaseSpec
 from experiments.grid.run_spec import RunSpec
+from experiments.inputs.reader import source_rows
 from experiments.statistics import Estimate
 from experiments.studies.scale.cells import Cell, cells, chains, runs_of
 from experiments.studies.scale.effects import Effects, Table, contrast, estimate, slope_weights, spread, table_of
@@ -24,7 +25,6 @@ from experiments.studies.scale.runner import Measured
 from experiments.studies.scale.spec import ScaleSpec, read_scale, settings_for, study_sizes
 from experiments.tasks.digits8 import EIGHT, MORE
 from experiments.tasks.digits_images import digits_task
-from experiments.tasks.images import source_rows
 from experiments.tasks.types import Split
 from theory.errors import MergeboundError
 

@@ -194,7 +194,8 @@ def contrast(
         match: columns that are equal within a combination.
 
     Returns:
-        Effects; the members are those of the combination's row with the most experts.
+        Effects; the members are those of the combination's row with the fewest experts (but some): along a chain that
+        ends with all tasks, it is the beginning that chance decides.
     """
     rows = table.rows
     keys = list(zip(*(rows[name] for name in match), strict=True)) if match else [()] * len(rows)
@@ -210,7 +211,8 @@ def contrast(
         chosen = [places[level] for level in levels]
         value.append(float(w @ numbers[chosen]))
         draws.append(w @ table.draws[chosen])
-        members.append(max((str(rows["members"].iloc[k]) for k in chosen), key=lambda text: text.count(";")))
+        named = [str(rows["members"].iloc[k]) for k in chosen]
+        members.append(min((text for text in named if text), key=lambda text: text.count(";"), default="all"))
     width = table.draws.shape[1]
     return Effects(np.asarray(value, dtype=float), np.asarray(draws).reshape(len(value), width), tuple(members))
 
@@ -254,8 +256,9 @@ def summary(table: Table, by: Sequence[str], measures: Sequence[str], *, seed: i
     """Mean of each measure over the points of every combination of ``by``, with intervals."""
     out = []
     chosen = table.where(measure=list(measures))
-    for key, places in chosen.rows.groupby([*by, "measure"], sort=False).indices.items():
-        part = chosen.take(places)
+    groups: dict[Any, Any] = dict(chosen.rows.groupby([*by, "measure"], sort=False).indices)
+    for key, places in groups.items():
+        part = chosen.take(np.asarray(places))
         own = Effects(
             part.rows["value"].to_numpy(dtype=float), part.draws, tuple(str(m) or "all" for m in part.rows["members"])
         )

@@ -103,8 +103,9 @@ def effects_figure(findings: pd.DataFrame, spec: ScaleSpec) -> Picture:
     part = findings[findings["papers_own"].isin(["yes", "other family"])].reset_index(drop=True)
     if part.empty:
         raise ValueError("effects: no finding was measured")
-    figure = Figure(figsize=(8.2, 0.42 * len(part) + 1.2), layout="constrained")
-    ax = figure.add_subplot(1, 1, 1)
+    height = 0.42 * len(part) + 0.9
+    figure = Figure(figsize=(9.4, height))
+    ax = figure.add_axes((0.36, 0.55 / height, 0.34, 1 - 0.75 / height))
     ax.spines[["top", "right", "left"]].set_visible(False)
     colours = {"agrees": SERIES[2][0], "disagrees": SERIES[1][0], "undecided": GREY}
     labels = []
@@ -115,28 +116,24 @@ def effects_figure(findings: pd.DataFrame, spec: ScaleSpec) -> Picture:
         y = len(part) - 1 - k
         colour = colours.get(str(row["verdict"]), GREY)
         if np.isfinite(row["effect_low"]):
-            ax.plot(
-                [sign * row["effect_low"] / scale, sign * row["effect_high"] / scale],
-                [y, y],
-                color=colour,
-                linewidth=2.0,
-            )
-        ax.plot(sign * row["effect"] / scale, y, "o", color=colour, markersize=5)
-        labels.append(f"{row['finding']}, {row['scope']}")
-        ax.annotate(
-            f"{row['effect']:+.3g} {row['unit']}: {row['verdict']}", (1.06, y), fontsize=7, va="center", color=colour,
-            annotation_clip=False,
-        )  # fmt: skip
+            bar = [sign * row["effect_low"] / scale, sign * row["effect_high"] / scale]
+            ax.plot(bar, [y, y], color=colour, linewidth=2.0)
+        said = "not measured"
+        if np.isfinite(row["effect"]):
+            ax.plot(sign * row["effect"] / scale, y, "o", color=colour, markersize=5)
+            said = f"{row['effect']:+.3g} {row['unit']}: {row['verdict']}"
+        ax.annotate(said, (1.1, y), fontsize=7, va="center", color=colour, annotation_clip=False)
+        labels.append(f"{row['finding']}\n{row['scope']}")
     ax.set_yticks(range(len(part))[::-1], labels, fontsize=7)
     ax.axvline(0.0, color=INK, linewidth=0.8)
     ax.set_xlim(-1.05, 1.05)
-    ax.set_xticks([-0.5, 0.5], ["against the paper", "as the paper says"], fontsize=8)
+    ax.set_ylim(-0.6, len(part) - 0.4)
+    ax.set_xticks([-0.55, 0.55], ["against the paper", "as the paper says"], fontsize=7)
     ax.tick_params(length=0)
     caption = (
         "Effects of the five findings, each scaled by the far end of its interval; right of the line is the paper's "
         f"direction. Bars: 95 % over tasks and test images. Tier: measured; seed {spec.seed}."
     )
-    figure.set_layout_engine("constrained", rect=(0, 0, 0.76, 1))
     return Picture(figure, caption)
 
 

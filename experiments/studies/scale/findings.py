@@ -55,6 +55,7 @@ def _row(
         "paper": {1: "above 0", -1: "below 0", 0: "not stated"}[direction],
         "verdict": verdict(found, direction) if direction else "measured",
         "comparisons": int(np.isfinite(effects.value).sum()),
+        "interval_over": "tasks and test images" if len(set(effects.members)) > 1 else "test images",
         "papers_own": paper,
         "tier": "measured",
         "seed": seed,
@@ -140,7 +141,8 @@ def findings_table(table: Table, spec: ScaleSpec) -> pd.DataFrame:
 
     Returns:
         ``finding``, ``scope``, ``measure``, ``effect`` with ``_low`` and ``_high`` (95 %, over tasks and images),
-        ``unit``, ``paper`` (its direction), ``verdict``, ``comparisons``, ``papers_own``, ``tier``, ``seed``.
+        ``unit``, ``paper`` (its direction), ``verdict``, ``comparisons``, ``interval_over``, ``papers_own``,
+        ``tier``, ``seed``.
     """
     rows: list[dict[str, Any]] = []
     for place, family in enumerate(spec.families):

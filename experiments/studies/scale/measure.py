@@ -11,8 +11,8 @@ from experiments.measure.opening import from_store
 from experiments.measure.subject import Subject
 from experiments.store import Store
 from experiments.studies.scale.cells import Cell, Chosen, chains
+from experiments.studies.scale.multitask import MultitaskModel
 from experiments.studies.scale.points import (
-    MultitaskModel,
     Tell,
     multitask_table,
     save_points,

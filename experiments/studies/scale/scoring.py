@@ -116,9 +116,9 @@ class Scorer:
         for task in self.held_out:
             parts = (task.fit, task.validation, task.test)
             found = torch.split(self.features(torch.cat([p.images for p in parts])), [len(p) for p in parts])
-            seen = [(values, part.labels) for values, part in zip(found, parts, strict=True)]
+            fit, validation, test = [(values, part.labels) for values, part in zip(found, parts, strict=True)]
             scored = transfer(
-                TransferFeatures(task.task, task.classes, *seen),
+                TransferFeatures(task.task, task.classes, fit, validation, test),
                 self.spec.transfers,
                 neighbours=(self.spec.neighbours,),
                 grid=(self.spec.probe_l2,),

@@ -171,16 +171,16 @@ class ScaleSpec(_Strict):
             for name in part.bases if part is not None else ():
                 if name not in self.bases:
                     raise ValueError(f"{field}.bases: {name!r} is no base; {nearest(name, tuple(self.bases))}")
-        names = [label(method) for method in self.methods]
-        if len(set(names)) < len(names):
+        labels = [label(method) for method in self.methods]
+        if len(set(labels)) < len(labels):
             raise ValueError("methods: two entries are the same; leave one out")
         for place, method in enumerate(self.methods):
             try:
                 get(method.name).settings(settings_for(method, 2))
             except MergeboundError as error:
                 raise ValueError(f"methods.{place}: {error}") from error
-        if self.laws.method not in names:
-            raise ValueError(f"laws.method: {self.laws.method!r} is not merged; {nearest(self.laws.method, names)}")
+        if self.laws.method not in labels:
+            raise ValueError(f"laws.method: {self.laws.method!r} is not merged; {nearest(self.laws.method, labels)}")
         return self
 
     def bases_of(self, family: FamilySpec) -> tuple[str, ...]:
