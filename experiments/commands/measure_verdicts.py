@@ -62,6 +62,13 @@ def verdicts(
     checkpoints: Annotated[
         int, typer.Option("--checkpoints", min=0, help="Kept checkpoints of each run that are measured too, at most.")
     ] = 2,
+    batches: Annotated[
+        int, typer.Option("--batches", min=0, help="Batches at base and expert for their curvature.")
+    ] = 2,
+    curvature: Annotated[
+        int, typer.Option("--curvature-samples", min=1, help="Samples whose own Hessians are looked at.")
+    ] = 8,
+    lanczos: Annotated[int, typer.Option("--lanczos", min=2, help="Products for the ends of each spectrum.")] = 20,
     recipe_only: Annotated[
         bool, typer.Option("--recipe-only", help="Judge recipes, images and checkpoints: seconds, no gradients.")
     ] = False,
@@ -113,6 +120,10 @@ def verdicts(
     options = Options(
         measure=not recipe_only,
         samples=samples,
+        pairs=min(samples, 32),
+        curvature_samples=curvature,
+        lanczos=lanczos,
+        batches=batches,
         coefficients=scale,
         chosen_on=chosen_on,
         learning_rate=learning_rate,

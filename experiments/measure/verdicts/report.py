@@ -117,7 +117,7 @@ def _recipe(subject: Subject, j: int, modes: dict[str, Coupling], seed: int) -> 
     mode = "full" if run is None else run.trained
     if mode not in modes:
         shown = subject.calibration[j].images[:_COUPLING_IMAGES]
-        modes[mode] = coupling(subject.model, shown, trained=mode, seed=seed)  # type: ignore[arg-type]
+        modes[mode] = coupling(subject.model, shown, trained=mode, seed=seed)
     n = None if data is None else len(data)
     return [
         judge_per_sample(name, modes[mode]),
