@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from experiments.statistics import Estimate
 from experiments.studies.scale.effects import Effects, Table, contrast, estimate, joined, slope_weights, spread
@@ -235,7 +236,7 @@ def shape_table(shape: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
             ):  # fmt: skip
                 part = own[own["quantity"] == quantity]
                 part = part if at is None else part[part["place"] == at]
-                effects = scalar_slopes(part, ("place",))
+                effects = scalar_slopes(part, ("place",), seed=spec.seed)
                 if not len(effects):
                     continue
                 name = "barriers" if at is None else "flatness"
@@ -246,21 +247,36 @@ def shape_table(shape: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def scalar_slopes(frame: pd.DataFrame, match: Sequence[str], *, logarithm: bool = False) -> Effects:
+def scalar_slopes(frame: pd.DataFrame, match: Sequence[str], *, logarithm: bool = False, seed: int = 0) -> Effects:
     """Slopes against log10 of the number of parameters, one for each combination of ``match`` that all networks have.
 
     Args:
         frame: ``architecture``, ``parameters``, ``members``, ``value`` and the columns of ``match``.
         match: columns.
         logarithm: of values (log10); rows that are not positive are left out.
+        seed: names the draws that stand for the values' own intervals (``value_low``, ``value_high``: 95 %), where they
+            have some: normal, independent between rows.
     """
     values = frame["value"].to_numpy(dtype=float)
     if logarithm:
         with np.errstate(invalid="ignore", divide="ignore"):
             values = np.where(values > 0, np.log10(np.where(values > 0, values, 1.0)), np.nan)
     rows = frame.assign(value=values)
-    table = Table(rows.reset_index(drop=True), np.full((len(rows), 300), np.nan))
+    table = Table(rows.reset_index(drop=True), _by_interval(rows, seed))
     levels, x = _sizes(table)
     if len(levels) < 2:
         return _none(table)
     return contrast(table, "architecture", levels, slope_weights(x), match)
+
+
+def _by_interval(rows: pd.DataFrame, seed: int, resamples: int = 300) -> NDArray[np.float64]:
+    """Values that vary as much as their 95 % intervals say, (rows, R); NaN where no row has one."""
+    out = np.full((len(rows), resamples), np.nan)
+    if "value_low" not in rows:
+        return out
+    wide = (rows["value_high"] - rows["value_low"]).to_numpy(dtype=float) / (2 * 1.959964)
+    if np.isfinite(wide).any():
+        rng = np.random.default_rng([seed, 0x51A9])
+        draws = rng.standard_normal((len(rows), resamples))
+        out = rows["value"].to_numpy(dtype=float)[:, None] + np.nan_to_num(wide)[:, None] * draws
+    return out

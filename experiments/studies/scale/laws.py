@@ -47,7 +47,11 @@ def quadratic(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
     centred = x - x.mean()
     tail = max(0.0, float(centred @ (y - y.mean()) / (centred @ centred))) if np.ptp(x) > 0 else 0.0
     floor = float(y.mean() - tail * x.mean())
-    return lambda at: np.asarray(floor + tail / at)
+
+    def predict(at: Floats) -> Floats:
+        return np.asarray(floor + tail / at)
+
+    return predict
 
 
 def dispersion(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
@@ -65,12 +69,20 @@ def dispersion(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
             best = found
     assert best is not None
     solution = best.x
-    return lambda at: curve(solution, at)
+
+    def predict(at: Floats) -> Floats:
+        return curve(solution, at)
+
+    return predict
 
 
 def constant(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
     """The mean."""
-    return lambda at: np.full(np.shape(at), float(y.mean()))
+
+    def predict(at: Floats) -> Floats:
+        return np.full(np.shape(at), float(y.mean()))
+
+    return predict
 
 
 LAWS: dict[str, Law] = {"empirical": empirical, "quadratic": quadratic, "dispersion": dispersion, "constant": constant}
@@ -85,7 +97,8 @@ def curves(table: Table, spec: ScaleSpec) -> pd.DataFrame:
     ]
     out = []
     for key, part in chosen.groupby([*CELL, "measure", "experts"], sort=False):
-        *cell, measure, k = key
+        names: tuple[Any, ...] = key  # type: ignore[assignment]
+        *cell, measure, k = names
         about = dict(zip(CELL, cell, strict=True))
         target = "joint" if measure == "joint_loss" else "own"
         out.append({**about, "target": target, "k": int(k), "loss": float(part["value"].mean()), "groups": len(part)})

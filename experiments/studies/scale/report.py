@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.atomic import write_atomically
 from experiments.page import Page, Section, write_page
 from experiments.plots import Picture
 from experiments.studies.scale import figures
@@ -19,6 +20,7 @@ from experiments.studies.scale.findings import CHECKS, FINDINGS, findings_table,
 from experiments.studies.scale.laws import compared, curves, fits, judged
 from experiments.studies.scale.runner import Measured
 from experiments.studies.scale.spec import ScaleSpec
+from experiments.validation import to_markdown
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +87,39 @@ def write_report(
     versions: Mapping[str, str] | None = None,
     resamples: int = RESAMPLES,
 ) -> Tables:
-    """Write ``report.html``, a CSV for every table, and the figures; returns the tables."""
+    """Write ``report.html``, ``README.md``, a CSV for every table, and the figures; returns the tables."""
     tables = make_tables(spec, measured, resamples)
     write_page(out, make_page(spec, measured, tables, command, versions or {}))
+    write_atomically(out / "README.md", readme(spec, measured, tables, command).encode())
     return tables
+
+
+def readme(spec: ScaleSpec, measured: Measured, tables: Tables, command: str = "") -> str:
+    """The verdicts as Markdown: what the documentation shows of a run."""
+    frames = tables.frames
+    lead, lines = say(spec, measured, tables)
+    own = frames["findings"][frames["findings"]["papers_own"].isin(["yes", "other family"])]
+    verdicts = to_markdown(own, {**_FINDING, "interval_over": "Interval over"})
+    parts = [
+        f"# Study of scale: {spec.name}",
+        lead,
+        "\n".join(f"* {line}" for line in lines),
+        "## Verdicts",
+        "Effects with 95 % intervals; 'agrees' and 'disagrees' compare directions only, where the interval leaves zero "
+        "out. Tier: measured.",
+        verdicts,
+    ]
+    if len(frames["open_checks"]):
+        parts += ["## Open checks", to_markdown(frames["open_checks"], {**_FINDING, "mean": "Mean"})]
+    if len(frames["account"]):
+        strongest = frames["account"][frames["account"]["scope"].str.contains(spec.strongest)]
+        clear = strongest[strongest["moves"] != "undecided"]
+        parts += ["## The theory's account", _SAID, to_markdown(clear, _ACCOUNT)]
+        parts.append("\n".join(f"* {row['finding']}: {row['theory']}" for row in says_table().to_dict("records")))
+    if len(frames["laws"]):
+        parts += ["## Laws in the number of experts", _LAWS, to_markdown(frames["laws"])]
+    parts += ["## How to reproduce", f"`{command}`, seed {spec.seed}, specification {spec.digest()}."]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def make_page(
@@ -171,6 +202,17 @@ def make_page(
     )
 
 
+_SAID = "Terms that move beyond their interval (over tasks) with size, base or number of experts; change of log10."
+_LAWS = "Mean |log(predicted / measured)| on a number of experts that was held out; differences to the empirical law."
+_ACCOUNT = {
+    "factor": "Factor",
+    "scope": "Scope",
+    "term": "Term",
+    "change": "Change",
+    "unit": "Unit",
+    "moves": "Moves",
+    "tier": "Tier",
+}
 _FINDING = {
     "finding": "Finding", "scope": "Scope", "measure": "Measure", "effect": "Effect",
     "unit": "Unit", "paper": "Paper", "verdict": "Verdict", "comparisons": "Comparisons", "tier": "Tier",
@@ -223,7 +265,7 @@ def say(spec: ScaleSpec, measured: Measured, tables: Tables) -> tuple[str, tuple
     return lead, tuple(lines)
 
 
-def _number(row: Mapping[str, Any]) -> str:
+def _number(row: Mapping[Any, Any]) -> str:
     value = f"{row['effect']:+.3g}"
     if np.isfinite(row["effect_low"]) and np.isfinite(row["effect_high"]):
         return f"{value} [{row['effect_low']:+.3g}, {row['effect_high']:+.3g}]"
