@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.atomic import write_atomically
+from experiments.bases.spec import BaseSpec
 from experiments.measure.opening import from_store
 from experiments.measure.subject import Subject
 from experiments.store import Store
@@ -23,6 +24,7 @@ from experiments.studies.scale.scoring import make_scorer
 from experiments.studies.scale.shape import measure_shape
 from experiments.studies.scale.spec import ScaleSpec
 from experiments.studies.scale.terms import measure_terms
+from experiments.tasks.named import anchored
 from theory.errors import MergeboundError
 
 POINTS, MULTITASK, TERMS, SHAPE, ABOUT = "points.npz", "multitask.csv", "terms.csv", "shape.csv", "cell.csv"
@@ -45,20 +47,21 @@ def finished(spec: ScaleSpec, cell: Cell, folder: Path) -> int:
     return sum((folder / name).is_file() for name in stages(spec, cell))
 
 
-def cell_runs(store: Store, spec: ScaleSpec, cell: Cell, base: object, seed: int) -> tuple[str, ...]:
+def cell_runs(store: Store, spec: ScaleSpec, cell: Cell, base: BaseSpec, seed: int) -> tuple[str, ...]:
     """Digests of a cell's experts of one seed, in the order of the held-in tasks.
 
     Args:
-        base: the cell's :class:`~experiments.bases.spec.BaseSpec`.
+        base: of the cell.
 
     Raises:
         MergeboundError: an expert that is missing or diverged.
     """
+    names = {anchored(task): task for task in spec.held_in}
     found: dict[str, str] = {}
     for digest in store.runs():
         run = store.spec(digest)
-        if run.base == base and run.seed == seed and run.task in spec.held_in:
-            found[run.task] = digest
+        if _same(run.base, base) and run.seed == seed and run.task in names:
+            found[names[run.task]] = digest
     for task in spec.held_in:
         outcome = store.outcome(found[task]) if task in found else None
         if outcome != "finished":
@@ -69,15 +72,22 @@ def cell_runs(store: Store, spec: ScaleSpec, cell: Cell, base: object, seed: int
     return tuple(found[task] for task in spec.held_in)
 
 
+def _same(one: BaseSpec, other: BaseSpec) -> bool:
+    """Whether two entries name one base; a grid makes paths of weights absolute."""
+    files = [None if base.weights is None else base.weights.name for base in (one, other)]
+    plain = [base.model_copy(update={"weights": None}) for base in (one, other)]
+    return files[0] == files[1] and plain[0] == plain[1]
+
+
 def measure_cell(
-    spec: ScaleSpec, cell: Cell, base: object, store: Path, folder: Path, root: str | None, tell: Tell
+    spec: ScaleSpec, cell: Cell, base: BaseSpec, store: Path, folder: Path, root: str | None, tell: Tell
 ) -> None:
     """Do what is missing of a cell.
 
     Args:
         spec: the study.
         cell: which.
-        base: its BaseSpec, by which its runs are found.
+        base: its base, by which its runs are found.
         store: of its family's experts.
         folder: for its files.
         root: of the data sets.

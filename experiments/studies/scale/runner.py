@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.bases.spec import BaseSpec
 from experiments.runner import one_thread_children
 from experiments.studies.scale.cells import Cell, cells, family_grid, runs_of
 from experiments.studies.scale.measure import ABOUT, MULTITASK, POINTS, SHAPE, TERMS, finished, measure_cell, stages
@@ -54,7 +55,7 @@ class Measured:
 class _Work:
     spec: ScaleSpec
     cell: Cell
-    base: object
+    base: BaseSpec
     store: Path
     folder: Path
     root: str | None
