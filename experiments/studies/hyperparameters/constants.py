@@ -130,7 +130,7 @@ def to_json(recipes: Mapping[str, Expert]) -> dict[str, Any]:
 
 def from_json(row: Mapping[str, Any], end: str = "value") -> Expert:
     """The recipe that :func:`to_json` wrote, with constants at one end."""
-    content = {}
+    content: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Mapping) and "ends" in value:
             value = value["ends"][ENDS.index(end)]

@@ -66,7 +66,7 @@ def centre_of(spec: StudySpec, *, without: str = "") -> dict[str, Any]:
 
 
 def _factor(spec: StudySpec, grid: StudyGrid, frame: pd.DataFrame, factor: str) -> Drawn:
-    method = (MergeMethod(spec.method),)
+    method: tuple[MergeMethod, ...] = (MergeMethod(spec.method),)
     if factor in ("experts", "coefficient"):
         sizes = tuple(int(n) for n in spec.levels.experts) if factor == "experts" else (spec.size,)
         groups, lost = _at_centre(spec, frame, sizes)

@@ -58,7 +58,7 @@ def label(factor: str) -> str:
     return LABELS.get(factor, factor.replace("_", " "))
 
 
-def _style(name: str, number: int) -> tuple[str, str, str]:
+def _style(name: str, number: int) -> tuple[str, str, Any]:
     return STYLES.get(name, (*SERIES[number % len(SERIES)], "--"))
 
 
@@ -96,7 +96,8 @@ def curves_figure(
     rows = -(-len(factors) // columns)
     figure, axes = _grid(rows, columns, 3.3, 2.5, 0.5)
     shown = [name for name in quantities if (own["quantity"] == name).any()]
-    for k, ax in enumerate(axes.flat):
+    panels: list[Any] = list(axes.flat)
+    for k, ax in enumerate(panels):
         if k >= len(factors):
             ax.set_visible(False)
             continue
@@ -144,9 +145,9 @@ def verdict_figure(verdicts: pd.DataFrame, caption: str) -> Picture:
             x, y = names.index(row["prediction"]) + 1, factors.index(row["factor"])
             ax.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, color=SHADES[row["verdict"]], linewidth=0)
             ax.text(x, y, row["predicted"].replace("undecided", "–"), ha="center", va="center", fontsize=7.5)
-            ax.text(
-                0, y, row["measured"].replace("undecided", "–"), ha="center", va="center", fontsize=7.5, weight="bold"
-            )
+        for row in part.drop_duplicates("factor").to_dict("records"):
+            word = row["measured"].replace("undecided", "–")
+            ax.text(0, factors.index(row["factor"]), word, ha="center", va="center", fontsize=7.5, weight="bold")
         heads = ["measured", *(pretty(n).replace(" ", "\n", 1) for n in names)]
         ax.set_xticks(range(len(names) + 1), heads, fontsize=7)
         ax.xaxis.tick_top()
@@ -216,7 +217,7 @@ def elasticities_figure(table: pd.DataFrame, caption: str) -> Picture:
         raise ValueError("elasticities: there are no rows to draw")
     networks, factors = list(dict.fromkeys(own["architecture"])), list(dict.fromkeys(own["factor"]))
     names = list(dict.fromkeys(own["quantity"]))
-    figure, axes = _grid(1, len(networks), 4.2, 0.5 * len(factors) + 0.8, 0.5)
+    figure, axes = _grid(1, len(networks), max(4.2, 8.4 / len(networks)), 0.5 * len(factors) + 0.8, 0.5)
     for c, network in enumerate(networks):
         ax = axes[0, c]
         ax.axvline(0, color=FAINT, linewidth=1.0)

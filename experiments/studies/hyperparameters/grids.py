@@ -12,6 +12,7 @@ import yaml
 
 from experiments.atomic import write_atomically
 from experiments.grid.expand import expand
+from experiments.grid.run_spec import RunSpec
 from experiments.grid.spec import GridSpec
 from experiments.grid.yaml_source import read_grid
 from experiments.studies.hyperparameters.spec import HYPERPARAMETERS, StudySpec
@@ -28,6 +29,14 @@ class StudyGrid:
     name: str
     spec: GridSpec
     role: Role
+    parts: tuple[GridSpec, ...] = ()
+
+    def runs(self) -> tuple[RunSpec, ...]:
+        """The runs of ``spec``; those of its ``parts``, each once, where it has some (which is much faster)."""
+        found: dict[str, RunSpec] = {}
+        for part in self.parts or (self.spec,):
+            found |= {run.model_dump_json(): run for run in expand(part)}
+        return tuple(found.values())
 
 
 def study_grids(spec: StudySpec) -> tuple[StudyGrid, ...]:
@@ -39,7 +48,7 @@ def study_grids(spec: StudySpec) -> tuple[StudyGrid, ...]:
     if spec.grids:
         role: Role = "both" if spec.heterogeneous is not None else "factors"
         return tuple(StudyGrid(name, read_grid(name).spec, role) for name in spec.grids)
-    found = [StudyGrid("factors", factor_grid(spec), "factors")]
+    found = [StudyGrid("factors", factor_grid(spec), "factors", factor_parts(spec))]
     if spec.heterogeneous is not None:
         found.append(StudyGrid("joint", joint_grid(spec), "joint"))
     return tuple(found)
@@ -58,6 +67,14 @@ def factor_grid(spec: StudySpec) -> GridSpec:
         {one: away[one], other: away[other]} for k, one in enumerate(away) for other in list(away)[k + 1 :]
     ]
     return GridSpec.model_validate(content)
+
+
+def factor_parts(spec: StudySpec) -> tuple[GridSpec, ...]:
+    """The same runs, one grid for each factor."""
+    centre = {name: getattr(spec.centre, name) for name in HYPERPARAMETERS} | {"steps": spec.centre.steps}
+    common = {"name": f"{spec.name}-factors", **_common(spec), **centre}
+    one_each = [common | {name: list(spec.levels.of(name))} for name in HYPERPARAMETERS if spec.levels.of(name)]
+    return tuple(GridSpec.model_validate(content) for content in one_each or [common])
 
 
 def joint_grid(spec: StudySpec) -> GridSpec:
@@ -120,8 +137,12 @@ def run_grids(
         folder = stores / grid.name
         if complete(grid, folder):
             continue
-        runs = expand(grid.spec)
-        meta = {"grid": grid.spec.content(), "digest": grid.spec.digest(), "source": f"{grid.name}.yaml"}
+        runs = grid.runs()
+        meta: dict[str, Any] = {
+            "grid": grid.spec.content(),
+            "digest": grid.spec.digest(),
+            "source": f"{grid.name}.yaml",
+        }
         meta |= {"limit_runs": None, "device": engine.device}
         prepare(folder, runs, meta, root=root, device=engine.device, download=engine.download, report=tell)
         with Store.open(folder, "r") as kept:
@@ -159,5 +180,6 @@ def complete(grid: StudyGrid, folder: Path) -> bool:
     if not (folder / DATABASE).exists():
         return False
     with Store.open(folder, "r") as kept:
-        same = kept.meta.get("digest") == grid.spec.digest()
-        return same and bool(kept.runs()) and not kept.missing() and len(kept.runs()) >= len(expand(grid.spec))
+        if kept.meta.get("digest") != grid.spec.digest() or not kept.runs() or kept.missing():
+            return False
+        return kept.meta.get("limit_runs") is None or len(kept.runs()) >= len(grid.runs())

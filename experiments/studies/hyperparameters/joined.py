@@ -76,11 +76,11 @@ def calibrated(table: pd.DataFrame, spec: StudySpec) -> pd.Series:
     columns = [f"pred_{name}" for name in spec.calibrated]
     if not set(columns) <= set(table.columns):
         return found
-    usable = np.isfinite(table[[*columns, "loss"]].astype(float)).all(axis=1)
-    for _, part in table[usable].groupby("base_digest", sort=True):
+    usable = np.asarray(np.isfinite(table[[*columns, "loss"]].to_numpy(dtype=float)).all(axis=1))
+    for _, part in table.loc[usable].groupby("base_digest", sort=True):
         for half in ("A", "B"):
-            fitting = part[part["half"] != half].drop_duplicates("key")
-            judged = part[part["half"] == half]
+            fitting = part.loc[part["half"] != half].drop_duplicates("key")
+            judged = part.loc[part["half"] == half]
             if not len(judged):
                 continue
             try:

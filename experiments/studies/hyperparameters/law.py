@@ -66,7 +66,7 @@ def varied(expert: Expert, factor: str, level: object, spec: StudySpec) -> Exper
         return replace(plain, steps=int(level))  # type: ignore[call-overload]
     if factor == "data_share":
         n = max(2, round(float(np.asarray(expert.n)) / spec.centre.data_share * float(level)))  # type: ignore[arg-type]
-        return replace(plain, n=n, batch_size=min(int(np.asarray(expert.batch_size)), n))  # type: ignore[call-overload]
+        return replace(plain, n=n, batch_size=min(int(np.asarray(expert.batch_size)), n))
     if factor == "batch_size":
         return replace(plain, batch_size=min(int(level), int(np.asarray(expert.n))))  # type: ignore[call-overload]
     return replace(plain, **{factor: level})  # type: ignore[arg-type]

@@ -229,11 +229,9 @@ def _text(root: str | Path | None) -> str | None:
 
 def count_study(spec: StudySpec) -> list[Row]:
     """What a study does, before anything runs: one row per grid, and merges per base."""
-    from experiments.grid.expand import expand
-
     rows: list[Row] = []
     for grid in study_grids(spec):
-        runs = expand(grid.spec)
+        runs = grid.runs()
         bases = len({run.base.model_dump_json() for run in runs})
         merges = 0
         if grid.role in ("factors", "both"):

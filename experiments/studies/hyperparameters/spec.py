@@ -177,7 +177,7 @@ class StudySpec(_Strict):
             levels = self.levels.of(factor)
             if len(levels) < 2 or len(set(levels)) < len(levels):
                 raise ValueError(f"levels.{factor}: {list(levels)}; give two or more different ones")
-            if factor != "sampling" and list(levels) != sorted(levels):  # type: ignore[type-var]
+            if factor != "sampling" and list(levels) != sorted(levels):
                 raise ValueError(f"levels.{factor}: {list(levels)} do not ascend; sort them")
             if factor in HYPERPARAMETERS and getattr(self.centre, factor) not in levels:
                 raise ValueError(f"levels.{factor}: the centre {getattr(self.centre, factor)} is none of them; add it")

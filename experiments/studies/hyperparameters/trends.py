@@ -91,7 +91,7 @@ def trend(x: Floats, values: Floats, tasks: Sequence[Sequence[str]], rule: Rule,
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(values)
-    good = np.isfinite(logs).all(axis=1)
+    good = np.asarray(np.isfinite(logs).all(axis=1))
     if good.sum() < 2:
         return Trend("undecided", NOTHING, NOTHING, -1, int(good.sum()))
     logs = logs[good]
@@ -147,7 +147,7 @@ def regression_slopes(
         experts: of each group.
         rule, seed: of the intervals.
     """
-    good = np.isfinite(logs) & np.isfinite(design).all(axis=1)
+    good = np.asarray(np.isfinite(logs) & np.isfinite(design).all(axis=1))
     count = design.shape[1]
     if good.sum() < count + 3:
         return [NOTHING] * count

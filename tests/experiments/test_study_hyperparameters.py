@@ -1,0 +1,410 @@
+"""The study of hyperparameters: designs, trends, exponents, predictions and bounds against independent computations."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.special import logsumexp
+
+from experiments.grid.expand import expand
+from experiments.measure.opening import from_store
+from experiments.studies.hyperparameters.bounds import bound_rows
+from experiments.studies.hyperparameters.constants import (
+    ConstantsUnit,
+    from_json,
+    measure_constants,
+    named,
+    without_logs,
+)
+from experiments.studies.hyperparameters.designs import centre_of, draw
+from experiments.studies.hyperparameters.grids import StudyGrid, study_grids
+from experiments.studies.hyperparameters.joined import calibrated, curves, joined
+from experiments.studies.hyperparameters.law import centre_curves, law_of
+from experiments.studies.hyperparameters.pricing import PriceUnit, Wanted, key_of, pools, price
+from experiments.studies.hyperparameters.spec import (
+    ConstantsSpec,
+    Rule,
+    StudySpec,
+    read_study,
+    study_presets,
+)
+from experiments.studies.hyperparameters.trends import (
+    group_slopes,
+    position,
+    regression_slopes,
+    sign_kind,
+    trend,
+    verdict,
+)
+from experiments.studies.hyperparameters.work import add_rows, read_rows, run_units
+from tests.experiments.combine.stores import NAMES, finished_store
+from theory import master_bound
+from theory.errors import MergeboundError
+from theory.network import network_bound
+from theory.recipe import Expert, Merge
+
+RULE = Rule(resamples=200)
+CONTENT: dict[str, Any] = {
+    "name": "micro",
+    "tasks": list(NAMES),
+    "base": {"kind": "random", "architecture": "mlp_8", "classes": 10},
+    "centre": {"learning_rate": 0.1, "batch_size": 8, "steps": 4},
+    "checkpoint_every": 2,
+    "levels": {"learning_rate": [0.01, 0.1], "step": [2, 4], "experts": [2, 3], "coefficient": [0.3, 0.5]},
+    "heterogeneous": {"count": 2, "groups": 3, "axes": {"learning_rate": [0.01, 0.1]}},
+    "groups": 3,
+    "size": 2,
+    "shared_samples": False,
+}
+
+
+def spec(**changes: Any) -> StudySpec:
+    return StudySpec.model_validate(CONTENT | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("study") / "store"
+    finished_store(place, NAMES).close()
+    return place
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> tuple[str, ...]:
+    """Digests of one run per task at the rate 0.1, in the order of tasks."""
+    from experiments.store import Store
+
+    with Store.open(folder, "r") as store:
+        frame = store.frame()
+    chosen = frame[(frame["learning_rate"] == 0.1) & (frame["step"] == 4)].sort_values("task")
+    return tuple(str(digest) for digest in chosen["digest"])
+
+
+@pytest.fixture(scope="module")
+def constants(folder: Path, runs: tuple[str, ...]) -> list[dict[str, Any]]:
+    how = ConstantsSpec(
+        samples=12, pairs=4, curvature_samples=2, curvature_iterations=2, lanczos=3, batches=1, checkpoints=1
+    )
+    return measure_constants(ConstantsUnit(str(folder), runs[:2], 2, 12, 0, how))
+
+
+# --- the specification and its grids
+
+
+def test_factor_grid_has_one_factor_away_from_the_centre_at_most() -> None:
+    levels: dict[str, list[Any]] = {
+        "learning_rate": [0.01, 0.1],
+        "batch_size": [4, 8, 16],
+        "sampling": ["reshuffle", "with_replacement"],
+    }
+    study = spec(levels=levels, tasks=list(NAMES[:2]))
+    (factors, _) = study_grids(study)
+    runs = factors.runs()
+    names = (*levels, "task")
+    found = {tuple(getattr(run, name) for name in names) for run in runs}
+    every = itertools.product(*levels.values(), NAMES[:2])
+    centre = (0.1, 8, "reshuffle")
+    assert found == {row for row in every if sum(a != b for a, b in zip(row, centre, strict=False)) <= 1}
+    assert all(run.steps == study.centre.steps and run.checkpoints == (2, 4) for run in runs)
+    assert len(runs) == len(found)
+    assert {run.model_dump_json() for run in expand(factors.spec)} == {run.model_dump_json() for run in runs}
+
+
+def test_specification_refuses_what_cannot_be(tmp_path: Path) -> None:
+    assert study_presets() == ("paper", "small", "tiny")
+    for changes, word in (
+        ({"levels": {"learning_rate": [0.01, 0.02]}}, "centre"),
+        ({"levels": {"learning_rate": [0.1, 0.01]}}, "ascend"),
+        ({"levels": {"step": [2, 3]}}, "centre.steps"),
+        ({"grids": ["paper-vit"]}, "not both"),
+        ({"predictors": ["oracle"]}, "oracle"),
+        ({"calibrated": ["secant", "secant"]}, "different"),
+    ):
+        path = tmp_path / "study.yaml"
+        path.write_text(json.dumps(CONTENT | changes))
+        with pytest.raises(MergeboundError, match=word):
+            read_study(path)
+    assert spec().digest() != spec(seed=1).digest()
+    assert spec().digest() == spec(rule={"least": 0.5}).digest()
+
+
+def test_groups_are_matched_at_every_level_and_hold_the_centre(folder: Path) -> None:
+    from experiments.store import Store
+
+    study = spec()
+    with Store.open(folder, "r") as store:
+        frame = store.frame()
+        specs = {digest: store.spec(digest) for digest in store.runs()}
+    grid = StudyGrid("factors", study_grids(study)[0].spec, "both")
+    drawn = {one.factor: one for one in draw(study, grid, frame)}
+    assert set(drawn) == {"learning_rate", "step", "experts", "coefficient", "heterogeneous"}
+    for factor in ("learning_rate", "step"):
+        by_seed: dict[int, set[tuple[str, ...]]] = {}
+        for group in drawn[factor].groups:
+            by_seed.setdefault(group.seed, set()).add(group.tasks)
+            for member in group.members:
+                run = specs[member.run]
+                held = centre_of(study, without=factor)
+                assert all(getattr(run, name) == value for name, value in held.items())
+                assert (run.learning_rate if factor == "learning_rate" else member.step) == group.level
+        assert all(len(tasks) == 1 for tasks in by_seed.values())
+        assert len(by_seed) == 3
+    sizes: dict[int, dict[Any, set[Any]]] = {group.seed: {} for group in drawn["experts"].groups}
+    for group in drawn["experts"].groups:
+        assert group.level == len(group.members)
+        sizes[group.seed][group.level] = set(group.members)
+    assert all(of[2] < of[3] for of in sizes.values())
+    assert [m.settings["coefficient"] for m in drawn["coefficient"].methods] == [0.3, 0.5]
+
+
+# --- trends
+
+
+def test_slopes_and_kinds_of_known_curves() -> None:
+    x = np.array([1.0, 2.0, 4.0, 8.0])
+    rng = np.random.default_rng(0)
+    tasks = [[f"t{(k + j) % 8}" for j in range(6)] for k in range(10)]
+    noise = rng.normal(size=(10, 4))
+    power = 3.0 * x**-0.7
+    assert group_slopes(x, np.log(power)[None])[0] == pytest.approx(-0.7)
+    fall = trend(x, power * np.exp(0.02 * noise), tasks, RULE)
+    assert fall.kind == "falls"
+    assert fall.slope.low < -0.7 < fall.slope.high
+    valley = np.exp(0.3 * np.abs(np.log2(x) - 1)) * np.exp(0.01 * noise)
+    found = trend(x, valley, tasks, RULE)
+    assert (found.kind, found.turn) == ("minimum", 1)
+    assert trend(x, 1 / valley, tasks, RULE).kind == "maximum"
+    assert trend(x, np.exp(0.2 * noise), tasks, RULE).kind == "undecided"
+    assert trend(x, x**0.005 * np.exp(1e-4 * noise), tasks, RULE).kind == "undecided"  # sure, and too small to count
+    holes = power * np.exp(0.02 * noise)
+    holes[3:, 1] = np.inf
+    assert trend(x, holes, tasks, RULE).groups == 3
+    assert verdict("falls", "falls") == "agrees"
+    assert verdict("falls", "minimum") == "disagrees"
+    assert verdict("undecided", "falls") == verdict("rises", "undecided") == "undecided"
+
+
+def test_intervals_cover_the_slope_when_tasks_have_effects_of_their_own() -> None:
+    x, level = np.array([1.0, 2.0, 4.0]), 0.4
+    tasks = [f"t{k}" for k in range(8)]
+    covered = []
+    for seed in range(60):
+        rng = np.random.default_rng([seed, 1])
+        own = level + 0.3 * rng.normal(size=8)
+        groups = [sorted(rng.choice(8, size=4, replace=False)) for _ in range(10)]
+        logs = np.array([[own[g].mean() * np.log(v) for v in x] for g in groups]) + 0.01 * rng.normal(size=(10, 3))
+        found = trend(x, np.exp(logs), [[tasks[i] for i in g] for g in groups], RULE, seed).slope
+        covered.append(found.low <= level <= found.high)
+    assert np.mean(covered) > 0.85
+
+
+def test_regression_recovers_planted_elasticities() -> None:
+    rng = np.random.default_rng(3)
+    experts = [[f"e{i}" for i in rng.choice(20, size=4, replace=False)] for _ in range(30)]
+    own = rng.normal(size=(20, 2))
+    design = np.array([[own[[int(name[1:]) for name in group], k].mean() for k in range(2)] for group in experts])
+    exact = regression_slopes(design, 1.0 + design @ np.array([0.5, -1.5]), experts, RULE)
+    assert [found.value for found in exact] == pytest.approx([0.5, -1.5])
+    noisy = regression_slopes(design, design @ np.array([2.0, 0.0]) + 0.3 * rng.normal(size=30), experts, RULE)
+    assert [sign_kind(found) for found in noisy] == ["rises", "undecided"]
+
+
+def test_positions() -> None:
+    assert position("momentum", [0.0, 0.5, 0.9]) == pytest.approx([1.0, 2.0, 10.0])
+    assert list(position("sampling", ["reshuffle", "with_replacement"])) == [1.0, 2.0]
+
+
+# --- theory
+
+
+def test_formula_exponents_where_they_are_known() -> None:
+    """kappa = 0: drift (b) is proportional to eta and K; without gradient noise in d, sup stability under sampling with
+    replacement falls like 1/n with full batches' mean part and like b^-1/2 where noise dominates."""
+    study = spec(levels={"learning_rate": [0.05, 0.1], "batch_size": [4, 8], "step": [2, 4]})
+    common = {"learning_rate": 0.1, "steps": 4, "kappa": 0.0, "L": 1.0, "D_inf": 1.0, "initial_gradient_norm": 1.0}
+    expert = Expert("a", n=10**6, batch_size=8, sampling="with_replacement", sigma0=0.0, sigma=0.0, **common)  # type: ignore[arg-type]
+    from experiments.studies.hyperparameters.constants import to_json
+
+    row = {"recipe": json.loads(json.dumps(to_json(dict.fromkeys(("value", "low", "high"), expert))))}
+    assert from_json(row["recipe"]) is not expert
+    for factor, levels, quantity, exponent in (
+        ("learning_rate", [0.05, 0.1], "drift", 1.0),
+        ("learning_rate", [0.05, 0.1], "V", 2.0),
+        ("learning_rate", [0.05, 0.1], "epsilon", 1.0),
+        ("step", [2, 4], "drift", 1.0),
+        ("step", [2, 4], "epsilon", 0.5),
+        ("batch_size", [4, 8], "epsilon", -0.5),
+        ("data_share", [0.5, 1.0], "epsilon", -0.5),
+    ):
+        made = centre_curves([row], factor, levels, study)[quantity]
+        slope = group_slopes(position(factor, levels), np.log(made))[0]
+        assert slope == pytest.approx(exponent, abs=2e-3), (factor, quantity)
+        law = law_of(factor, quantity, levels)
+        assert law is not None
+        assert law.low - 2e-3 <= slope <= law.high + 2e-3
+    law = law_of("experts", "V", [2, 8])
+    assert law is not None
+    assert law.low == pytest.approx(np.log((7 / 8) / (1 / 2)) / np.log(4))
+    kept = without_logs(replace(expert, drift=0.5, measured=frozenset({"drift"})))
+    assert kept.drift is None
+    assert not kept.measured
+
+
+# --- predictions, constants and bounds of real checkpoints
+
+
+def test_prices_against_mean_logits_and_distances(folder: Path, runs: tuple[str, ...]) -> None:
+    wanted = (Wanted("g", (0, 2), (0.5, 0.3)), Wanted("h", (0, 1, 2), (1 / 3,)))
+    unit = PriceUnit(str(folder), runs, None, 24, 0, ("secant",), wanted)
+    rows = {row["key"]: row for row in price(unit)}
+    assert set(rows) == {key_of("g", 0.5), key_of("g", 0.3), key_of("h", 1 / 3)}
+    subject = from_store(folder, runs, images=24, seed=0)
+    x = subject.vectors.double().numpy()
+    base = subject.base.double().numpy()
+    for members, alpha, key in (((0, 2), 0.3, key_of("g", 0.3)), ((0, 1, 2), 1 / 3, key_of("h", 1 / 3))):
+        own = x[list(members)]
+        merged = base + alpha * (own - base).sum(axis=0)
+        assert rows[key]["V"] == pytest.approx(((merged - own) ** 2).sum(axis=1).mean(), rel=1e-4)
+        assert rows[key]["drift"] == pytest.approx(np.sqrt(((own - base) ** 2).sum(axis=1).mean()), rel=1e-5)
+        risks = []
+        for j in members:
+            images, labels = subject.calibration[j].images, subject.calibration[j].labels.numpy()
+            with torch.no_grad():
+                h0, *hs = (
+                    subject.networks[j].call(torch.as_tensor(v, dtype=torch.float32), images).double().numpy()
+                    for v in (base, *own)
+                )
+            h = h0 + alpha * sum(one - h0 for one in hs)
+            risks.append((logsumexp(h, axis=1) - h[np.arange(len(h)), labels]).mean())
+        assert rows[key]["predictions"]["secant"]["risk"] == pytest.approx(np.mean(risks), rel=1e-4)
+
+
+def test_constants_of_a_checkpoint_have_its_steps_and_log(constants: list[dict[str, Any]]) -> None:
+    for row in constants:
+        assert str(row["expert"]).endswith("@2")
+        expert = from_json(row["recipe"])
+        assert int(np.asarray(expert.steps)) == 2
+        assert expert.batch_losses is not None
+        assert expert.batch_losses.steps == 2
+        assert json.loads(json.dumps(row)) == row
+
+
+def test_bounds_are_the_theory_s_at_value_and_at_both_ends(constants: list[dict[str, Any]]) -> None:
+    rows = named(constants)
+    members = list(rows)
+    for alpha, method in ((0.5, {"method": "average"}), (0.3, {"method": "task_arithmetic", "coefficients": 0.3})):
+        made = {row["source"]: row for row in bound_rows("k", members, alpha, rows, 0.07, False, 0)}
+        direct = []
+        for end in ("value", "low", "high"):
+            experts = tuple(
+                replace(from_json(rows[name]["recipe"], end), name=f"e{k}") for k, name in enumerate(members)
+            )
+            merge = Merge(experts, per_sample_loss=True, shared_samples=False, data_independent_choices=True, **method)
+            direct.append(float(master_bound(merge).value))
+        assert made["recipe"]["bound"] == pytest.approx(direct[0])
+        assert made["recipe"]["bound_low"] == pytest.approx(min(direct))
+        assert made["recipe"]["bound_high"] == pytest.approx(max(direct))
+        root = made["recipe"]["training"] + made["recipe"]["dispersion"] + made["recipe"]["instability"]
+        assert root**2 == pytest.approx(direct[0])
+        other = network_bound(
+            [r["risk"]["value"] for r in constants],
+            [r["smoothness"]["value"] for r in constants],
+            [r["drift"] for r in constants],
+            private_drift=[r["private_drift"] for r in constants],
+            trained_heads=True,
+            dispersion=0.07,
+            method="weighted",
+            weights=[0.5, 0.5],
+            coefficients=[alpha, alpha],
+        )
+        assert made["measured_drift"]["bound"] == pytest.approx(float(other.value))
+
+
+def test_pools_are_used_where_they_save_passes(folder: Path) -> None:
+    from experiments.store import Store
+
+    with Store.open(folder, "r") as store:
+        frame = store.frame()
+    grid = StudyGrid("factors", study_grids(spec(groups=8))[0].spec, "factors")
+    (rates, *_) = draw(spec(groups=8), grid, frame)
+    found = pools([(group, (0.5,)) for group in rates.groups])
+    assert len(found) == 2  # one per level: three experts (9 passes) against eight pairs (32)
+    assert sorted(len(groups) for _, groups in found) == [8, 8]
+    assert all(len(experts) == len({m for g, _ in groups for m in g.members}) for experts, groups in found)
+    assert len(pools([(rates.groups[0], (0.5,))])) == 1
+
+
+# --- tables
+
+
+def table_of(losses: np.ndarray, factor: str = "learning_rate") -> pd.DataFrame:
+    """Merges of matched groups with these losses (G, L)."""
+    rows = []
+    for seed, row in enumerate(losses):
+        for level, loss in zip((0.01, 0.1, 1.0), row, strict=False):
+            rows.append(
+                {
+                    **{"grid": "g", "architecture": "net", "base_digest": "b", "factor": factor, "level": level},
+                    **{"seed": seed, "size": 2, "tasks": f"t{seed % 3};t{seed % 3 + 1}", "experts": f"e{seed};f{seed}"},
+                    **{"group": f"{seed} {level}", "label": "average", "alpha": 0.5, "n": 100},
+                    **{"loss": loss, "accuracy": 0.9, "merging_cost": loss / 2, "expert_loss": loss / 2},
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_calibrated_predictions_never_see_their_own_half() -> None:
+    rng = np.random.default_rng(5)
+    study = spec()
+    frame = table_of(np.exp(rng.normal(size=(8, 3))))
+    frame["half"] = np.where(frame["seed"] % 2 == 0, "A", "B")
+    frame["key"] = frame["group"]
+    frame["pred_secant"] = frame["loss"] * np.exp(-0.3 + 0.01 * rng.normal(size=len(frame)))
+    frame["pred_tangent_base"] = frame["loss"] * np.exp(0.9 + 0.01 * rng.normal(size=len(frame)))
+    first = calibrated(frame, study)
+    assert np.allclose(np.log(first / frame["loss"]), 0.0, atol=0.05)  # weights 3/4 and 1/4
+    changed = frame.assign(loss=np.where(frame["half"] == "A", 7.0 * frame["loss"], frame["loss"]))
+    second = calibrated(changed, study)
+    in_a = (frame["half"] == "A").to_numpy()
+    assert np.array_equal(first[in_a], second[in_a])  # fitted on B, where nothing changed
+    assert np.allclose(second[~in_a] / first[~in_a], 7.0, rtol=0.1)
+
+
+def test_curves_keep_the_order_of_the_specification_and_pair_by_seed() -> None:
+    losses = np.arange(6.0).reshape(2, 3) + 1
+    frame = joined(table_of(losses).sample(frac=1.0, random_state=0), [], [], spec())
+    (levels, values, tasks) = curves(frame, "learning_rate", "loss", (1.0, 0.01, 0.1))["b"]
+    assert levels == [1.0, 0.01, 0.1]
+    assert np.array_equal(values, losses[:, [2, 0, 1]])
+    assert tasks == [["t0", "t1"], ["t1", "t2"]]
+    assert frame["error"].to_numpy() == pytest.approx(np.full(6, 0.1))
+
+
+def double(unit: int) -> list[dict[str, int]]:
+    if unit == 3:
+        raise MergeboundError("three")
+    return [{"unit": unit, "twice": 2 * unit}]
+
+
+def test_rows_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    run_units([1, 2], double, path)
+    with path.open("a") as stream:
+        stream.write('{"unit": 9, "tw')
+    assert [row["unit"] for row in read_rows(path)] == [1, 2]
+    with pytest.raises(MergeboundError, match="three"):
+        run_units([4, 3, 5], double, path)
+    assert [row["unit"] for row in read_rows(path)] == [1, 2, 4]  # what was finished is kept, the torn line is gone
+    path.write_text('{"unit": 1}\n{broken}\n{"unit": 2}\n{"unit": 3}\n')
+    with pytest.raises(MergeboundError, match="line 2"):
+        read_rows(path)
+    add_rows(tmp_path / "none.jsonl", [])
+    assert not (tmp_path / "none.jsonl").exists()
