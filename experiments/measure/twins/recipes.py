@@ -46,7 +46,8 @@ class Setup:
         tasks: in turn over the mixed recipes; the first one elsewhere.
         centre: hyperparameters.
         twins: exchanged samples of each recipe.
-        images: training images of its smallest task: batches of mixed recipes are at most three quarters of what a share leaves of them.
+        images: training images of its smallest task: batches of mixed recipes are at most three quarters of what a
+            share leaves of them.
     """
 
     base: BaseSpec
@@ -138,7 +139,7 @@ def recipes(name: str) -> tuple[Recipe, ...]:
 
 
 def _sizes(setup: Setup, batch: float, share: float) -> dict[str, Any]:
-    """Batch size and share of the data, as multiples of the centre's, batches at most three quarters of the images that are left."""
+    """Batch size and share as multiples of the centre's; batches at most three quarters of the images that are left."""
     kept = float(min(1.0, setup.centre["data_share"] * share))
     return {
         "batch_size": min(int(setup.centre["batch_size"] * batch), int(0.75 * setup.images * kept)),
