@@ -13,7 +13,6 @@ from torch import nn
 
 from experiments.bases.spec import BaseSpec
 from experiments.grid.run_spec import RunSpec
-from experiments.inputs.reader import source_rows
 from experiments.statistics import Estimate
 from experiments.studies.scale.cells import Cell, cells, chains, runs_of
 from experiments.studies.scale.effects import Effects, Table, contrast, estimate, slope_weights, spread, table_of
@@ -25,6 +24,7 @@ from experiments.studies.scale.runner import Measured
 from experiments.studies.scale.spec import ScaleSpec, read_scale, settings_for, study_sizes
 from experiments.tasks.digits8 import EIGHT, MORE
 from experiments.tasks.digits_images import digits_task
+from experiments.tasks.images import shared_rows
 from experiments.tasks.types import Split
 from theory.errors import MergeboundError
 
@@ -35,12 +35,18 @@ def tiny() -> ScaleSpec:
 
 
 def test_nobody_was_trained_on_images_of_the_further_digit_tasks() -> None:
-    trained = set(source_rows(digits_task("pretraining").train))
+    def rows(part: object) -> set[int]:
+        found = shared_rows(part)  # type: ignore[arg-type]
+        assert found is not None
+        return set(found.tolist())
+
+    trained = rows(digits_task("pretraining").train)
     for name in EIGHT:
-        trained |= set(source_rows(digits_task(name).train))
+        trained |= rows(digits_task(name).train)
+    assert len(trained) == 500 + 8 * 80
     for name in MORE:
         task = digits_task(name)
-        parts = [set(source_rows(part).tolist()) for part in (task.train, task.validation, task.test)]
+        parts = [rows(part) for part in (task.train, task.validation, task.test)]
         assert [len(part) for part in parts] == [160, 96, 400]
         assert not trained & (parts[0] | parts[1] | parts[2])
         assert not parts[0] & parts[1]
@@ -59,7 +65,7 @@ def test_every_size_is_a_grid_with_one_run_per_cell_task_and_seed(size: str) -> 
             assert {(run.task.removeprefix("./"), run.seed) for run in runs} == {
                 (task, seed) for task in spec.held_in for seed in spec.seeds
             }
-            assert len({run.base for run in runs}) == 1
+            assert all(run.base == runs[0].base for run in runs)
             assert runs[0].base.architecture.startswith(cell.architecture)
 
 

@@ -238,7 +238,8 @@ def say(spec: ScaleSpec, measured: Measured, tables: Tables) -> tuple[str, tuple
     """The main sentence of a report, and its further lines."""
     rows = tables.frames["findings"]
     own = rows[rows["papers_own"] == "yes"]
-    counts = {name: int((own["verdict"] == name).sum()) for name in ("agrees", "disagrees", "undecided")}
+    counts = {name: int((own["verdict"] == name).sum()) for name in ("agrees", "disagrees")}
+    counts["undecided"] = len(own) - sum(counts.values())
     merges = int((tables.table.rows["kind"] == "merge").sum() / max(1, tables.table.rows["measure"].nunique()))
     lead = (
         f"Of the paper's five findings, {counts['agrees']} agree in direction here, {counts['disagrees']} disagree and "
