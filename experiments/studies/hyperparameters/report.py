@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 
 from experiments import plots
+from experiments.atomic import write_atomically
 from experiments.page import Page, Section, write_page
 from experiments.studies.hyperparameters import figures, words
+from experiments.studies.hyperparameters.columns import predictions
 from experiments.studies.hyperparameters.designs import Drawn, merges_frame
 from experiments.studies.hyperparameters.grids import StudyGrid
 from experiments.studies.hyperparameters.joined import joined
 from experiments.studies.hyperparameters.spec import StudySpec
-from experiments.studies.hyperparameters.tables import Tables, compute, predictions
+from experiments.studies.hyperparameters.tables import Tables, compute
 from experiments.studies.hyperparameters.work import read_rows
 from theory.errors import MergeboundError
 
@@ -108,15 +110,15 @@ def write_report(
             "measured": f"{len(table)} of {planned} merges",
         },
     }
-    page = Page(
-        f"Hyperparameters of experts and their merge: {spec.name}",
-        words.lead(tables.verdicts),
-        tuple(words.lines(spec, table, tables, drawn, planned)),
-        tuple(_sections(spec, table, tables)),
-        _assumptions(spec, experts),
-        meta,
-        {"merges": _shown(table), "levels": tables.levels, "trends": tables.trends},
-    )
+    title = f"Hyperparameters of experts and their merge: {spec.name}"
+    first, further = words.lead(tables.verdicts), words.lines(spec, table, tables, drawn, planned)
+    sections = tuple(_sections(spec, table, tables))
+    data = {"merges": _shown(table), "levels": tables.levels, "trends": tables.trends}
+    page = Page(title, first, tuple(further), sections, _assumptions(spec, experts), meta, data)
+    pictures = {name: picture.caption for one in sections for name, picture in one.figures.items()}
+    done = f"{len(table)} of {planned} merges are measured."
+    text = words.readme(spec, title, [first, *further[1:]], command, pictures, done)
+    write_atomically(place.out / "README.md", text.encode())
     return write_page(place.out, page)
 
 

@@ -10,15 +10,13 @@ import numpy as np
 import pandas as pd
 
 from experiments import statistics as st
-from experiments.studies.hyperparameters.designs import JOINT
+from experiments.studies.hyperparameters.across import heterogeneous, ranks
+from experiments.studies.hyperparameters.columns import RANKING, predictions, quantities
 from experiments.studies.hyperparameters.joined import Curve, curves
 from experiments.studies.hyperparameters.law import QUANTITIES, centre_curves, law_of
 from experiments.studies.hyperparameters.spec import StudySpec
-from experiments.studies.hyperparameters.trends import Trend, estimate, position, sign_kind, trend, verdict
+from experiments.studies.hyperparameters.trends import Trend, estimate, position, trend, verdict
 from experiments.studies.hyperparameters.work import Row
-
-RANKING = ("sampling",)
-"""Factors whose levels are names: a slope over them has a sign and is no exponent."""
 
 
 @dataclass(frozen=True)
@@ -35,33 +33,6 @@ class Tables:
     def items(self) -> dict[str, pd.DataFrame]:
         """By name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def predictions(spec: StudySpec, table: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """Columns that predict the merged risk, in order, with name and tier."""
-    wanted = {f"pred_{name}": (name, "estimated") for name in spec.predictors}
-    wanted["pred_calibrated"] = ("calibrated", "calibrated")
-    wanted["bound_recipe"] = ("bound", "estimated")
-    wanted["bound_measured_drift"] = ("bound, measured drift", "estimated")
-    return {c: w for c, w in wanted.items() if c in table and np.isfinite(table[c].astype(float)).any()}
-
-
-def quantities(spec: StudySpec, table: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """All columns that have curves, with name and tier."""
-    found = {
-        "loss": ("loss", "measured"),
-        "accuracy": ("accuracy", "measured"),
-        "error": ("error", "measured"),
-        "expert_loss": ("expert loss", "measured"),
-        "merging_cost": ("merging cost", "measured"),
-        **predictions(spec, table),
-    }
-    for name in spec.predictors:
-        found[f"pred_accuracy_{name}"] = (f"accuracy, {name}", "estimated")
-    parts = {"drift": ("drift", "measured"), "V": ("V", "measured"), "drift_bound": ("drift, Theorem 3", "estimated")}
-    parts |= {"V_bound": ("V, Theorem 4", "estimated"), "epsilon": ("epsilon, Theorem 2", "estimated")}
-    parts |= {name: (f"sqrt {name} term", "estimated") for name in ("training", "dispersion", "instability")}
-    return {c: w for c, w in (found | parts).items() if c in table and np.isfinite(table[c].astype(float)).any()}
 
 
 def compute(spec: StudySpec, table: pd.DataFrame, experts: Mapping[str, Row], recipes: pd.DataFrame) -> Tables:
@@ -228,85 +199,3 @@ def _formula(
     made = centre_curves([experts[name] for name in own], factor, levels, spec)
     one_each = [[name] for name in own]
     return {q: trend(x, values, one_each, spec.rule, spec.seed).slope for q, values in made.items()}
-
-
-def heterogeneous(spec: StudySpec, table: pd.DataFrame, recipes: pd.DataFrame) -> pd.DataFrame:
-    """Elasticities over groups of experts with recipes of their own: log of a quantity regressed on the group's mean
-    of each log hyperparameter (momentum as 1/(1 - beta)), all at once; measured and predicted the same way."""
-    from experiments.studies.hyperparameters.trends import regression_slopes
-
-    part = table[table["factor"] == JOINT]
-    if not len(part) or not len(recipes):
-        return pd.DataFrame()
-    known = recipes.set_index("expert")
-    rows: list[Row] = []
-    for (_, architecture), own in part.groupby(["base_digest", "architecture"], sort=True):
-        groups = [str(text).split(";") for text in own["experts"]]
-        used = known.loc[sorted({name for group in groups for name in group})]
-        usable = [f for f in spec.levels.factors if f in known.columns and f not in RANKING and used[f].nunique() > 1]
-        usable = [f for f in usable if f == "momentum" or (used[f].astype(float) > 0).all()]
-        logs = {f: dict(zip(used.index, np.log(position(f, list(used[f]))), strict=True)) for f in usable}
-        design = np.array([[np.mean([logs[f][name] for name in group]) for f in usable] for group in groups])
-        columns = {"loss": ("loss", "measured"), "error": ("error", "measured"), **predictions(spec, table)}
-        for column, (name, tier) in columns.items():
-            with np.errstate(divide="ignore", invalid="ignore"):
-                y = np.log(own[column].to_numpy(dtype=float))
-            for factor, found in zip(usable, regression_slopes(design, y, groups, spec.rule, spec.seed), strict=True):
-                rows.append(
-                    {
-                        "architecture": architecture,
-                        "factor": factor,
-                        "quantity": name,
-                        "tier": tier,
-                        "elasticity": found.value,
-                        "elasticity_low": found.low,
-                        "elasticity_high": found.high,
-                        "kind": sign_kind(found),
-                        "groups": int(np.isfinite(y).sum()),
-                        "seed": spec.seed,
-                    }
-                )
-    return pd.DataFrame(rows)
-
-
-def ranks(spec: StudySpec, table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
-    """How each prediction orders merges and how far off it is, for homogeneous and heterogeneous groups apart.
-
-    ``spearman`` with the measured loss and its interval (experts resampled), median and 5 to 95 % quantiles of
-    predicted / measured, and the share of merges that lie below the prediction (a bound should have all).
-    """
-    rows: list[Row] = []
-    for base, architecture in sorted(names.items(), key=lambda item: item[1]):
-        for which in ("homogeneous", "heterogeneous"):
-            part = table[(table["base_digest"] == base) & ((table["factor"] == JOINT) == (which == "heterogeneous"))]
-            part = part.drop_duplicates("key")
-            for column, (name, tier) in predictions(spec, table).items():
-                kept = part[np.isfinite(part[column].astype(float))]
-                if len(kept) < 5:
-                    continue
-                predicted, measured = kept[column].to_numpy(float), kept["loss"].to_numpy(float)
-                weights = st.expert_weights(st.membership_of(kept["experts"]), min(spec.rule.resamples, 300), spec.seed)
-
-                def statistic(w: np.ndarray, x: np.ndarray = predicted, y: np.ndarray = measured) -> np.ndarray:
-                    return st.spearman(x, y, w)
-
-                found = st.interval(statistic, weights, level=spec.rule.level, domain=(-1.0, 1.0))
-                low, middle, high = np.quantile(predicted / measured, [0.05, 0.5, 0.95])
-                rows.append(
-                    {
-                        "architecture": architecture,
-                        "groups_of": which,
-                        "prediction": name,
-                        "tier": tier,
-                        "merges": len(kept),
-                        "spearman": found.value,
-                        "spearman_low": found.low,
-                        "spearman_high": found.high,
-                        "ratio": middle,
-                        "ratio_q05": low,
-                        "ratio_q95": high,
-                        "above": float((predicted >= measured).mean()),
-                        "seed": spec.seed,
-                    }
-                )
-    return pd.DataFrame(rows)

@@ -99,3 +99,30 @@ def calibrated_note(spec: StudySpec) -> str:
         f"Homogeneous groups. Calibrated: between {' and '.join(pretty(n) for n in spec.calibrated)} in log, with a "
         "constant factor, fitted on groups of one parity of seeds and judged on the other; both halves share experts."
     )
+
+
+def readme(
+    spec: StudySpec, title: str, said: Sequence[str], command: str, pictures: Mapping[str, str], done: str
+) -> str:
+    """A page in Markdown beside the report, for folders of results: command, share that was run, seeds, findings.
+
+    Args:
+        spec: the study.
+        title: of the page.
+        said: main sentence and further ones.
+        command: that made it.
+        pictures: captions by name of figure.
+        done: what was measured of what was planned.
+    """
+    parts = [
+        f"# {title}",
+        f"`{command or 'mergebound study hyperparameters'}`",
+        f"{done} Specification `{spec.name}` ({spec.digest()}), seed {spec.seed}; groups have the seeds {spec.seed} to "
+        f"{spec.seed + spec.groups - 1}. Tables: `verdicts.csv`, `levels.csv` (every curve), `trends.csv`, "
+        "`exponents.csv`, `heterogeneous.csv`, `ranks.csv`, `merges.csv` (one row per merge and factor). Tiers: "
+        "measured, estimated (constants or calibration images), calibrated (fitted on the other half of groups).",
+        rule_note(spec.rule),
+        "\n".join(f"* {line}" for line in said),
+        *(f"![{name}](figures/{name}.png)\n\n{caption}" for name, caption in pictures.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
