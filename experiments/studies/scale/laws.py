@@ -61,10 +61,13 @@ def dispersion(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
     def curve(theta: Floats, at: Floats) -> Floats:
         return np.asarray(number_law(at, theta[0], 2.0, np.sqrt(theta[1]), 0.0, orthogonal=True).value)
 
+    def residual(theta: Floats) -> Floats:
+        return curve(theta, k) - y
+
     best = None
     for share in (0.01, 0.1, 0.5):
         start = np.array([max(1e-6, float(y.min())), max(1e-6, share * float(y.max()))])
-        found = scipy.optimize.least_squares(lambda t: curve(t, k) - y, start, bounds=(0.0, np.inf))
+        found = scipy.optimize.least_squares(residual, start, bounds=(0.0, np.inf))
         if best is None or found.cost < best.cost:
             best = found
     assert best is not None
@@ -97,7 +100,7 @@ def curves(table: Table, spec: ScaleSpec) -> pd.DataFrame:
     ]
     out = []
     for key, part in chosen.groupby([*CELL, "measure", "experts"], sort=False):
-        names: tuple[Any, ...] = key  # type: ignore[assignment]
+        names: tuple[Any, ...] = key
         *cell, measure, k = names
         about = dict(zip(CELL, cell, strict=True))
         target = "joint" if measure == "joint_loss" else "own"
