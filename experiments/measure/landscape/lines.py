@@ -209,10 +209,11 @@ def usual_lines(
     base = ("base", subject.base)
     experts = [(name, subject.vectors[i]) for i, name in enumerate(subject.names)]
     count = subject.size
-    found: list[tuple[tuple[str, Tensor], tuple[str, Tensor], tuple[int, ...]]] = []
-    found += [(base, experts[i], (i,)) for i in range(count)]
-    found += [(experts[i], experts[k], (i, k)) for i in range(count) for k in range(i + 1, count)]
+    Entry = tuple[tuple[str, Tensor], tuple[str, Tensor], tuple[int, ...]]
+    found: list[Entry] = [(base, experts[i], (i,)) for i in range(count)]
+    for i in range(count):
+        found.extend((experts[i], experts[k], (i, k)) for k in range(i + 1, count))
     for name, vector in merges.items():
-        found += [(experts[i], (name, vector), (i,)) for i in range(count)]
+        found.extend((experts[i], (name, vector), (i,)) for i in range(count))
         found.append((base, (name, vector), tuple(range(count))))
     return found

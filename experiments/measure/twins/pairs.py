@@ -183,7 +183,7 @@ def batch_of(
     exchanged: TrainingData,
     coupling: Coupling,
     step: int,
-    members: Sequence[int],
+    members: Sequence[int] | np.ndarray,
     samples: np.ndarray,
     offset: int = 0,
     *,

@@ -202,7 +202,7 @@ def compare(table: pd.DataFrame, *, seed: int = 0, resamples: int = 1000) -> tup
 
 
 def _exponents(table: pd.DataFrame, seed: int, resamples: int) -> list[Comparison]:
-    found = []
+    found: list[Comparison] = []
     for field, name in zip(SWEPT, ("learning_rate", "steps", "batch_size", "n"), strict=True):
         part = table[(table["group"] == "centre") | (table["group"] == f"sweep:{field}")]
         part = part[(part["epsilon"] > 0) & np.isfinite(part["epsilon"])]

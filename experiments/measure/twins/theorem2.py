@@ -180,7 +180,7 @@ def elasticities(run: RunSpec, n: int, kappa: float = 0.0) -> dict[str, float]:
         return float(np.log(value(*high) / value(*low)) / np.log(b / a))
 
     def changed(**fields: object) -> RunSpec:
-        return RunSpec(**{**run.model_dump(), **fields, "checkpoints": ()})  # type: ignore[arg-type]
+        return RunSpec(**{**run.model_dump(), **fields, "checkpoints": ()})
 
     eta, steps, batch = run.learning_rate, run.steps, run.batch_size
     dk, db, dn = max(1, steps // 10), max(1, batch // 10), max(1, n // 10)

@@ -250,7 +250,7 @@ class ChainStack:
             return torch.ops.aten.threshold_backward(errors, z, 0)  # type: ignore[no-any-return]
         if kind == TANH:
             return torch.ops.aten.tanh_backward(errors, z)  # type: ignore[no-any-return]
-        return torch.ops.aten.gelu_backward(errors, z) if kind == GELU else errors  # type: ignore[no-any-return]
+        return torch.ops.aten.gelu_backward(errors, z) if kind == GELU else errors
 
     def _backward(self, errors: Tensor, inputs: list[Tensor], share: float) -> Tensor:
         """From errors [M, b, C] of the logits to those of the first layer [b, M, .]; gradients on the way."""
