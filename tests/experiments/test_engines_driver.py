@@ -51,7 +51,7 @@ def commits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(len(results))
         return plain(self, results, **rest)
 
-    monkeypatch.setitem(sys.modules, "ray", Here())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", Here())
     monkeypatch.setattr(Store, "commit_many", noted)
     return found
 

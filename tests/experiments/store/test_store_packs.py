@@ -118,25 +118,25 @@ def test_short_pieces_share_a_commit_and_long_ones_do_not_wait(tmp_path: Path, m
     monkeypatch.setattr(cohort_job, "results_of", lambda piece, *_, **__: ((run, made[run]) for run in piece.runs))
     tiny_store(tmp_path / "a", tiny_runs(("identity",), 2), chunk=1)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with Store.open(tmp_path / "a", "r") as store:
+        (cohort,) = store.plan().cohorts  # type: ignore[union-attr]
     for folder, wait in (("a", 60.0), ("b", 0.0)):
         monkeypatch.setattr(cohort_job, "TOGETHER", wait)
         monkeypatch.setattr(
             cohort_job.committed, "__kwdefaults__", cohort_job.committed.__kwdefaults__ | {"wait": wait}
         )
         with Store.open(tmp_path / folder) as store:
-            plan = store.plan()
-            assert plan is not None
             made = {run: result(seed) for seed, run in enumerate(store.runs())}
-            assert run_cohort(store, plan.cohorts[0]) == 4
+            assert run_cohort(store, cohort) == 4
             assert not store.missing()
     assert sizes == [4, 1, 1, 1, 1]
     monkeypatch.setattr(cohort_job, "TOGETHER", 60.0)
     with Store.open(tmp_path / "a") as store:  # what came out before an error is kept
-        last = plan.cohorts[0].runs[-1]
+        last = cohort.runs[-1]
         store.forget(made)
         del made[last]
         with pytest.raises(KeyError):
-            run_cohort(store, plan.cohorts[0])
+            run_cohort(store, cohort)
         assert store.missing() == (last,)
 
 
@@ -166,6 +166,7 @@ def test_cohorts_that_were_given_up_are_seen_until_somebody_takes_them_again(tmp
             for retried in (True, False):
                 cohort = leases.next()
                 assert cohort is not None
+                taken = cohort
                 assert leases.went_wrong(cohort.name, "no memory\nat all") is retried
             (found,) = store.status().given_up
             assert (found.cohort, found.attempts, found.error, found.missing) == ("c0", 2, "no memory at all", 2)
@@ -173,11 +174,11 @@ def test_cohorts_that_were_given_up_are_seen_until_somebody_takes_them_again(tmp
         with Store.open(tmp_path, "r") as other:
             assert other.status().given_up == (found,)
         with Dispatcher(store) as leases:
-            assert leases.next() == cohort
+            assert leases.next() == taken
             assert store.status().given_up == ()
             assert not leases.went_wrong("c0", "refused", again=False)
         assert store.status().given_up[0].attempts == 1
-        store.commit_many({run: result(seed, outcome="diverged") for seed, run in enumerate(cohort.runs)})
+        store.commit_many({run: result(seed, outcome="diverged") for seed, run in enumerate(taken.runs)})
         assert store.status().given_up == ()
 
 
