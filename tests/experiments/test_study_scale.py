@@ -78,6 +78,13 @@ def test_groups_of_a_chain_are_nested_and_the_group_of_all_is_there_once(tiny: S
     assert [group.members for group in groups if group.size == 8] == [tuple(range(8))]
 
 
+def test_chains_with_equal_groups_keep_every_size(tiny: ScaleSpec) -> None:
+    spec = tiny.model_copy(update={"chains": 40, "held_in": tiny.held_in[:3], "experts": (2, 3), "seeds": (0, 1)})
+    groups = chains(spec)
+    assert [group.chain for group in groups if group.size == 2] == list(range(40))
+    assert [(group.chain, group.seed) for group in groups if group.size == 3] == [(0, 0), (1, 1)]
+
+
 def test_the_coefficient_one_over_n_follows_the_number_of_experts(tiny: ScaleSpec) -> None:
     method = tiny.methods[1].model_copy(update={"settings": {"coefficient": "1/N"}})
     assert settings_for(method, 4) == {"coefficient": 0.25}

@@ -58,16 +58,16 @@ def cells(spec: ScaleSpec) -> tuple[Cell, ...]:
 
 
 def chains(spec: ScaleSpec) -> tuple[Chosen, ...]:
-    """All groups: nested along each chain; equal groups (those of all tasks) are there once for each seed."""
+    """All groups, nested along each chain; the group of all tasks is there once for each seed, with the first chain."""
     found: list[Chosen] = []
-    seen: set[tuple[frozenset[int], int]] = set()
+    seen: set[int] = set()
     for chain in range(spec.chains):
         order = np.random.default_rng([spec.seed, CHAINS, chain]).permutation(len(spec.held_in))
         seed = spec.seeds[chain % len(spec.seeds)]
         for size in spec.experts:
             members = tuple(sorted(int(i) for i in order[:size]))
-            if (frozenset(members), seed) not in seen:
-                seen.add((frozenset(members), seed))
+            if size < len(spec.held_in) or seed not in seen:
+                seen |= {seed} if size == len(spec.held_in) else set()
                 found.append(Chosen(chain, members, seed))
     return tuple(found)
 
