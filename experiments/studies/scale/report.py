@@ -267,6 +267,8 @@ def say(spec: ScaleSpec, measured: Measured, tables: Tables) -> tuple[str, tuple
 
 
 def _number(row: Mapping[Any, Any]) -> str:
+    if not np.isfinite(row["effect"]):
+        return "no value,"
     value = f"{row['effect']:+.3g}"
     if np.isfinite(row["effect_low"]) and np.isfinite(row["effect_high"]):
         return f"{value} [{row['effect_low']:+.3g}, {row['effect_high']:+.3g}]"
