@@ -176,9 +176,11 @@ def flag_table(merges: pd.DataFrame, scores: Sequence[str], settings: Settings) 
                     flag = calibrate_flag(fit, score=score, collapsed="collapsed_even", groups="group", misses=MISSES)
                 except MergeboundError:
                     continue
-                up = flag.raised(judged)
+                up = np.asarray(flag.raised(judged), dtype=bool)
                 clamped = (
-                    (judged["clamped"] > 0).to_numpy() if "clamped" in judged else np.zeros(len(judged), dtype=bool)
+                    (judged["clamped"] > 0).to_numpy(dtype=bool)
+                    if "clamped" in judged
+                    else np.zeros(len(judged), dtype=bool)
                 )
                 seen = judged[["regime", "collapsed_odd"]]
                 judged_rows.append(seen.assign(raised=up, either=up | clamped))
@@ -186,7 +188,7 @@ def flag_table(merges: pd.DataFrame, scores: Sequence[str], settings: Settings) 
                 continue
             for regime, some in _regimes(pd.concat(judged_rows)):
                 truth = some["collapsed_odd"].to_numpy(dtype=bool)
-                up, either = some["raised"].to_numpy(dtype=bool), some["either"].to_numpy(dtype=bool)
+                up, either = (np.asarray(some[name], dtype=bool) for name in ("raised", "either"))
                 rows.append(
                     {
                         "regime": regime, "architecture": architecture, "score": score, "merges": len(up),

@@ -191,6 +191,6 @@ def read_frames(spec: StudySpec, plan: Sequence[tuple[Pool, Path]], place: Path)
     gone = tuple(name for pool, _ in plan for name in pool.left_out)
     merges, variances = tables["merges"], tables["variances"]
     if len(merges) and len(variances):
-        kept = variances[["group", "settings", "clamped"]]
-        merges = merges.merge(kept, on=["group", "settings"], how="left", validate="one_to_one")
+        clamped = variances[["group", "settings", "clamped"]]
+        merges = merges.merge(clamped, on=["group", "settings"], how="left", validate="one_to_one")
     return Frames(merges, tables["comparison"], tables["prices"], tables["curve"], gone)

@@ -19,7 +19,7 @@ from theory.errors import MergeboundError, nearest
 PRETRAINING, CALIBRATION, TEST, OWN = 500, 256, 400, 80
 """Images for pretraining, validation and test, which all tasks share, and of each task's own for training."""
 JUDGED = 160
-"""Of the validation images, those on which the four further tasks are fitted; the others are their validation images."""
+"""Of the validation images, those on which features for the four further tasks are fitted; the rest validates."""
 
 
 def digits_task(name: str, *, seed: int = 0) -> ImageTask:
