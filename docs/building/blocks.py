@@ -103,6 +103,6 @@ def faults(block: Block) -> Iterator[str]:
 
 def commands(code: str) -> tuple[str, ...]:
     """The command lines of a block of shell: continued lines joined, comments and empty lines left out."""
-    joined = re.sub(r"\\\n\s*", " ", code)
+    joined = re.sub(r"\s*\\\n\s*", " ", code)
     lines = (line.strip() for line in joined.splitlines())
     return tuple(line for line in lines if line and not line.startswith("#"))
