@@ -55,7 +55,7 @@ def prediction(
     ] = None,
     stage: Annotated[
         list[str] | None,
-        typer.Option("--stage", help="Only: merges, prices, comparison or curve. Repeatable; the others need merges."),
+        typer.Option("--stage", help="Only one of merges, variances, prices, comparison, simplex, curve. Repeatable."),
     ] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Tables of what is finished; run nothing.")
@@ -127,7 +127,7 @@ def _show(aims: pd.DataFrame, console: Console) -> None:
     table = Table(title="Ambitions (chosen or fitted on one half of the experts, judged on the other)")
     for name in ("network", "ambition", "value", "target", "met", "merges"):
         table.add_column(name, justify="right" if name in ("value", "merges") else "left")
-    for row in aims.to_dict("records"):
+    for row in aims[aims["taken"] == "all"].to_dict("records"):
         met = "yes" if row["met"] else "no"
         table.add_row(
             str(row["architecture"]),

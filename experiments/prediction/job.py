@@ -12,7 +12,7 @@ from experiments.measure.opening import from_store
 from experiments.measured import Measured
 from experiments.pipeline import read_finished
 from experiments.prediction.bank import Bank, Material, Progress, build_bank
-from experiments.prediction.compare import Collected, compare_rows
+from experiments.prediction.compare import Collected, compare_rows, simplex_rows
 from experiments.prediction.curve import curve_rows, price_rows
 from experiments.prediction.draws import Pool, StudyGroup
 from experiments.prediction.measuring import clamped_variances, linear_coefficients
@@ -22,7 +22,7 @@ from experiments.prediction.spec import StudySpec, label
 from experiments.store import Store
 
 Row = dict[str, Any]
-STAGES = ("merges", "variances", "prices", "comparison", "curve")
+STAGES = ("merges", "variances", "prices", "comparison", "simplex", "curve")
 """Files of a pool, ``<stage>.jsonl``, one line per group."""
 
 
@@ -33,7 +33,7 @@ def stage_groups(spec: StudySpec, pool: Pool, stage: str) -> list[StudyGroup]:
         return groups
     if stage == "prices":
         return _first(groups, list(spec.groups), 1)
-    if stage == "comparison":
+    if stage in ("comparison", "simplex"):
         return [] if spec.comparison is None else [g for g in groups if len(g.members) in spec.comparison.sizes]
     return [] if spec.curve is None else _first(groups, spec.curve.sizes, spec.curve.groups)
 
@@ -92,6 +92,7 @@ def run_pool(
             "variances": lambda group: variance_rows(spec, pool, bank.material, group),
             "prices": lambda group: price_rows(spec, pool, bank, group),
             "comparison": _comparison(spec, pool, bank, kept),
+            "simplex": lambda group: simplex_rows(spec, pool, bank, group),
             "curve": _curve(spec, pool, material, opened, kept, root),
         }
         for stage in STAGES:

@@ -44,7 +44,7 @@ def write_study(
             write_atomically(out / name, _csv(frame))
     if len(frames.comparison):
         write_atomically(out / "comparison.csv", _csv(frames.comparison))
-    pictures = study_figures(tables, frames.comparison, settings)
+    pictures = study_figures(tables)
     for name, picture in pictures.items():
         write_atomically(out / f"{name}.png", png_bytes(picture.figure, 110))
     captions = {name: picture.caption for name, picture in pictures.items()}
@@ -68,7 +68,7 @@ def page(
         "## The ambitions, line by line",
         "Judged is the predictor that was best on the *other* half of the experts (`table_choices.csv` names it), on "
         "both regimes together. No predictor counts where it has evaluated the very merge that it predicts.",
-        markdown(tables.aims, ["architecture", "aim", "value", "target", "met", "merges"]),
+        markdown(tables.aims, ["taken", "architecture", "aim", "value", "target", "met", "merges"]),
         "## Every predictor",
         "Predicted over measured test loss: median with 5 and 95 % quantiles; share of merges within 15 %; for "
         "collapsed merges the median factor. Both regimes; by regime, N and method, with rank correlations and their "
@@ -225,23 +225,28 @@ def _certificates(table: pd.DataFrame) -> str:
 def _methods(table: pd.DataFrame) -> str:
     kept = table[table["N"] != "all"]
     columns = [
-        "regime", "architecture", "N", "method", "groups", "loss", "loss_low", "loss_high", "accuracy",
-        "difference", "difference_low", "difference_high", "wins",
+        "regime", "architecture", "N", "method", "groups", "loss", "loss_low", "loss_high", "median_loss", "wins",
+        "accuracy", "accuracy_low", "accuracy_high", "accuracy_difference", "accuracy_difference_low",
+        "accuracy_difference_high",
     ]  # fmt: skip
     return markdown(kept, columns)
 
 
 def winners(tables: Tables) -> str:
-    """Who has the smallest mean test loss, by regime, network and N; and how each ``risk_optimal`` does in pairs."""
+    """Who has the smallest mean test loss and who the largest accuracy, by regime, network and N."""
     lines = []
     methods = tables.methods[tables.methods["N"] != "all"]
     for (regime, architecture, size), part in methods.groupby(["regime", "architecture", "N"], sort=False):
-        order = part.sort_values("loss")
-        first, second = order.iloc[0], order.iloc[min(1, len(order) - 1)]
+        by_loss, by_accuracy = part.sort_values("loss"), part.sort_values("accuracy", ascending=False)
+        one, two = by_loss.iloc[0], by_loss.iloc[min(1, len(part) - 1)]
+        average = part[part["method"] == "average"].iloc[0]
+        ours = by_loss[by_loss["method"].str.startswith("risk_optimal")].iloc[0]
         lines.append(
-            f"* {regime}, {architecture}, N = {size} ({int(first['groups'])} groups): **{first['method']}** "
-            f"({_short(first['loss'])}), then {second['method']} ({_short(second['loss'])}); averaging "
-            f"{_short(float(part.loc[part['method'] == 'average', 'loss'].iloc[0]))}."
+            f"* {regime}, {architecture}, N = {size} ({int(one['groups'])} groups): smallest mean loss "
+            f"**{one['method']}** ({_short(one['loss'])}), then {two['method']} ({_short(two['loss'])}); best "
+            f"of ours {ours['method']} ({_short(ours['loss'])}); averaging {_short(average['loss'])}. Largest accuracy "
+            f"**{by_accuracy.iloc[0]['method']}** ({_short(by_accuracy.iloc[0]['accuracy'])}; averaging "
+            f"{_short(average['accuracy'])})."
         )
     return "\n".join(lines)
 

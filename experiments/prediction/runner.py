@@ -193,4 +193,8 @@ def read_frames(spec: StudySpec, plan: Sequence[tuple[Pool, Path]], place: Path)
     if len(merges) and len(variances):
         clamped = variances[["group", "settings", "clamped"]]
         merges = merges.merge(clamped, on=["group", "settings"], how="left", validate="one_to_one")
-    return Frames(merges, tables["comparison"], tables["prices"], tables["curve"], gone)
+    parts = [tables[stage] for stage in ("comparison", "simplex") if len(tables[stage])]
+    comparison = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    if len(tables["simplex"]) and len(tables["comparison"]):  # methods are paired by group
+        comparison = comparison[comparison["group"].isin(set(tables["comparison"]["group"]))]
+    return Frames(merges, comparison, tables["prices"], tables["curve"], gone)

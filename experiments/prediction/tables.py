@@ -60,7 +60,7 @@ def compute_tables(frames: Frames, settings: Settings) -> Tables:
         merges,
         predictor_table(merges, settings),
         states,
-        aims_table(merges, intervals, flags, settings),
+        pd.concat([aims_table(merges, intervals, flags, settings), *_aims_without_clamped(merges, settings)]),
         intervals,
         flags,
         choice_table(merges),
@@ -146,7 +146,7 @@ def aims_table(
             aim: str, value: float, target: str, met: bool, count: int, architecture: object = architecture
         ) -> None:
             rows.append(
-                {"architecture": architecture, "aim": aim, "value": value, "target": target, "met": met,
+                {"architecture": architecture, "aim": aim, "value": value, "target": target, "met": met, "taken": "all",
                  "merges": count, "tier": "calibrated", "seed": settings.seed}
             )  # fmt: skip
 
@@ -237,13 +237,34 @@ def image_table(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 def method_table(comparison: pd.DataFrame, settings: Settings, reference: str = "average") -> pd.DataFrame:
-    """Mean test loss by method with intervals, paired with ``reference``: by regime, and over all regimes."""
+    """Test loss and accuracy by method with intervals, paired with ``reference``: by regime, and over all regimes.
+
+    Columns of :func:`experiments.validation.optimal_table` for the loss, ``median_loss`` (a single merge that breaks
+    can decide a mean), and the same for the accuracy: ``accuracy_low``, ``accuracy_difference`` and so on.
+    """
     if comparison.empty:
         return comparison
-    parts = [optimal_table(comparison, None, settings, reference)]
+    parts = [_method_part(comparison, settings, reference)]
     if comparison["regime"].nunique() > 1:
-        parts.insert(0, optimal_table(comparison.assign(regime="all"), None, settings, reference))
+        parts.insert(0, _method_part(comparison.assign(regime="all"), settings, reference))
     return pd.concat(parts, ignore_index=True)
+
+
+def _method_part(comparison: pd.DataFrame, settings: Settings, reference: str) -> pd.DataFrame:
+    keys = ["regime", "architecture", "N", "method"]
+    table = optimal_table(comparison, None, settings, reference)
+    swapped = comparison.assign(measured_loss=comparison["measured_accuracy"]).drop(columns="measured_accuracy")
+    other = optimal_table(swapped, None, settings, reference)
+    names = {"loss_low": "accuracy_low", "loss_high": "accuracy_high"}
+    names |= {f"difference{end}": f"accuracy_difference{end}" for end in ("", "_low", "_high")}
+    table = table.merge(other[[*keys, *names]].rename(columns=names), on=keys, how="left")
+    by_size = comparison.groupby(["regime", "architecture", "N", "method"])["measured_loss"].median()
+    whole = comparison.groupby(["regime", "architecture", "method"])["measured_loss"].median()
+    table["median_loss"] = [
+        float(whole[r, a, m]) if n == "all" else float(by_size[r, a, n, m])
+        for r, a, n, m in table[keys].itertuples(index=False)
+    ]
+    return table
 
 
 def duel_table(comparison: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -255,6 +276,17 @@ def duel_table(comparison: pd.DataFrame, settings: Settings) -> pd.DataFrame:
         found = optimal_table(pooled, None, settings, reference)
         parts.append(found[found["method"].str.startswith("risk_optimal")].assign(against=reference))
     return pd.concat(parts, ignore_index=True)
+
+
+def _aims_without_clamped(merges: pd.DataFrame, settings: Settings) -> list[pd.DataFrame]:
+    """The ambitions once more for merges that clamp no running variance, intervals and flags fitted on such only."""
+    if "clamped" not in merges or not (merges["clamped"] > 0).any():
+        return []
+    some = merges[merges["clamped"] == 0]
+    intervals = interval_table(some, ("best",), settings)
+    flags = flag_table(some, ("gap",), settings)
+    found = aims_table(some, intervals, flags, settings)
+    return [found.assign(taken="no variance clamped")]
 
 
 def clamped_table(merges: pd.DataFrame, name: str = "best") -> pd.DataFrame:
