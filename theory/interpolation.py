@@ -227,7 +227,8 @@ class InterpolatedField:
         kind: name of the predictor.
 
     >>> rule = Rule(((1.0, (affine(1),), (0, 1)),), values([[0.0], [1.0]]))
-    >>> InterpolatedField(rule, np.array([[[0.0, 0.0]], [[2.0, -2.0]]]), np.array([0]), "secant").at([0.5]).round(9).tolist()
+    >>> field = InterpolatedField(rule, np.array([[[0.0, 0.0]], [[2.0, -2.0]]]), np.array([0]), "secant")
+    >>> field.at([0.5]).round(9).tolist()
     [[1.0, -1.0]]
     """
 

@@ -118,7 +118,8 @@ def methods(table: pd.DataFrame, reference: str = "average") -> Picture:
                 ax.set_xlabel("test accuracy minus that of averaging", fontsize=9)
     caption = (
         "Merging methods on the same groups, both regimes: mean test accuracy minus that of averaging (right is "
-        "better), with 95 % intervals from resampling experts. Every choice was made on calibration images. Tier: measured."
+        "better), with 95 % intervals from resampling experts. Every choice was made on calibration images. "
+        "Tier: measured."
     )
     return Picture(figure, caption)
 
