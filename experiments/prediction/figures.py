@@ -100,6 +100,8 @@ def methods(table: pd.DataFrame, reference: str = "average") -> Picture:
         for c, size in enumerate(sizes):
             ax, part = axes[r, c], table[(table["architecture"] == network) & (table["N"] == size)]
             ax.set_title(f"{pretty(network)} · N = {size}", fontsize=10, loc="left")
+            if part.empty:
+                ax.text(0.5, 0.5, "not measured yet", transform=ax.transAxes, ha="center", color=GREY, fontsize=9)
             ax.axvline(0.0, color=INK, linewidth=1.0)
             for name in names:
                 if name not in set(part["method"]):
@@ -115,7 +117,7 @@ def methods(table: pd.DataFrame, reference: str = "average") -> Picture:
             ax.set_yticks(range(len(names)), [pretty(name) for name in names], fontsize=8)
             ax.set_ylim(len(names) - 0.5, -0.5)
             if r == len(networks) - 1:
-                ax.set_xlabel("test accuracy minus that of averaging", fontsize=9)
+                ax.set_xlabel("accuracy minus averaging's", fontsize=9)
     caption = (
         "Merging methods on the same groups, both regimes: mean test accuracy minus that of averaging (right is "
         "better), with 95 % intervals from resampling experts. Every choice was made on calibration images. "

@@ -18,7 +18,7 @@ from experiments.prediction.spec import StudySpec, label
 from experiments.prediction.tables import CHOSEN, Tables, compute_tables
 from experiments.validation import Settings, format_number
 
-PAGE = "tables.md"
+PAGE = "README.md"
 _TRIVIAL = ("expert_risk", "base_risk", "logit_mean", "V", "task_vector_norm", "cosine")
 
 
@@ -26,7 +26,7 @@ def write_study(
     spec: StudySpec, frames: Frames, out: Path, *, resamples: int = 300, finished: tuple[int, int] | None = None
 ) -> Tables:
     """Compute all tables and write them under ``out``: ``merges.csv`` (one row per merge), ``comparison.csv``,
-    ``table_*.csv``, figures and the page ``tables.md``.
+    ``table_*.csv``, figures and ``README.md``.
 
     Args:
         spec: the study.
