@@ -29,6 +29,7 @@ from merging.flat import FlatSpace
 from merging.merge import merge_flat
 from merging.method import Method
 from merging.registry import get
+from merging.variances import clamped_share, zero_share
 from theory.assumptions import Assumption
 from theory.errors import MergeboundError
 from theory.function_space import Array, LogitField, cross_entropy, minimise_risk, uniform_weights
@@ -57,6 +58,8 @@ class Options:
         alphas: coefficient vectors of the user's own, (N,) each.
         bounds: of every coefficient of risk_optimal, and of lambda.
         simplex: risk_optimal with nonnegative coefficients that sum to one.
+        hull: risk_optimal and the best scale with nonnegative coefficients of sum at most one.  ``None``: where the
+            network has BatchNorm and ``bounds`` is as it comes, for there larger sums make running variances negative.
         objective: which prediction is minimised; ``None``: the middle of the bracket, or the secant without tangents.
         tangent, bound: collect tangents; compute the master bound (both need derivatives).  ``None``: if
             ``Group.work`` is at most :data:`TANGENT_LIMIT`.
@@ -69,6 +72,7 @@ class Options:
     alphas: tuple[tuple[float, ...], ...] = ()
     bounds: tuple[float, float] = (0.0, 1.0)
     simplex: bool = False
+    hull: bool | None = None
     objective: Objective | None = None
     tangent: bool | None = None
     bound: bool | None = None
@@ -123,6 +127,8 @@ class MethodPrediction:
         verdict: ``narrow``, ``medium``, ``wide`` or ``unknown``; ``advice`` says what to do about it.
         dispersion: V = mean_j |M - x_j|^2.
         optimality_gap: the prediction exceeds its minimum over the allowed coefficients by at most this.
+        clamped: share of BatchNorm's running variances that this merge makes negative and merging clamps at zero
+            (measured from the checkpoints); above 0 no prediction holds.
         command: makes this merge.
     """
 
@@ -141,6 +147,7 @@ class MethodPrediction:
     tasks: tuple[TaskRisk, ...]
     dispersion: float
     optimality_gap: float | None
+    clamped: float
     bound: MasterBound | None
     command: str
 
@@ -303,6 +310,7 @@ class _Plan:
     linear: bool
     gap: float | None = None
     alpha: tuple[float, ...] | None = None
+    clamped: float = 0.0
 
 
 def predict(group: Group, options: Options | None = None, progress: Progress | None = None) -> Report:
@@ -373,14 +381,14 @@ def predict(group: Group, options: Options | None = None, progress: Progress | N
         objective=objective,
         verdict_rule=(
             f"wide: largest of secant, tangent and middle at least {WIDE} x the smallest and above the base's "
-            f"risk, or all above it; narrow: largest at most {NARROW} x the smallest, or within a standard error; "
-            "medium otherwise"
+            f"risk, or all above it, or running variances clamped; narrow: largest at most {NARROW} x the smallest, or "
+            "within a standard error; medium otherwise"
         ),
         experts=experts,
         expert_risk=_joint(group, own),
         base_risk=base_risk,
         methods=rows,
-        best=min(rows, key=lambda row: row.risk.value).label,
+        best=min(rows, key=lambda row: (row.clamped > 0.0, row.risk.value)).label,
         risk_optimal=next(
             (plan.label for plan in plans if plan.gap is not None and plan.method == "risk_optimal"), None
         ),
@@ -421,9 +429,16 @@ def _decide(group: Group, options: Options) -> tuple[tuple[str, ...], bool, bool
         raise MethodError(f"--coefficients {options.coefficients}: give finite numbers")
     if not np.isfinite(options.bounds).all() or not options.bounds[0] < options.bounds[1]:
         raise MethodError(f"--bounds {options.bounds[0]},{options.bounds[1]}: give two finite numbers, the lower first")
+    if options.hull and options.bounds != Options().bounds:
+        raise MergeboundError("--hull keeps coefficients between 0 and 1 with a sum of at most 1; drop it, or --bounds")
     notes = []
     if not tangent:
         notes.append("secant only: an under-estimate where merging hurts; --tangent adds the other end of the bracket")
+    if in_hull(group, options) and options.hull is None and not options.simplex:
+        notes.append(
+            "BatchNorm: risk_optimal and the best scale keep their coefficients' sum at most 1, above which running "
+            "variances become negative; --no-hull allows all of --bounds"
+        )
     return methods, tangent, cheap if options.bound is None else options.bound, notes
 
 
@@ -446,11 +461,14 @@ def _plans(
 ) -> list[_Plan]:
     n, fields = group.size, stats.fields(_KINDS[objective])
     plans: list[_Plan] = []
+    hull = in_hull(group, options)
+    space, deltas = group.networks[0].space, group.vectors - group.base
 
     def linear(label: str, name: str, alpha: Array, settings: Mapping[str, Any], gap: float | None = None) -> None:
         point = MergePoint(alpha, None, None, _dispersion(alpha, stats.gram))
         given = tuple(float(v) for v in alpha) if name in ("risk_optimal", "weighted") else None
-        plans.append(_Plan(label, name, settings, point, True, gap, given))
+        clamped = clamped_share(space, group.base, deltas, alpha)
+        plans.append(_Plan(label, name, settings, point, True, gap, given, clamped))
 
     for name in methods:
         method, settings = get(name), dict(options.settings.get(name, {}))
@@ -459,11 +477,11 @@ def _plans(
             for scale in scales:
                 linear(f"task_arithmetic({scale:g})", name, np.full(n, float(scale)), {"coefficient": float(scale)})
             summed = [LogitField(f.constant, f.slopes.sum(axis=0)[None], f.labels, f.kind) for f in fields]
-            best = minimise_risk(summed, bounds=options.bounds)
+            best = minimise_risk(summed, bounds=(0.0, 1.0 / n) if hull else options.bounds)
             scale = float(best.alpha[0])
             linear(f"task_arithmetic(best {scale:.3g})", name, np.full(n, scale), {"coefficient": scale}, best.gap)
         elif name == "risk_optimal":
-            best = minimise_risk(fields, bounds=options.bounds, simplex=options.simplex)
+            best = minimise_risk(fields, bounds=options.bounds, simplex=options.simplex, hull=hull)
             linear("risk_optimal", name, best.alpha, settings, best.gap)
         elif method.coefficients == "required":
             for alpha in options.alphas:
@@ -481,6 +499,13 @@ def _plans(
                 f"given({', '.join(f'{v:g}' for v in alpha)})", "risk_optimal", np.array(alpha, dtype=np.float64), {}
             )
     return plans
+
+
+def in_hull(group: Group, options: Options) -> bool:
+    """Whether chosen coefficients are kept nonnegative with a sum of at most one."""
+    if options.hull is not None:
+        return options.hull
+    return group.batch_norm and options.bounds == Options().bounds
 
 
 def _linear_alpha(method: Method, size: int, settings: Mapping[str, Any]) -> Array:
@@ -506,7 +531,9 @@ def _curved(group: Group, name: str, settings: Mapping[str, Any], seed: int) -> 
     products = tuple(product_at(group, group.base, residual, j) for j in range(group.size))
     V = float((vector - group.vectors).double().square().sum(dim=1).mean())
     shown = ", ".join(f"{key}={value}" for key, value in settings.items())
-    return _Plan(f"{name}({shown})" if shown else name, name, settings, MergePoint(alpha, products, None, V), False)
+    clamped = zero_share(network.space, group.base, vector)
+    point = MergePoint(alpha, products, None, V)
+    return _Plan(f"{name}({shown})" if shown else name, name, settings, point, False, clamped=clamped)
 
 
 def _price(
@@ -528,7 +555,7 @@ def _price(
     joint = {name: _joint(group, values) for name, values in losses.items()}
     headline: Objective = "middle" if "middle" in joint else "secant"
     cost = _joint(group, [a - b for a, b in zip(losses[headline], own, strict=True)])
-    width, verdict, advice = _verdict(joint, base_risk)
+    width, verdict, advice = _verdict(joint, base_risk, plan.clamped)
     return MethodPrediction(
         label=plan.label,
         method=plan.method,
@@ -548,6 +575,7 @@ def _price(
         ),
         dispersion=plan.point.dispersion,
         optimality_gap=plan.gap,
+        clamped=plan.clamped,
         bound=None if stiffness is None else _bound(group, plan, own, stiffness, stats.gram),
         command=_command(group, plan, seed),
     )
@@ -568,7 +596,16 @@ def _single_task(losses: Array) -> Estimate:
     return Estimate(float(losses.mean()), float(losses.std() / np.sqrt(max(len(losses) - 1, 1))))
 
 
-def _verdict(joint: Mapping[Objective, Estimate], base_risk: float) -> tuple[float | None, str, str]:
+def _verdict(joint: Mapping[Objective, Estimate], base_risk: float, clamped: float) -> tuple[float | None, str, str]:
+    if clamped > 0.0:
+        values = [estimate.value for estimate in joint.values()]
+        width = max(values) - min(values) if "tangent" in joint else None
+        return (
+            width,
+            "wide",
+            f"{clamped:.1%} of BatchNorm's running variances become negative and are clamped at 0, which no prediction "
+            "sees: expect collapse; keep the coefficients' sum at most 1, or re-estimate the statistics",
+        )
     if "tangent" not in joint:
         return None, "unknown", "secant only: no bracket; --tangent adds it"
     values = [joint[name].value for name in OBJECTIVES]

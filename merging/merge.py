@@ -8,6 +8,7 @@ are given does not change a bit of the result.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,9 @@ from merging.registry import get, methods
 from merging.settings import Gradient, PerLayer, Resolved, Rule, resolve
 from merging.tied import dealias
 from merging.types import StateDict
+from merging.variances import CLAMPED, zero_count
+
+_log = logging.getLogger(__name__)
 
 Coefficients = Sequence[float | Gradient | PerLayer] | Mapping[str, float | Gradient | PerLayer]
 """One coefficient per expert: in the order of the experts, or by their names."""
@@ -113,6 +117,9 @@ def merge_state_dicts(
         seed=seed,
         **settings,
     )
+    clamped = zero_count(job.space, job.origin, vector)
+    if clamped:
+        _log.warning(CLAMPED, clamped)
     donor = job.reference if private_from is None else experts[private_from]
     return job.assemble(vector, donor, chosen.name)
 

@@ -7,6 +7,7 @@ bits are those of that function.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,9 @@ from merging.methods.average import METHOD as AVERAGE
 from merging.partition import Partition
 from merging.settings import Resolved
 from merging.types import StateDict
+from merging.variances import CLAMPED, zero_count
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def _reader(stream: Stream, wanted: Mapping[str, Spec]) -> Callable[[str], Tenso
     layers = layers_of([name for group in stream.groups for name in group.names])
     labels = tuple(stream.experts)
     buffers = set(stream.parts.buffers)
+    told: list[str] = []
 
     def read(name: str) -> Tensor:
         try:
@@ -125,6 +130,9 @@ def _reader(stream: Stream, wanted: Mapping[str, Spec]) -> Callable[[str], Tenso
             seed=stream.seed,
             **settings,
         ).cpu()
+        if name in buffers and not told and (negative := zero_count(space, origin.cpu(), vector)):
+            told.append(name)
+            _log.warning(CLAMPED, f"{negative} (in '{name}', perhaps more elsewhere)")
         tensor = vector.view(spec.shape).to(spec.dtype)
         check_result({name: tensor}, vector, method.name)
         return tensor

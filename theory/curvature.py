@@ -107,11 +107,12 @@ def minimise_curvature(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     simplex: bool = False,
+    hull: bool = False,
     layers: int = 1,
     tolerance: float = 1e-9,
     max_iterations: int = 500,
 ) -> Optimum:
-    """The merging method ``curvature_optimal``: minimise the convex R^ over a box, or over the simplex.
+    """The merging method ``curvature_optimal``: minimise the convex R^ over a box, the simplex or the hull.
 
     R^ has kinks (at ``alpha = e_j``, and where two anchors' curvatures cross).  Smooth convex lower bounds of it are
     minimised, ever closer ones; the last, with its own Frank-Wolfe gap, proves how far from the minimum alpha is.
@@ -119,8 +120,8 @@ def minimise_curvature(
     Args:
         models: one per task, over K = N * ``layers`` coefficients, expert by expert (``i * layers + l``).
         weights: p_j, default 1/N.
-        bounds, simplex: see :func:`theory.function_space.minimise_risk`; with layers, the coefficients of each layer
-            are on a simplex.
+        bounds, simplex, hull: see :func:`theory.function_space.minimise_risk`; with layers, the coefficients of each
+            layer are on a simplex, or in a hull.
         layers: coefficients per expert.
         tolerance, max_iterations: of the solver.
 
@@ -141,7 +142,7 @@ def minimise_curvature(
     if any(len(model.centre) != size for model in models):
         raise MergeboundError("the models have different numbers of coefficients: collect them for one group")
     p = uniform_weights(len(models)) if weights is None else np.asarray(weights, dtype=np.float64)
-    alpha = np.full(size, np.clip(layers / size, *bounds) if not simplex else layers / size)
+    alpha = np.full(size, layers / size if simplex or hull else np.clip(layers / size, *bounds))
     best, lowest, steps = alpha, -np.inf, 0
     value = float(predict_curvature(models, alpha, p))
     for smoothing, power in zip(_SMOOTHING, _POWERS, strict=True):
@@ -151,6 +152,7 @@ def minimise_curvature(
             alpha,
             bounds=bounds,
             simplex=simplex,
+            hull=hull,
             layers=layers,
             tolerance=tolerance,
             max_iterations=max_iterations,

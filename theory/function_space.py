@@ -378,18 +378,22 @@ def minimise_risk(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     simplex: bool = False,
+    hull: bool = False,
     layers: int = 1,
     start: npt.ArrayLike | None = None,
     tolerance: float = 1e-7,
     max_iterations: int = 500,
 ) -> Optimum:
-    """The merging method ``risk_optimal``: minimise the convex R~ over a box, or over the simplex.
+    """The merging method ``risk_optimal``: minimise the convex R~ over a box, the simplex or the hull.
 
     Args:
         fields: one per task, over K = N * ``layers`` coefficients.
         weights: p_j, default 1/N.
         bounds: lower and upper bound of every coefficient (box).
         simplex: coefficients nonnegative with sum one instead of the box (with layers: sum one in each layer).
+        hull: coefficients nonnegative with sum at most one instead of the box: the convex hull of the base and the
+            experts, in which running variances of BatchNorm stay positive (outside they may not, and no prediction
+            here sees what a merge with clamped variances does).
         layers: coefficients per expert; coefficient ``i * layers + l`` is expert i's in layer l.
         start: where the solver starts, (K,); default 1/N everywhere.
         tolerance: relative tolerance of the solver.
@@ -405,13 +409,14 @@ def minimise_risk(
     """
     p = _task_weights(weights, len(fields))
     size = len(fields[0].slopes)
-    low, high = (0.0, 1.0) if simplex else bounds
+    low, high = (0.0, 1.0) if simplex or hull else bounds
     first = np.full(size, layers / size) if start is None else np.asarray(start, dtype=np.float64)
     found = minimise(
         lambda alpha: risk_gradient(fields, alpha, p),
         np.clip(first, low, high),
         bounds=bounds,
         simplex=simplex,
+        hull=hull,
         layers=layers,
         tolerance=tolerance,
         max_iterations=max_iterations,

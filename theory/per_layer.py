@@ -267,6 +267,7 @@ def minimise_per_layer(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     simplex: bool = False,
+    hull: bool = False,
     tolerance: float = 1e-7,
     max_iterations: int = 500,
 ) -> LayeredOptimum:
@@ -276,7 +277,7 @@ def minimise_per_layer(
         fields: one per task, over N L coefficients.
         layers: L.
         weights: p_j, default 1/N.
-        bounds, simplex: of every coefficient; the simplex holds in each layer.
+        bounds, simplex, hull: of every coefficient; simplex and hull hold in each layer.
         tolerance, max_iterations: of the solver.
 
     >>> products = np.array([[[[1.0, 0.0]], [[0.0, 2.0]]]])  # the first layer helps, the second hurts
@@ -286,7 +287,13 @@ def minimise_per_layer(
     """
     together = [collapse(field, layers) for field in fields]
     whole = minimise_risk(
-        together, weights, bounds=bounds, simplex=simplex, tolerance=tolerance, max_iterations=max_iterations
+        together,
+        weights,
+        bounds=bounds,
+        simplex=simplex,
+        hull=hull,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
     )
     start = everywhere(whole.alpha, layers)
     found = minimise_risk(
@@ -294,6 +301,7 @@ def minimise_per_layer(
         weights,
         bounds=bounds,
         simplex=simplex,
+        hull=hull,
         layers=layers,
         start=start,
         tolerance=tolerance,

@@ -288,12 +288,13 @@ def risk_optimal_fit(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     simplex: bool = False,
+    hull: bool = False,
     layers: int = 1,
     start: npt.ArrayLike | None = None,
 ) -> Fit:
     """The choice of coefficients that ``risk_optimal`` makes, as a function of the fields."""
     return lambda fields: (
-        minimise_risk(fields, weights, bounds=bounds, simplex=simplex, layers=layers, start=start).alpha
+        minimise_risk(fields, weights, bounds=bounds, simplex=simplex, hull=hull, layers=layers, start=start).alpha
     )
 
 

@@ -124,6 +124,13 @@ def predict(
     ] = None,
     bounds: Annotated[str, typer.Option("--bounds", help="Lowest and highest coefficient of risk_optimal.")] = "0,1",
     simplex: Annotated[bool, typer.Option("--simplex", help="risk_optimal's coefficients sum to one.")] = False,
+    hull: Annotated[
+        bool | None,
+        typer.Option(
+            "--hull/--no-hull",
+            help="Chosen coefficients are nonnegative with sum at most 1. Default: if the network has BatchNorm.",
+        ),
+    ] = None,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -157,6 +164,7 @@ def predict(
         alphas=alpha or [],
         bounds=bounds,
         simplex=simplex,
+        hull=hull,
         objective=objective,
         tangent=tangent,
         bound=bound,
@@ -219,6 +227,7 @@ def read_options(
     alphas: Sequence[str],
     bounds: str,
     simplex: bool,
+    hull: bool | None,
     objective: str | None,
     tangent: bool | None,
     bound: bool | None,
@@ -248,6 +257,7 @@ def read_options(
         alphas=tuple(tuple(read_numbers("--alpha", text)) for text in alphas),
         bounds=(limits[0], limits[1]),
         simplex=simplex,
+        hull=hull,
         objective=objective,
         tangent=tangent,
         bound=bound,

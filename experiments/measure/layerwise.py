@@ -281,6 +281,7 @@ def risk_optimal_coefficients(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     simplex: bool = False,
+    hull: bool = False,
 ) -> tuple[Coefficients, Optimum]:
     """Coefficients that minimise the function-space prediction of the joint risk, per expert and layer.
 
@@ -296,8 +297,8 @@ def risk_optimal_coefficients(
     start = None
     if statistics.depth > 1:
         together = [_together(field, statistics.depth) for field in fields]
-        start = np.repeat(minimise_risk(together, bounds=bounds, simplex=simplex).alpha, statistics.depth)
-    found = minimise_risk(fields, bounds=bounds, simplex=simplex, layers=statistics.depth, start=start)
+        start = np.repeat(minimise_risk(together, bounds=bounds, simplex=simplex, hull=hull).alpha, statistics.depth)
+    found = minimise_risk(fields, bounds=bounds, simplex=simplex, hull=hull, layers=statistics.depth, start=start)
     return statistics.coefficients(found), found
 
 
@@ -313,7 +314,10 @@ def curvature_optimal_coefficients(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     simplex: bool = False,
+    hull: bool = False,
 ) -> tuple[Coefficients, Optimum]:
     """Coefficients that minimise the curvature model of the joint risk, per expert and layer."""
-    found = minimise_curvature(statistics.curvatures(anchors), bounds=bounds, simplex=simplex, layers=statistics.depth)
+    found = minimise_curvature(
+        statistics.curvatures(anchors), bounds=bounds, simplex=simplex, hull=hull, layers=statistics.depth
+    )
     return statistics.coefficients(found), found

@@ -15,11 +15,12 @@ from experiments.prediction.bank import Bank, Material, Progress, build_bank
 from experiments.prediction.compare import Collected, compare_rows, simplex_rows
 from experiments.prediction.curve import curve_rows, price_rows
 from experiments.prediction.draws import Pool, StudyGroup
-from experiments.prediction.measuring import clamped_variances, linear_coefficients
+from experiments.prediction.measuring import linear_coefficients
 from experiments.prediction.opening import open_pool
 from experiments.prediction.rows import merge_rows
 from experiments.prediction.spec import StudySpec, label
 from experiments.store import Store
+from merging.variances import clamped_share
 
 Row = dict[str, Any]
 STAGES = ("merges", "variances", "prices", "comparison", "simplex", "curve")
@@ -111,7 +112,8 @@ def variance_rows(spec: StudySpec, pool: Pool, material: Material, group: StudyG
     for method in spec.methods:
         if method.merges(len(members)):
             alpha = linear_coefficients(method, len(members))
-            share = 0.0 if alpha is None else clamped_variances(material, members, alpha)
+            space, deltas = material.backbone.space, material.deltas[members]
+            share = 0.0 if alpha is None else clamped_share(space, material.origin, deltas, alpha)
             name = f"{pool.key.folder}-{group.number}"
             rows.append({"group": name, "settings": label(method), "clamped": share, "tier": "measured"})
     return rows

@@ -17,7 +17,6 @@ from experiments.spec import MethodSpec
 from experiments.tasks.types import Split
 from merging.batchnorm import reestimate_batchnorm
 from merging.merge import merge_flat
-from merging.partition import is_variance
 from merging.registry import get
 from theory.function_space import Array, Labels, joint_standard_error
 
@@ -101,21 +100,6 @@ def measure_sets(
 ) -> list[Measured]:
     """Loss and accuracy of merged coordinates on several sets of images."""
     return [summary(images) for images in per_image(material, vector, members, sets)]
-
-
-def clamped_variances(material: Material, members: Sequence[int], alpha: Array) -> float:
-    """Share of BatchNorm's running variances that a linear merge would make negative, which merging clamps at zero; 0.0
-    where there are none.
-
-    It is read off the checkpoints, without passes.  *Trap:* predictors see x_0 + sum_i alpha_i Delta_i as it is.
-    """
-    pieces = [piece for name, piece in material.backbone.space.segments() if is_variance(name)]
-    if not pieces:
-        return 0.0
-    weights = torch.as_tensor(alpha, dtype=material.origin.dtype)
-    deltas = material.deltas[list(members)]
-    merged = torch.cat([material.origin[p] + weights @ deltas[:, p] for p in pieces])
-    return float((merged < 0.0).double().mean())
 
 
 def reestimated(material: Material, vector: Tensor, members: Sequence[int]) -> Tensor | None:

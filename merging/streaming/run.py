@@ -31,6 +31,7 @@ from merging.streaming.programs import Span
 from merging.streaming.source import Buffers, Inputs
 from merging.tensorwise import Stream, merge_stream
 from merging.types import StateDict
+from merging.variances import CLAMPED
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ def run(
     total = sum(spec.nbytes for spec in stored.values())
     last = {task.name: number for number, task in enumerate(plan.tasks)}
     local = threading.local()
+    clamped: list[int] = []
     with (
         Inputs(stream.base, list(experts.values()), mapped=mapped) as inputs,
         ThreadPoolExecutor(plan.threads, thread_name_prefix="mergebound") as pool,
@@ -110,7 +112,7 @@ def run(
             logger.info("going on with task %d of %d", output.resumed + 1, len(plan.tasks))
         # pieces that are submitted, waiting to be written, being written: a buffer comes back after all of these
         ring = _Ring((_AHEAD + _WAITING) * plan.threads + 3)
-        job = _Job(stream, plan, stored, copied, inputs, merge_stream(stream), local, ring)
+        job = _Job(stream, plan, stored, copied, inputs, merge_stream(stream), local, ring, clamped)
         done = total - sum((task.stop - task.start) * stored[task.name].dtype.itemsize for _, task in todo)
         if progress is not None:
             progress(done, total)
@@ -149,6 +151,8 @@ def run(
                 if progress is not None:
                     progress(done, total)
             inputs.confirm()
+            if clamped:
+                logger.warning(CLAMPED, sum(clamped))
         except BaseException:
             inputs.stop()
             for _, _, future in waiting:
@@ -181,6 +185,7 @@ class _Job:
     whole: LazyState
     local: Any
     ring: _Ring
+    clamped: list[int]
 
     def prepare(self, task: Task) -> object:
         assert task.batch is not None
@@ -207,7 +212,10 @@ class _Job:
         merged = torch.from_numpy(out)
         if is_variance(task.name) and task.name in self.stream.parts.buffers:
             bad += beyond(out, _LARGEST)  # which clamping may hide
-            merged.clamp_(min=0.0)
+            negative = int((merged < 0.0).sum())
+            if negative:
+                self.clamped.append(negative)
+                merged.clamp_(min=0.0)
         limit = np.float32(min(torch.finfo(spec.dtype).max, torch.finfo(torch.float32).max))
         stored = merged if plain else merged.to(spec.dtype)
         if bad or beyond(out, limit):

@@ -23,6 +23,7 @@ from experiments.predict import Group, Options, Report, load_group, measured_smo
 from merging.checkpoint import save_state_dict
 from merging.merge import merge_state_dicts
 from merging.partition import partition
+from theory.errors import MergeboundError
 
 torch.set_num_threads(1)
 Build = Callable[..., nn.Module]
@@ -227,6 +228,64 @@ def test_nearby_experts_are_priced_closely(tmp_path: Path, architecture: str) ->
     verdicts = {item.name: item.verdict for item in report.assumptions}
     assert verdicts["A3"] == ("violated" if architecture == "resnet_bn" else "holds")
     assert verdicts["A1"] == "unknown"
+
+
+@pytest.fixture
+def extrapolating(tmp_path: Path) -> list[Path]:
+    """A network with BatchNorm whose experts' variances fell to a tenth: a sum of coefficients above 10/9 is too much.
+
+    The labels are what twice the experts' way would say, so that predictions ask for it.
+    """
+    files = digit_files(tmp_path, "resnet_bn", 0.01)
+    base = load_file(files[0])
+    states = [base]
+    for path in files[1:3]:
+        state = load_file(path)
+        for name in state:
+            if name.endswith("running_var"):
+                state[name] = 0.1 * base[name]
+        states.append(state)
+    write(tmp_path, states, "resnet_bn")
+    far = merge_state_dicts("task_arithmetic", base, {"a": states[1], "b": states[2]}, coefficient=0.5)
+    for path, state in zip(files[3:], states[1:], strict=True):
+        body = {name: state[name] if name.startswith("fc.") else tensor for name, tensor in far.items()}
+        network = build_model("resnet_bn").eval()
+        network.load_state_dict(body)
+        images = np.load(path)["x_val"]
+        with torch.no_grad():
+            labels = network(torch.from_numpy(images)[:, None]).argmax(dim=1).numpy()
+        np.savez(path, x_val=images, y_val=labels)
+    return files
+
+
+def test_merges_that_clamp_running_variances_are_flagged_and_never_advised(extrapolating: list[Path]) -> None:
+    own = (0.7, 0.7)
+    wanted = Options(methods=("average", "task_arithmetic", "risk_optimal"), coefficients=(0.3, 0.9), alphas=(own,))
+    report = predict(group_of(extrapolating), wanted)
+    rows = {row.label: row for row in report.methods}
+    for label, share in (("average", 0.0), ("task_arithmetic(0.3)", 0.0), ("task_arithmetic(0.9)", 1.0)):
+        assert rows[label].clamped == share
+    (given,) = [row for row in report.methods if row.label.startswith("given")]
+    for row in (given, rows["task_arithmetic(0.9)"]):
+        assert row.verdict == "wide"
+        assert "clamped" in row.advice
+        states = [load_file(path) for path in extrapolating[:3]]
+        made = merge_state_dicts(
+            "risk_optimal", states[0], {"a": states[1], "b": states[2]}, coefficients=list(row.coefficients)
+        )
+        assert all(float(tensor.max()) == 0.0 for name, tensor in made.items() if name.endswith("running_var"))
+    best = [row for row in report.methods if row.optimality_gap is not None]
+    assert len(best) == 2  # the best scale and risk_optimal
+    for row in best:
+        assert row.clamped == 0.0
+        assert sum(row.coefficients) <= 1.0 + 1e-9
+    assert rows[report.best].clamped == 0.0
+    assert any("--no-hull" in note for note in report.notes)
+
+    free = predict(group_of(extrapolating), Options(methods=("risk_optimal",), hull=False))
+    assert free.methods[0].risk.value <= rows["risk_optimal"].risk.value + 1e-9
+    with pytest.raises(MergeboundError, match="--bounds"):
+        predict(group_of(extrapolating), Options(hull=True, bounds=(0.0, 2.0)))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

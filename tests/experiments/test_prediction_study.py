@@ -17,12 +17,12 @@ from experiments.prediction.compare import Collected, coarse, compare_rows
 from experiments.prediction.curve import price_rows
 from experiments.prediction.draws import Pool, PoolKey, StudyExpert, StudyGroup, draw_groups, recipe_numbers
 from experiments.prediction.judged import flag_table, honest, interval_table, with_choices
-from experiments.prediction.measuring import clamped_variances
 from experiments.prediction.rows import merge_rows
 from experiments.prediction.spec import StudySpec, read_study
 from experiments.tasks.types import Split
 from experiments.validation import Settings
 from merging.merge import merge_state_dicts
+from merging.variances import clamped_share, zero_share
 from theory.errors import MergeboundError
 
 TASKS = ("a", "b", "c")
@@ -247,8 +247,6 @@ def test_the_comparison_takes_its_choices_from_calibration_images(material: Mate
 
 
 def test_running_variances_below_zero_are_counted_from_the_checkpoints() -> None:
-    from types import SimpleNamespace
-
     from merging.flat import FlatSpace
 
     state = {
@@ -263,9 +261,12 @@ def test_running_variances_below_zero_are_counted_from_the_checkpoints() -> None
     space = FlatSpace.of(state)
     origin = space.flatten(state)
     deltas = torch.stack([space.flatten(one) - origin for one in experts])
-    stand_in = SimpleNamespace(backbone=SimpleNamespace(space=space), origin=origin, deltas=deltas)
     for alpha, share in (([0.5, 0.5], 0.0), ([0.7, 0.7], 0.0), ([0.8, 0.8], 0.5), ([5.0, 5.0], 1.0)):
-        assert clamped_variances(stand_in, [0, 1], np.array(alpha)) == share  # type: ignore[arg-type]
+        assert clamped_share(space, origin, deltas, alpha) == share
+        merged = origin + torch.tensor(alpha) @ deltas
+        merged[1:] = torch.where(merged[1:] < 0, 0, merged[1:])  # as merging does; the mean is negative by right
+        merged[space.names.index("n.running_mean")] = -1.0
+        assert zero_share(space, origin, merged) == share
 
 
 def test_neighbouring_layers_are_joined_evenly() -> None:

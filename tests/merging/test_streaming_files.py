@@ -98,6 +98,27 @@ def assert_all_same(spec: MergeSpec, folder: Path, *, suffix: str = ".safetensor
     return expected
 
 
+@pytest.mark.parametrize(("coefficient", "told"), [(0.3, False), (0.9, True)])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_running_variances_set_to_zero_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, coefficient: float, told: bool, streamed: bool
+) -> None:
+    """With three experts whose variances are half the base's, a sum of coefficients above 2 makes all six negative."""
+
+    def halve(name: str, state: State) -> None:
+        state["norm.running_var"] = torch.full((6,), 1.0 if name == "base" else 0.5)
+
+    paths = family(tmp_path, change=halve)
+    spec = spec_of(paths, "task_arithmetic", settings={"coefficient": coefficient}, out=tmp_path / "out.safetensors")
+    with caplog.at_level("WARNING"):
+        execute(prepare(spec), RECORD, Resources(streamed=streamed))
+    messages = [record.getMessage() for record in caplog.records if "running variances" in record.getMessage()]
+    assert len(messages) == told
+    assert all(message.startswith("6 ") and " of BatchNorm's" in message for message in messages)
+    variances = load_state_dict(tmp_path / "out.safetensors")["norm.running_var"]
+    assert bool((variances == 0.0).all()) == told
+
+
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("ties", {}),
     ("ties", {"settings": {"density": Gradient((0.1, 0.6))}, "rules": (Rule("stem.*", {"scope": "tensor"}),)}),

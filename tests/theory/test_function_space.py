@@ -250,6 +250,28 @@ def test_simplex_minimum_beats_a_dense_grid_and_proves_it(seed: int) -> None:
     check_optimum(found, fields, weights, grid(0.0, 1.0, simplex=True))
 
 
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(SEEDS, st.sampled_from([0.3, 3.0]))
+def test_hull_minimum_beats_a_dense_grid_and_proves_it(seed: int, scale: float) -> None:
+    """Both kinds of minima: where the sum of the coefficients is 1, and inside."""
+    rng = np.random.default_rng(seed)
+    fields, weights = random_fields(rng, scale=scale), random_weights(rng, 2)
+    found = minimise_risk(fields, weights, hull=True)
+    assert (found.alpha >= 0).all()
+    assert found.alpha.sum() <= 1.0 + 1e-12
+    points = grid(0.0, 1.0, simplex=False)
+    check_optimum(found, fields, weights, points[points.sum(axis=1) <= 1.0 + 1e-12])
+
+
+def test_hull_holds_in_every_layer_and_lies_between_box_and_simplex() -> None:
+    fields = random_fields(np.random.default_rng(3), 4, 2, scale=2.0)  # two experts, two layers
+    hull = minimise_risk(fields, hull=True, layers=2)
+    assert (hull.alpha.reshape(2, 2).sum(axis=0) <= 1.0 + 1e-12).all()
+    box, simplex = minimise_risk(fields, layers=2), minimise_risk(fields, simplex=True, layers=2)
+    assert box.risk - box.gap <= hull.risk + 1e-12
+    assert hull.risk - hull.gap <= simplex.risk + 1e-12
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(SEEDS, st.integers(1, 3), st.booleans())
 def test_gap_bounds_suboptimality_even_when_the_solver_is_stopped_early(seed: int, steps: int, simplex: bool) -> None:
@@ -258,6 +280,10 @@ def test_gap_bounds_suboptimality_even_when_the_solver_is_stopped_early(seed: in
     early = minimise_risk(fields, simplex=simplex, max_iterations=steps)
     best = float(predict_risk(fields, grid(0.0, 1.0, simplex)).risk.min())
     assert early.risk - early.gap <= best + 1e-12
+    inside = minimise_risk(fields, hull=True, max_iterations=steps)
+    points = grid(0.0, 1.0, False)
+    best = float(predict_risk(fields, points[points.sum(axis=1) <= 1.0]).risk.min())
+    assert inside.risk - inside.gap <= best + 1e-12
 
 
 def test_corner_solutions_are_found() -> None:
