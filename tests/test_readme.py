@@ -109,7 +109,7 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-GROUPS = ("base", "collect", "data", "grid", "measure", "models", "study")
+GROUPS = ("advise", "base", "collect", "data", "grid", "measure", "models", "study")
 """Commands whose options belong to commands of their own."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import typer
 
 from experiments.commands import (
+    advise,
     base,
     bound,
     collect,
@@ -32,6 +33,7 @@ COMMANDS: tuple[Callable[[typer.Typer], None], ...] = (
     predict.register,
     measure.register,
     study.register,
+    advise.register,
     merge.register,
     methods.register,
     models.register,

@@ -1,0 +1,337 @@
+"""Advice on experts that exist: by which method and coefficients to merge them, and which to leave out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from experiments.advise.account import Account, Change, account, changes
+from experiments.advise.candidates import Candidate, candidates, judge_of, subsets_table
+from experiments.advise.collecting import MergeBudget, Progress, collect_within, halves
+from experiments.advise.domain import Domain, domain_of
+from experiments.advise.numbers import Number, around, simultaneous
+from experiments.measure.predictors.merges import Merge, form, merged_vector
+from experiments.measure.predictors.predict import predict_merge
+from experiments.measure.predictors.statistics import FieldStatistics
+from experiments.measure.predictors.zoo import ZOO
+from experiments.measure.subject import Subject
+from theory.errors import MergeboundError
+from theory.function_space import Array, cross_entropy, joint_standard_error
+
+VERIFY = 4
+"""Merges that are evaluated by default, the average among them."""
+_PRICED = ("secant", "tangent_base", "secant_tangent", "pairs", "pairs_tangent")
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class MergeAdvice:
+    """What to do with a base and its experts.
+
+    Attributes:
+        label, method, settings: of the recommended merge, as ``mergebound merge`` takes them.
+        alpha: its coefficients by expert, (N,); for methods that are not linear their projection on the task vectors.
+        experts: names, in order.
+        kept, left_out: experts with a coefficient above zero, and the others.
+        predicted: joint risk on images that chose nothing, in nats; the interval spans all predictors that were
+            collected, widened by the draw of images.
+        measured: the same merge evaluated on these images, with an interval that holds for all evaluated merges at
+            once; ``None`` where nothing was evaluated.
+        accuracy: predicted, or measured where it was.
+        average, base, own: joint risks of the average (predicted by the judge), of the base, and of the experts alone.
+        judge: the predictor that decided.
+        account: the theory's terms.
+        changes: what could be changed, the first first.
+        candidates: every merge considered, by what decided.
+        subsets: the best merge of k experts for every k.
+        domain: of coefficients.
+        samples, seconds: what it cost.
+        skipped: what was not collected, and why.
+        notes: what a reader must know.
+        seed: of images and methods.
+    """
+
+    label: str
+    method: str
+    settings: dict[str, float]
+    alpha: tuple[float, ...]
+    experts: tuple[str, ...]
+    kept: tuple[str, ...]
+    left_out: tuple[str, ...]
+    predicted: Number
+    measured: Number | None
+    accuracy: float
+    average: Number
+    base: Number
+    own: Number
+    judge: str
+    account: Account
+    changes: tuple[Change, ...]
+    candidates: pd.DataFrame
+    subsets: pd.DataFrame
+    domain: Domain
+    samples: float
+    seconds: float
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+    seed: int
+
+    @property
+    def risk(self) -> Number:
+        """The measured joint risk where there is one, else the predicted."""
+        return self.measured or self.predicted
+
+
+def advise_merge(
+    subject: Subject,
+    *,
+    budget: MergeBudget = MergeBudget(),
+    kinds: Sequence[str] | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    verify: int = VERIFY,
+    nonlinear: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> MergeAdvice:
+    """Choose method, coefficients and experts on one half of the calibration images, and judge on the other.
+
+    Every candidate is priced by every predictor that the budget could collect; the ``verify`` merges that the judge
+    prices lowest on the first half (the average always among them) are then formed and evaluated on the second half,
+    and the one with the smallest measured joint risk is recommended.  With ``verify = 0`` nothing is evaluated, and
+    the judge's price decides.
+
+    Args:
+        subject: base, experts and calibration images, two per task or more; at least two experts.
+        budget: samples or minutes; see :class:`experiments.advise.collecting.MergeBudget`.
+        kinds: what is collected, in place of a budget.
+        bounds: of every coefficient; networks with BatchNorm stay in the hull of base and experts besides.
+        verify: merges that are evaluated.
+        nonlinear: consider TIES and DARE (they are priced only where tangents are collected).
+        seed: names the power iteration and methods that draw numbers.
+        progress: called with stage, done, total.
+
+    Raises:
+        MergeboundError: fewer than two experts, a negative ``verify``, or what collecting refuses.
+
+    Source: theory.md sections 7 and 8.
+    """
+    started = time.perf_counter()
+    if subject.size < 2:
+        raise MergeboundError(f"{subject.size} expert leaves nothing to merge: give two or more")
+    if verify < 0:
+        raise MergeboundError(f"verify = {verify}: give 0 or more merges to evaluate")
+    domain = domain_of(subject, bounds)
+    made = collect_within(subject, budget, kinds=kinds, seed=seed, verify=verify, progress=progress)
+    (chooser, choosing), (jury, judging) = halves(subject, made.statistics)
+    found = candidates(choosing, domain, nonlinear=nonlinear and "tangent_base" in choosing.kinds)
+    judge = judge_of(choosing)
+    merges = [one.merge for one in found]
+    names = [name for name in _PRICED if ZOO[name].available(choosing)]
+    first = predict_merge(chooser, merges, choosing, names=names, seed=seed)
+    second = predict_merge(jury, merges, judging, names=names, seed=seed)
+    table = _table(found, first, second, judge, seed)
+    samples = made.samples
+    if verify:
+        chosen = _to_verify(table, verify, made.left, sum(judging.images))
+        measured = _evaluate(jury, judging, [found[k] for k in chosen], seed, progress)
+        samples += len(chosen) * sum(judging.images)
+        for k, row in zip(chosen, measured, strict=True):
+            table.loc[k, ["measured", "measured_error", "measured_accuracy"]] = row
+    best = _best(table)
+    row, winner = table.loc[best], found[best]
+    alpha = _coefficients(jury, winner, judging, seed)
+    checked = int(table["measured"].notna().sum())
+    real = None
+    if checked and np.isfinite(row["measured"]):
+        real = around(
+            float(row["measured"]), float(row["measured_error"]), "measured", seed,
+            f"images; holds for all {checked} evaluated merges at once", simultaneous(checked, _LEVEL),
+        )  # fmt: skip
+    predicted = Number(
+        float(row["predicted"]), float(row["low"]), float(row["high"]), "estimated", seed,
+        f"hull of {', '.join(names)}, each with 95 % over images",
+    )  # fmt: skip
+    own, base = _alone(judging, seed), _of_base(judging, seed)
+    account_found = account(jury, judging, alpha, (real or predicted).value, seed=seed)
+    average = table[table["label"] == "average"].iloc[0]
+    average_number = Number(
+        float(average["predicted"]), float(average["low"]), float(average["high"]), "estimated", seed
+    )
+    comparable = float(average["measured"]) if real is not None else average_number.value
+    todo = changes(
+        account_found, base.value, comparable, (real or predicted).value, own.value, winner.label, domain
+    )  # fmt: skip
+    order = ["measured", "predicted"] if checked else ["predicted"]
+    kept = tuple(n for n, a in zip(subject.names, alpha, strict=True) if abs(a) > 1e-3)
+    return MergeAdvice(
+        label=winner.label,
+        method=winner.method,
+        settings=dict(winner.settings),
+        alpha=tuple(float(a) for a in alpha),
+        experts=subject.names,
+        kept=kept,
+        left_out=tuple(n for n in subject.names if n not in kept),
+        predicted=predicted,
+        measured=real,
+        accuracy=float(row["measured_accuracy"] if real is not None else row["accuracy"]),
+        average=average_number,
+        base=base,
+        own=own,
+        judge=judge,
+        account=account_found,
+        changes=todo,
+        candidates=table.sort_values(order, na_position="last").reset_index(drop=True),
+        subsets=subsets_table(choosing, domain),
+        domain=domain,
+        samples=samples,
+        seconds=time.perf_counter() - started,
+        skipped=made.skipped,
+        notes=_notes(subject, judging, row, base, real, predicted),
+        seed=seed,
+    )
+
+
+def _table(
+    found: Sequence[Candidate], first: pd.DataFrame, second: pd.DataFrame, judge: str, seed: int
+) -> pd.DataFrame:
+    """One row per candidate: the judge's price on both halves, and the interval over all predictors on the second."""
+    rows = []
+    for one in found:
+        mine, other = first[first["merge"] == one.label], second[second["merge"] == one.label]
+        price = other[other["predictor"] == judge].iloc[0]
+        rows.append(
+            {
+                "label": one.label,
+                "method": one.method,
+                "origin": one.origin,
+                "coefficients": "" if one.alpha is None else ";".join(f"{a:.4f}" for a in one.alpha),
+                "chosen_on": float(mine.loc[mine["predictor"] == judge, "risk"].iloc[0]),
+                "predicted": float(price["risk"]),
+                "low": float(other["low"].min()),
+                "high": float(other["high"].max()),
+                "accuracy": float(price["accuracy"]),
+                "certificate": float(price["certificate_remainder"]),
+                "flag": bool(price["flag"]),
+                "gap": one.gap,
+                "measured": np.nan,
+                "measured_error": np.nan,
+                "measured_accuracy": np.nan,
+                "predictor": judge,
+                "tier": "estimated",
+                "seed": seed,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _to_verify(table: pd.DataFrame, verify: int, left: float | None, images: int) -> list[int]:
+    """Rows to evaluate: the average, then by price on the choosing half, as far as a budget goes."""
+    most = verify if left is None else min(verify, int(left // max(images, 1)))
+    order = [int(k) for k in table.sort_values("chosen_on", kind="stable").index]
+    average = [int(k) for k in table.index[table["label"] == "average"]]
+    return list(dict.fromkeys([*average, *order]))[: max(most, 0)]
+
+
+def _evaluate(
+    subject: Subject,
+    statistics: FieldStatistics,
+    found: Sequence[Candidate],
+    seed: int,
+    progress: Progress | None,
+) -> list[tuple[float, float, float]]:
+    """Joint risk (nats), its standard error, and accuracy of merges on the subject's calibration images."""
+    tell = progress or (lambda stage, done, total: None)
+    rows = []
+    for number, one in enumerate(found):
+        tell("evaluating", number, len(found))
+        vector = merged_vector(subject, one.merge, seed)
+        losses, hits = [], []
+        for j, network in enumerate(subject.networks):
+            parts = [network.features(vector, part) for part in torch.split(subject.calibration[j].images, 256)]
+            logits = np.asarray(torch.cat(parts).double().numpy())
+            losses.append(np.minimum(cross_entropy(logits, statistics.labels[j]), 1e12))
+            hits.append(float((logits.argmax(axis=-1) == statistics.labels[j]).mean()))
+        error = joint_standard_error(losses, statistics.image_names())
+        rows.append((float(np.mean([v.mean() for v in losses])), error, float(np.mean(hits))))
+    tell("evaluating", len(found), len(found))
+    return rows
+
+
+def _best(table: pd.DataFrame) -> int:
+    if table["measured"].notna().any():
+        return int(table["measured"].idxmin())
+    return int(table["chosen_on"].idxmin())
+
+
+def _coefficients(subject: Subject, one: Candidate, statistics: FieldStatistics, seed: int) -> Array:
+    if one.alpha is not None:
+        return one.alpha
+    return form(subject, one.merge, statistics.groups, seed).alpha(statistics.shares())
+
+
+def _alone(statistics: FieldStatistics, seed: int) -> Number:
+    return _of_logits(statistics, [statistics.own_logits(j) for j in range(statistics.size)], seed)
+
+
+def _of_base(statistics: FieldStatistics, seed: int) -> Number:
+    return _of_logits(statistics, [statistics.base_logits(j) for j in range(statistics.size)], seed)
+
+
+def _of_logits(statistics: FieldStatistics, logits: Sequence[Array], seed: int) -> Number:
+    losses = [cross_entropy(h, y) for h, y in zip(logits, statistics.labels, strict=True)]
+    error = joint_standard_error(losses, statistics.image_names())
+    return around(float(np.mean([v.mean() for v in losses])), error, "measured", seed, "images")
+
+
+def _notes(
+    subject: Subject,
+    statistics: FieldStatistics,
+    row: pd.Series,
+    base: Number,
+    real: Number | None,
+    predicted: Number,
+) -> tuple[str, ...]:
+    notes = [
+        "coefficients were chosen on one half of the calibration images and judged on the other "
+        f"({min(statistics.images)} images a task); judge the final merge on images that neither half holds"
+    ]
+    if bool(row["flag"]):
+        notes.append("predictors disagree on this merge: it may collapse, evaluate it before use")
+    if real is not None and not predicted.low <= real.value <= predicted.high:
+        notes.append(
+            f"measured risk {real.value:.3g} lies outside the predicted interval {predicted.low:.3g} to "
+            f"{predicted.high:.3g}: trust the measurement"
+        )
+    if (real or predicted).value >= base.value:
+        notes.append("no merge that was considered is better than the base: do not merge these experts")
+    if len(set(subject.tasks)) < subject.size:
+        notes.append("several experts belong to the same task: each counts as a task of its own in the joint risk")
+    return tuple(notes)
+
+
+def merge_arguments(advice: MergeAdvice) -> list[str]:
+    """Arguments of ``mergebound merge`` that make the recommended merge, without files."""
+    parts = ["--method", advice.method]
+    if advice.method == "risk_optimal":
+        parts.append("--alpha=" + ",".join(repr(round(a, 6)) for a in advice.alpha))
+    for name, value in advice.settings.items():
+        parts += ["--set", f"{name}={value:g}"]
+    return parts
+
+
+def with_merge(advice: MergeAdvice, label: str) -> Merge:
+    """The merge behind a row of ``candidates`` whose method is linear (for evaluation elsewhere).
+
+    Raises:
+        MergeboundError: no such linear row.
+    """
+    rows = advice.candidates[(advice.candidates["label"] == label) & (advice.candidates["coefficients"] != "")]
+    if rows.empty:
+        raise MergeboundError(f"{label!r}: is no linear candidate; see the column label of candidates")
+    alpha = [float(v) for v in str(rows.iloc[0]["coefficients"]).split(";")]
+    return replace(Merge("given", alpha=alpha), label=label)
