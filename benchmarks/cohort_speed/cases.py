@@ -62,12 +62,12 @@ CASES = {
         Case("logistic", lambda: build_model("logistic", 10), 8, 1, 64, 32, 500, 4.0),
         Case("mlp", lambda: build_model("mlp_64", 10), 8, 1, 64, 32, 500, 10.0),
         Case("mlp-batch16", lambda: build_model("mlp_64", 10), 8, 1, 64, 16, 500, 10.0),
-        Case("resnet8-bn", lambda: CifarResNet(8, 10), 32, 3, 8, 64, 10, 2.0, "bfloat16"),
-        Case("resnet8-bn-batch8", lambda: CifarResNet(8, 10), 32, 3, 16, 8, 20, 2.0, "bfloat16"),
-        Case("resnet8-gn", lambda: CifarResNet(8, 10, norm="gn"), 32, 3, 8, 64, 10),
-        Case("resnet20-bn", lambda: CifarResNet(20, 10), 32, 3, 8, 64, 5, 2.0, "bfloat16"),
-        Case("resnet18", _resnet18, 32, 3, 4, 32, 3, 2.0, "bfloat16", gpu_experts=16, gpu_target=3.0),
-        Case("vit-tiny", _vit_tiny, 32, 3, 4, 32, 5, 1.6, "bfloat16", gpu_experts=16, gpu_target=3.0),
+        Case("resnet8-bn", lambda: CifarResNet(8, 10), 32, 3, 8, 64, 20, 2.0, "bfloat16"),
+        Case("resnet8-bn-batch8", lambda: CifarResNet(8, 10), 32, 3, 16, 8, 60, 2.0, "bfloat16"),
+        Case("resnet8-gn", lambda: CifarResNet(8, 10, norm="gn"), 32, 3, 8, 64, 20),
+        Case("resnet20-bn", lambda: CifarResNet(20, 10), 32, 3, 8, 64, 10, 2.0, "bfloat16"),
+        Case("resnet18", _resnet18, 32, 3, 4, 32, 5, 2.0, "bfloat16", gpu_experts=16, gpu_target=3.0),
+        Case("vit-tiny", _vit_tiny, 32, 3, 4, 32, 10, 1.6, "bfloat16", gpu_experts=16, gpu_target=3.0),
     )
 }
 

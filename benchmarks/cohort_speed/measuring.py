@@ -1,4 +1,8 @@
-"""One case: the plan is probed, the two loops take turns, and their final weights are compared."""
+"""One case: the plan is probed, the two loops take turns, and their final weights are compared.
+
+The plan is that of runs of a usual length (what is probed is limited by the work that there is); few of their steps are
+timed, from the start, so that opening and copying count more than they would.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ from experiments.inputs.shares import nested_subset
 from experiments.tasks.types import Split
 
 SEED = 0
+PLANNED = 500
+"""Steps of the runs that the plan is made for, at least: those of a usual grid.  Fewer are timed."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,12 @@ def run_case(case: Case, precision: str, *, device: str = "cpu", rounds: int = 5
     }
     network = seeded(case, SEED).to(device)
     starts = [{k: v.detach().clone().to(device) for k, v in seeded(case, m).state_dict().items()} for m in range(count)]
+    usual = {"steps": max(case.steps, PLANNED), "checkpoints": (max(case.steps, PLANNED),)}
     plan = make_plan(
-        runs, open_network=lambda run: (network, starts[0], data), device=device, probe_seconds=probe_seconds
+        {digest: run.model_copy(update=usual) for digest, run in runs.items()},
+        open_network=lambda run: (network, starts[0], data),
+        device=device,
+        probe_seconds=probe_seconds,
     )
 
     def together() -> dict[str, dict[str, torch.Tensor]]:
