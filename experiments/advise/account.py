@@ -16,6 +16,7 @@ from experiments.measure.subject import Subject
 from theory.errors import MergeboundError
 from theory.function_space import Array
 from theory.network import network_bound
+from theory.surfaces import averaging
 from theory.what_if import leave_one_out
 
 IMAGES = 32
@@ -35,7 +36,8 @@ class Account:
         smoothness: (N,), largest over base and expert; lower estimates.
         dispersion: V, squared units of parameters.
         per_expert: columns ``expert``, ``own_risk``, ``drift``, ``share_of_dispersion``, ``without`` (predicted change
-            of the joint risk of the other tasks if it is left out, nats), ``tier``, ``seed``.
+            of the mean risk of the other tasks if it is left out of the average, nats), ``alone`` (fall of the joint
+            risk if its task is then served by it alone), ``tier``, ``seed``.
         why: why there is no bound; empty where there is one.
     """
 
@@ -119,12 +121,12 @@ def _per_expert(
 ) -> pd.DataFrame:
     size = statistics.size
     total = float(squares.sum())
-    without = np.full(size, np.nan)
+    without = alone = np.full(size, np.nan)
     if size > 1:
-        from theory.surfaces import averaging
-
         _, surface = convex_surface(statistics)
         without = leave_one_out(surface, averaging(), with_task=True).change
+        before = surface.per_task(np.full(size, 1.0 / size))
+        alone = (before - own - (size - 1) * without) / size
     table: dict[str, Any] = {
         "expert": list(statistics.names),
         "alpha": alpha,
@@ -132,6 +134,7 @@ def _per_expert(
         "drift": drift,
         "share_of_dispersion": squares / total if total > 0.0 else np.full(size, 1.0 / size),
         "without": without,
+        "alone": alone,
         "tier": "estimated",
         "seed": seed,
     }
@@ -178,14 +181,16 @@ def changes(
         )
     )  # fmt: skip
     if len(rows) > 2:
-        hurts = rows.loc[rows["without"].idxmin()]
-        if float(hurts["without"]) < 0.0:
+        hurts = rows.loc[rows["alone"].idxmax()]
+        if float(hurts["alone"]) > 0.0:
             options.append(
                 Change(
-                    f"serve the task of {hurts['expert']} by its own expert and leave it out of the merge",
-                    -float(hurts["without"]), "estimated", "predicted change on the other tasks, averaging",
+                    f"keep {hurts['expert']} as a model of its own, out of the merge",
+                    float(hurts["alone"]),
+                    "estimated",
+                    "predicted joint risk of averaging the others, and its own expert on its task",
                 )
-            )  # fmt: skip
+            )
     far = rows.loc[rows["share_of_dispersion"].idxmax()]
     cost = chosen - own
     if found.measured_active == "dispersion":

@@ -150,19 +150,20 @@ def plain(advice: MergeAdvice, merge: str = "") -> dict[str, Any]:
     """The advice as JSON data (without seconds, which differ from run to run)."""
     content = asdict(advice)
     del content["seconds"]
-    found: dict[str, Any] = _clean(content)
+    found: dict[str, Any] = clean(content)
     return found | ({"merge": merge} if merge else {})
 
 
-def _clean(value: Any) -> Any:
+def clean(value: Any) -> Any:
+    """JSON data: tables become rows, numbers that are not finite become null."""
     if isinstance(value, pd.DataFrame):
-        return [_clean(row) for row in value.to_dict("records")]
+        return [clean(row) for row in value.to_dict("records")]
     if isinstance(value, Mapping):
-        return {str(k): _clean(v) for k, v in value.items()}
+        return {str(k): clean(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return [_clean(v) for v in value]
+        return [clean(v) for v in value]
     if hasattr(value, "tolist"):
-        return _clean(value.tolist())
+        return clean(value.tolist())
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return value

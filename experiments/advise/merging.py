@@ -263,14 +263,13 @@ def _evaluate(
 
 
 def _best(table: pd.DataFrame) -> int:
-    if table["measured"].notna().any():
-        return int(table["measured"].idxmin())
-    return int(table["chosen_on"].idxmin())
+    column = "measured" if table["measured"].notna().any() else "chosen_on"
+    return int(np.nanargmin(table[column].to_numpy(dtype=float)))
 
 
 def _coefficients(subject: Subject, one: Candidate, statistics: FieldStatistics, seed: int) -> Array:
     if one.alpha is not None:
-        return one.alpha
+        return np.asarray(np.round(one.alpha, 6))
     return form(subject, one.merge, statistics.groups, seed).alpha(statistics.shares())
 
 
