@@ -11,8 +11,9 @@ from typing import Any
 from experiments.measure.opening import from_store
 from experiments.measured import Measured
 from experiments.pipeline import read_finished
+from experiments.prediction.accuracies import accuracy_rows
 from experiments.prediction.bank import Bank, Material, Progress, build_bank
-from experiments.prediction.compare import Collected, compare_rows, simplex_rows
+from experiments.prediction.compare import Collected, compare_rows, hull_rows
 from experiments.prediction.curve import curve_rows, price_rows
 from experiments.prediction.draws import Pool, StudyGroup
 from experiments.prediction.measuring import linear_coefficients
@@ -23,18 +24,18 @@ from experiments.store import Store
 from merging.variances import clamped_share
 
 Row = dict[str, Any]
-STAGES = ("merges", "variances", "prices", "comparison", "simplex", "curve")
+STAGES = ("merges", "variances", "accuracies", "prices", "comparison", "hull", "curve")
 """Files of a pool, ``<stage>.jsonl``, one line per group."""
 
 
 def stage_groups(spec: StudySpec, pool: Pool, stage: str) -> list[StudyGroup]:
     """The groups that take part in a stage."""
     groups = list(pool.groups)
-    if stage in ("merges", "variances"):
+    if stage in ("merges", "variances", "accuracies"):
         return groups
     if stage == "prices":
         return _first(groups, list(spec.groups), 1)
-    if stage in ("comparison", "simplex"):
+    if stage in ("comparison", "hull"):
         return [] if spec.comparison is None else [g for g in groups if len(g.members) in spec.comparison.sizes]
     return [] if spec.curve is None else _first(groups, spec.curve.sizes, spec.curve.groups)
 
@@ -93,7 +94,8 @@ def run_pool(
             "variances": lambda group: variance_rows(spec, pool, bank.material, group),
             "prices": lambda group: price_rows(spec, pool, bank, group),
             "comparison": _comparison(spec, pool, bank, kept),
-            "simplex": lambda group: simplex_rows(spec, pool, bank, group),
+            "accuracies": lambda group: accuracy_rows(spec, pool, bank, group),
+            "hull": lambda group: hull_rows(spec, pool, bank, group),
             "curve": _curve(spec, pool, material, opened, kept, root),
         }
         for stage in STAGES:

@@ -34,8 +34,8 @@ def honest(merges: pd.DataFrame) -> pd.DataFrame:
     out = merges.copy()
     average = out["method"] == "average"
     pair = average & (out["N"] == 2)
-    for column in [c for c in out.columns if c.startswith(("pred_", "cert_"))]:
-        name = column.removeprefix("pred_").removeprefix("cert_")
+    for column in [c for c in out.columns if c.startswith(("pred_", "cert_", "acc_"))]:
+        name = column.removeprefix("pred_").removeprefix("cert_").removeprefix("acc_")
         if name in SELF:
             out.loc[average, column] = np.nan
         elif name in PAIRED or name.startswith(("remainder_", "output_pairs")):

@@ -98,7 +98,9 @@ def page(
                 ],
             ),
             "A flag is fitted to miss a tenth of collapsed merges at most; `missed` and `alarms` count merges of "
-            "the other half, `_either` with every merge flagged too that clamps a running variance of BatchNorm.",
+            "the other half, `_either` with every merge flagged too that clamps a running variance of BatchNorm. "
+            "`gap`: the bracket's width; `over_base`: its upper end over the base's risk; `lost`: the share of the "
+            "experts' accuracy that the predicted logits lose (added after the others' results had been looked at).",
             markdown(
                 tables.flags,
                 [
@@ -112,6 +114,17 @@ def page(
                     "missed_either",
                     "alarms_either",
                 ],
+            ),
+        ]
+    if len(tables.accuracies):
+        parts += [
+            "## Predicted accuracies",
+            "From the same predicted logits: mean absolute error and mean difference on test images, rank correlation, "
+            'and how often "more than half of the experts\' accuracy is lost" tells collapsed from usable merges. '
+            "Added after the first results had been looked at.",
+            markdown(
+                tables.accuracies,
+                ["architecture", "state", "predictor", "merges", "error", "off", "spearman", "told"],
             ),
         ]
     if len(tables.prices):

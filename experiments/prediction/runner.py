@@ -189,12 +189,13 @@ def read_frames(spec: StudySpec, plan: Sequence[tuple[Pool, Path]], place: Path)
             rows += [row for group in pool.groups for row in kept.get(str(group.number), [])]
         tables[stage] = pd.DataFrame(rows)
     gone = tuple(name for pool, _ in plan for name in pool.left_out)
-    merges, variances = tables["merges"], tables["variances"]
-    if len(merges) and len(variances):
-        clamped = variances[["group", "settings", "clamped"]]
-        merges = merges.merge(clamped, on=["group", "settings"], how="left", validate="one_to_one")
-    parts = [tables[stage] for stage in ("comparison", "simplex") if len(tables[stage])]
+    merges = tables["merges"]
+    for later in (tables["variances"], tables["accuracies"]):
+        if len(merges) and len(later):
+            found = later.drop(columns="tier")
+            merges = merges.merge(found, on=["group", "settings"], how="left", validate="one_to_one")
+    parts = [tables[stage] for stage in ("comparison", "hull") if len(tables[stage])]
     comparison = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    if len(tables["simplex"]) and len(tables["comparison"]):  # methods are paired by group
+    if len(tables["hull"]) and len(tables["comparison"]):  # methods are paired by group
         comparison = comparison[comparison["group"].isin(set(tables["comparison"]["group"]))]
     return Frames(merges, comparison, tables["prices"], tables["curve"], gone)

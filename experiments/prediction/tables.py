@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import statistics as st
+from experiments.prediction.accuracies import accuracy_table, with_accuracies
 from experiments.prediction.judged import (
     COLLAPSED,
     COVERAGE,
@@ -25,6 +26,8 @@ from experiments.prediction.runner import Frames
 from experiments.validation import Settings, cells, cross_calibrated, optimal_table, validation_table
 
 Row = dict[str, Any]
+SCORES = ("gap", "over_base", "lost")
+"""Of flags: the bracket's width, its upper end over the base's risk, and the share of accuracy predicted to be lost."""
 CHOSEN = ("best", "best_no_tangent", "best_no_merge", "calibrated")
 """Predictions that were chosen or fitted on the other half of the experts."""
 
@@ -46,16 +49,17 @@ class Tables:
     duels: pd.DataFrame
     reestimated: pd.DataFrame
     clamped: pd.DataFrame
+    accuracies: pd.DataFrame
 
 
 def compute_tables(frames: Frames, settings: Settings) -> Tables:
     """All tables of a study, from as many rows as are finished."""
     merges = honest(frames.merges)
     merges["pred_calibrated"] = cross_calibrated(merges)
-    merges = with_certificate(with_choices(merges))
+    merges = with_accuracies(with_certificate(with_choices(merges)))
     states = pd.concat([judged_states(merges, ("regime", "architecture")), judged_states(merges, ("architecture",))])
     intervals = interval_table(merges, ("secant_tangent", "best", "best_no_merge"), settings)
-    flags = flag_table(merges, ("gap", "over_base"), settings)
+    flags = flag_table(merges, [score for score in SCORES if score in merges], settings)
     return Tables(
         merges,
         predictor_table(merges, settings),
@@ -70,6 +74,7 @@ def compute_tables(frames: Frames, settings: Settings) -> Tables:
         duel_table(frames.comparison, settings),
         reestimated_table(frames.merges),
         clamped_table(merges),
+        accuracy_table(merges),
     )
 
 
@@ -171,11 +176,12 @@ def aims_table(
                 factor = float(np.exp(np.median(np.abs(np.log(ratio)))))
                 add("collapse: right within a factor of 1.5 in the median", factor, "<= 1.5", factor <= 1.5, len(some))
                 add("collapse: Spearman, joint risk", ranks, ">= 0.85", ranks >= 0.85, len(some))
-        flag = flags[(flags["regime"] == "all") & (flags["score"] == "gap")] if len(flags) else flags
-        flag = flag if architecture == "both" or flag.empty else flag[flag["architecture"] == architecture]
-        if len(flag) and flag["collapsed"].sum():
-            missed, bad = int(flag["missed"].sum()), int(flag["collapsed"].sum())
-            add("collapse: flagged without fail (share missed)", missed / bad, "0", missed == 0, bad)
+        for score, told in (("gap", ""), ("lost", ", by predicted accuracy")):
+            flag = flags[(flags["regime"] == "all") & (flags["score"] == score)] if len(flags) else flags
+            flag = flag if architecture == "both" or flag.empty else flag[flag["architecture"] == architecture]
+            if len(flag) and flag["collapsed"].sum():
+                missed, bad = int(flag["missed"].sum()), int(flag["collapsed"].sum())
+                add(f"collapse: flagged without fail (share missed){told}", missed / bad, "0", missed == 0, bad)
         cover = (
             intervals[(intervals["regime"] != "all") & (intervals["prediction"] == name)]
             if len(intervals)
@@ -284,7 +290,7 @@ def _aims_without_clamped(merges: pd.DataFrame, settings: Settings) -> list[pd.D
         return []
     some = merges[merges["clamped"] == 0]
     intervals = interval_table(some, ("best",), settings)
-    flags = flag_table(some, ("gap",), settings)
+    flags = flag_table(some, [score for score in ("gap", "lost") if score in some], settings)
     found = aims_table(some, intervals, flags, settings)
     return [found.assign(taken="no variance clamped")]
 

@@ -28,6 +28,7 @@ from experiments.studies.hyperparameters.designs import centre_of, draw
 from experiments.studies.hyperparameters.grids import StudyGrid, study_grids
 from experiments.studies.hyperparameters.joined import calibrated, curves, joined
 from experiments.studies.hyperparameters.law import centre_curves, law_of
+from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.pricing import PriceUnit, Wanted, key_of, pools, price
 from experiments.studies.hyperparameters.spec import (
     ConstantsSpec,
@@ -408,3 +409,16 @@ def test_rows_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
         read_rows(path)
     add_rows(tmp_path / "none.jsonl", [])
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_the_paper_s_directions_are_compared_with_what_was_measured() -> None:
+    kinds = [("learning_rate", "minimum"), ("step", "falls"), ("batch_size", "rises"), ("experts", "undecided")]
+    rows = [
+        {"architecture": "vit", "factor": factor, "prediction": name, "measured": kind, "groups": 10, "seed": 0}
+        | {f"measured_exponent{end}": 0.1 for end in ("", "_low", "_high")}
+        for factor, kind in [*kinds, ("data_share", "falls"), ("momentum", "rises")]
+        for name in ("secant", "bound")
+    ]
+    found = against_paper(pd.DataFrame(rows)).set_index("factor")["verdict"]
+    expected = {"learning_rate": "agrees", "step": "one side", "batch_size": "disagrees", "experts": "undecided"}
+    assert found.to_dict() == expected | {"data_share": "agrees", "momentum": "no claim"}

@@ -18,6 +18,7 @@ from experiments.studies.hyperparameters.columns import predictions
 from experiments.studies.hyperparameters.designs import Drawn, merges_frame
 from experiments.studies.hyperparameters.grids import StudyGrid
 from experiments.studies.hyperparameters.joined import joined
+from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.spec import StudySpec
 from experiments.studies.hyperparameters.tables import Tables, compute
 from experiments.studies.hyperparameters.work import read_rows
@@ -38,6 +39,17 @@ VERDICTS = {
     "verdict": "Verdict",
     "heterogeneous": "heterogeneous groups",
     "groups": "groups",
+}
+PAPER = {
+    "architecture": "Architecture",
+    "factor": "Factor",
+    "paper": "Paper's theory",
+    "measured": "Measured",
+    "measured_exponent": "Exponent",
+    "measured_exponent_low": "2.5 %",
+    "measured_exponent_high": "97.5 %",
+    "verdict": "Verdict",
+    "why": "Why the paper says so",
 }
 RANKS = {
     "architecture": "Architecture",
@@ -165,6 +177,7 @@ def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Sect
             {"verdicts": VERDICTS},
             {"verdicts": lambda: figures.verdict_figure(tables.verdicts, verdict_caption)},
         ),
+        _section("Against the paper", words.PAPER, {"paper": against_paper(tables.verdicts)}, {"paper": PAPER}, {}),
         _section("Loss of merges by factor", words.calibrated_note(spec), {}, {}, drawn["loss"]),
         _section("Accuracy", "Test accuracy, on the same images.", {}, {}, drawn["accuracy"]),
         _section("The bound", words.BOUND, {}, {}, drawn["bound"]),

@@ -11,6 +11,7 @@ import pandas as pd
 from experiments.plots import pretty
 from experiments.studies.hyperparameters.designs import Drawn
 from experiments.studies.hyperparameters.figures import label
+from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.spec import Rule, StudySpec
 from experiments.studies.hyperparameters.tables import Tables
 
@@ -23,6 +24,10 @@ EXPONENTS = (
 BOUND = (
     "From the recipe: clock, Theorems 2 and 3 with measured constants. Measured drift: no clock, stability by the cap "
     "sqrt(2) d, measured dispersion; any optimizer."
+)
+PAPER = (
+    "Directions of arXiv 2601.21690's statements (abstract, Theorem 2), not of its plots. 'one side': a minimum is "
+    "claimed, and the levels here lie on one side of it, which neither shows nor refutes it."
 )
 HETEROGENEOUS = (
     "Every expert has a recipe of its own. Elasticities: log loss regressed on the group's mean of every log "
@@ -53,6 +58,10 @@ def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[
         for network, part in verdicts.drop_duplicates(["architecture", "factor"]).groupby("architecture", sort=True):
             words = [_trend(row) for row in part.to_dict("records")]
             found.append(f"Measured loss of merges, {pretty(network)}: " + "; ".join(words) + ".")
+        for network, part in against_paper(verdicts).groupby("architecture", sort=True):
+            claims = part[part["paper"] != ""].to_dict("records")
+            told = [f"{label(row['factor'])} {row['verdict']} (claimed: {row['paper']})" for row in claims]
+            found.append(f"Against the paper's theory, {pretty(network)}: " + "; ".join(told) + ".")
         for row in verdicts[verdicts["verdict"] == "disagrees"].to_dict("records"):
             found.append(
                 f"Disagreement, {pretty(row['architecture'])}: over {label(row['factor'])} the loss has the trend "
