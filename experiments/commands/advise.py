@@ -9,9 +9,13 @@ from collections.abc import Callable
 
 import typer
 
-from experiments.commands import advise_merge, advise_training
+from experiments.commands import advise_compare, advise_merge, advise_training
 
-PARTS: tuple[Callable[[typer.Typer], None], ...] = (advise_merge.register, advise_training.register)
+PARTS: tuple[Callable[[typer.Typer], None], ...] = (
+    advise_merge.register,
+    advise_training.register,
+    advise_compare.register,
+)
 """What adds commands to the group, in the order in which help shows them."""
 HELP = "Advice with intervals: how to merge experts, and how to fine-tune experts that shall be merged."
 
