@@ -195,7 +195,8 @@ def fill(store: Store, count: int) -> None:
                 measured.append(
                     (key, "test", "loss", None if nan else rng.random(), None, None, int(nan), 100, "measured")
                 )
-        connection.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", results)
+        columns = "run, outcome, blob, bytes, content, seconds, log, owner, committed"
+        connection.executemany(f"INSERT INTO results ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", results)
         connection.executemany("INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?)", points)
         connection.executemany("INSERT INTO measures VALUES (?, ?)", [("test", "accuracy"), ("test", "loss")])
         connection.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", measured)

@@ -76,6 +76,19 @@ def test_never_a_way_that_is_slower_than_the_loop() -> None:
     assert made.cohorts[0].reason.startswith("loop; ")
 
 
+def test_a_narrow_lead_is_timed_again_and_the_worse_timing_counts() -> None:
+    turns: dict[str, list[float]] = {"folded": [1.3, 1.3, 0.97], "vmap": [1.2, 1.2, 1.15]}
+
+    def noisy(name: str, chunk: int) -> float:
+        left = turns.get(name, [0.5])
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    made = plan([run(seed=s) for s in range(9)], noisy)
+    assert made.cohorts[0].way == "vmap"
+    assert made.cohorts[0].reason.startswith("vmap 1.1 times the loop")
+    assert "folded 1.0 times" in made.cohorts[0].reason
+
+
 def test_chunks_grow_while_that_pays() -> None:
     grown = {4: 2.0, 8: 3.0, 16: 3.05, 32: 9.0}
     made = plan(
