@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,21 +156,27 @@ def verify(
     ] = None,
     repair: Annotated[
         bool,
-        typer.Option("--forget-damaged", help="Make runs with damaged files absent, so that a resume redoes them."),
+        typer.Option(
+            "--forget-damaged", help="Make runs and merges that are damaged or altered absent, so that they are redone."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hash every file again, check the database, and run a random sample of the runs again, comparing bits."""
+    """Hash every file and row of numbers again; run a random sample of the runs again, comparing bits and metrics.
+
+    Exit code 1 where something is damaged or altered.
+    """
     from experiments.store import Store
 
     with Store.open(folder, "w" if repair else "r") as store:
         found = store.verify(_rerun(store, root) if sample else None, sample=sample, seed=seed, deep=deep)
         forgotten = store.forget(found.damaged) if repair else 0
+        merges = store.forget_merges(found.merges) if repair else 0
     if as_json:
-        fields = ("blobs", "problems", "damaged", "rerun", "unequal")
-        typer.echo(json.dumps({name: getattr(found, name) for name in fields} | {"forgotten": forgotten}, indent=2))
+        content = asdict(found) | {"forgotten": forgotten, "merges_forgotten": merges}
+        typer.echo(json.dumps(content, indent=2))
     else:
-        _report(found, forgotten)
+        _report(found, forgotten, merges)
     if not found.good:
         raise typer.Exit(DAMAGED)
 
@@ -192,24 +199,38 @@ def _rerun(store: Store, root: Path | None) -> Callable[[str, RunSpec], RunResul
 
     def again(digest: str, run: RunSpec) -> RunResult:
         piece = where.get(digest) or Cohort(f"again {run.seed}", (digest,))
-        return dict(results_of(piece, known_runs(store, piece.runs), [digest], place, resamples=0))[digest]
+        return dict(results_of(piece, known_runs(store, piece.runs), [digest], place))[digest]
 
     return again
 
 
-def _report(found: Verification, forgotten: int) -> None:
+def _report(found: Verification, forgotten: int, merges: int) -> None:
     for problem in found.problems:
         typer.echo(problem)
     for digest, what in found.unequal:
         typer.echo(f"run {digest[:_SHORT]}: done again, it differs in {what}")
     typer.echo(f"{found.blobs:,} files hashed, {len(found.problems):,} problems")
-    if found.rerun:
-        typer.echo(f"{len(found.rerun):,} runs done again, {len(found.unequal):,} with other bits")
-    if forgotten:
-        typer.echo(f"{forgotten:,} runs are absent now; `mergebound grid resume` does them again")
-    elif found.damaged:
+    old = [
+        f"{count:,} {name}"
+        for name, count in (("runs", found.unsealed_runs), ("merges", found.unsealed_merges))
+        if count
+    ]
+    if old:
         typer.echo(
-            "`mergebound grid verify --forget-damaged` makes these runs absent, so that a resume does them again"
+            f"hashes of the numbers of {' and '.join(old)} were not recorded (written by an older version): whether "
+            "they were altered cannot be said"
+        )
+    if found.rerun:
+        measured = f", metrics of {found.remeasured:,} measured again" if found.remeasured else ""
+        typer.echo(f"{len(found.rerun):,} runs done again{measured}, {len(found.unequal):,} differ")
+    if forgotten or merges:
+        typer.echo(
+            f"{forgotten:,} runs and {merges:,} merges are absent now; `mergebound grid resume` and `grid merge` do "
+            "them again"
+        )
+    elif found.damaged or found.merges:
+        typer.echo(
+            "`mergebound grid verify --forget-damaged` makes these runs and merges absent, so that they are done again"
         )
 
 

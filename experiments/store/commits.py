@@ -22,6 +22,7 @@ from experiments.store.content import Packed, TaskVectors, bundle, pack
 from experiments.store.database import Database
 from experiments.store.errors import StoreConflict, StoreError
 from experiments.store.leases import now
+from experiments.store.seals import run_seals
 
 _NAN = {"value": 1, "low": 2, "high": 4}
 """SQLite has no NaN: it is stored as NULL with its bit in ``nan``; what was not measured is NULL without."""
@@ -37,6 +38,8 @@ class _Ready:
     digest: str
     result: RunResult
     packed: Packed
+    known: tuple[str, str]
+    """Task and base, as the table ``runs`` has them."""
 
 
 def commit(
@@ -116,7 +119,9 @@ def _prepared(
     rows = {
         row["digest"]: row
         for part in _parts(list(results))
-        for row in database.read(f"SELECT digest, id, base_digest FROM runs WHERE digest IN ({_marks(part)})", part)
+        for row in database.read(
+            f"SELECT digest, id, base_digest, task, base FROM runs WHERE digest IN ({_marks(part)})", part
+        )
     }
     ready = []
     for digest, result in results.items():
@@ -125,7 +130,7 @@ def _prepared(
         _check_metrics(digest, result)
         row = rows[digest]
         packed = pack(result, base_of(row["base_digest"]), vectors)
-        ready.append(_Ready(row["id"], digest, result, packed))
+        ready.append(_Ready(row["id"], digest, result, packed, (row["task"], row["base"])))
     return ready, _stored(database.connection, [item.run for item in ready])
 
 
@@ -162,32 +167,29 @@ def _groups(items: list[_Ready]) -> list[list[_Ready]]:
 def _insert(connection: sqlite3.Connection, items: Sequence[_Ready], lies: Mapping[str, str], owner: str) -> None:
     """The rows of new runs, table by table, within a transaction that holds the write lock."""
     at = now()
-    connection.executemany(
-        "INSERT INTO results (run, outcome, blob, bytes, content, seconds, log, owner, committed) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (
-                item.run,
-                item.result.outcome,
-                lies[item.digest],
-                item.packed.nbytes,
-                item.packed.content,
-                float(item.result.seconds),
-                json.dumps(dict(item.packed.log)),
-                owner,
-                at,
-            )
-            for item in items
-        ],
-    )
     free = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM checkpoints").fetchone()[0]
+    results: list[tuple[Any, ...]] = []
     points: list[tuple[Any, ...]] = []
     metrics: list[tuple[Any, ...]] = []
     for item in items:
         last = max(item.packed.digests)
         numbers = {step: free + len(points) + k for k, step in enumerate(item.packed.digests)}
-        points += [(numbers[s], item.run, s, digest, s == last) for s, digest in item.packed.digests.items()]
-        metrics += [_metric(numbers[int(row["step"])], row) for row in item.result.metrics]
+        own = [(numbers[s], item.run, s, digest, s == last) for s, digest in item.packed.digests.items()]
+        rows = [(int(row["step"]), _metric(numbers[int(row["step"])], row)) for row in item.result.metrics]
+        points += own
+        metrics += [row for _, row in rows]
+        log = json.dumps(dict(item.packed.log))
+        packed, seconds = item.packed, float(item.result.seconds)
+        record = (item.result.outcome, lies[item.digest], packed.nbytes, packed.content, seconds)
+        seals = run_seals(
+            (item.digest, *item.known, *record), [row[2:] for row in own], log, [(s, *row[1:]) for s, row in rows]
+        )
+        results.append((item.run, *record, log, owner, at, seals))
+    connection.executemany(
+        "INSERT INTO results (run, outcome, blob, bytes, content, seconds, log, owner, committed, seals) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        results,
+    )
     connection.executemany("INSERT INTO checkpoints (id, run, step, digest, final) VALUES (?, ?, ?, ?, ?)", points)
     connection.executemany(
         "INSERT INTO metrics (checkpoint, part, name, value, low, high, nan, n, tier) "

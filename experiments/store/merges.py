@@ -12,6 +12,7 @@ import numpy as np
 from experiments.store.database import Database
 from experiments.store.errors import StoreError
 from experiments.store.leases import now
+from experiments.store.seals import merge_seal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,11 +38,11 @@ def add_merges(database: Database, rows: Iterable[Mapping[str, Any]]) -> int:
         except (TypeError, ValueError) as error:
             raise StoreError(f"merges: a row cannot be stored ({error}); give numbers, texts and lists") from error
         key = str(row[KEY]) if KEY in row else hashlib.sha256(record.encode()).hexdigest()
-        ready.append((key, now(), record))
+        ready.append((key, now(), record, merge_seal(key, record)))
     with database.writing() as connection:
         before = connection.total_changes
         connection.executemany(
-            "INSERT INTO merges (key, added, record) VALUES (?, ?, ?) ON CONFLICT (key) DO NOTHING", ready
+            "INSERT INTO merges (key, added, record, seal) VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING", ready
         )
         return connection.total_changes - before
 
@@ -52,6 +53,14 @@ def read_merges(database: Database) -> pd.DataFrame:
 
     rows = database.read("SELECT key, record FROM merges ORDER BY added, key")
     return pd.DataFrame([{KEY: row["key"], **json.loads(row["record"])} for row in rows])
+
+
+def forget_merges(database: Database, keys: Iterable[str]) -> int:
+    """Make merges absent, so that the same command measures them again; returns how many were there."""
+    with database.writing() as connection:
+        before = connection.total_changes
+        connection.executemany("DELETE FROM merges WHERE key = ?", [(key,) for key in keys])
+        return connection.total_changes - before
 
 
 def merge_keys(database: Database) -> frozenset[str]:

@@ -76,11 +76,20 @@ INSERT INTO measures SELECT DISTINCT part, name FROM metrics;
 CREATE TABLE merges (key TEXT PRIMARY KEY, added REAL NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
 """
 
+_THIRD = """
+ALTER TABLE results ADD COLUMN seals TEXT;
+ALTER TABLE merges ADD COLUMN seal TEXT;
+"""
+"""See :mod:`experiments.store.seals`; NULL in rows that are older."""
+
 MIGRATIONS: tuple[str, ...] = (
     _FIRST + "".join(f"CREATE INDEX runs_{name} ON runs({name});\n" for name in INDEXED),
     _SECOND,
+    _THIRD,
 )
 VERSION = len(MIGRATIONS)
+READABLE = 2
+"""The oldest schema that is read as it is: what came later are columns that only ``verify`` asks for."""
 
 
 def migrate(connection: sqlite3.Connection, file: Path, *, writable: bool = True) -> None:
@@ -89,16 +98,17 @@ def migrate(connection: sqlite3.Connection, file: Path, *, writable: bool = True
     Args:
         connection: in autocommit mode (``isolation_level=None``).
         file: for messages.
-        writable: False refuses where a migration is needed.
+        writable: False leaves the file as it is, and refuses one that is older than :data:`READABLE`.
 
     Raises:
         StoreError: the file was written by a newer version, or needs a migration that may not be done.
     """
-    if _version(connection, file) == VERSION:
+    found = _version(connection, file)
+    if found == VERSION or (not writable and found >= READABLE):
         return
     if not writable:
         raise StoreError(
-            f"{file}: was written by an older version (schema {_version(connection, file)}, now {VERSION}); open it "
+            f"{file}: was written by an older version (schema {found}, now {VERSION}); open it "
             "once for writing, and it is brought up to date"
         )
     connection.execute("BEGIN IMMEDIATE")

@@ -24,6 +24,7 @@ from experiments.store.errors import StoreError
 from experiments.store.garbage import Garbage, collect
 from experiments.store.given_up import give_up
 from experiments.store.journal import Journal
+from experiments.store.merges import forget_merges
 from experiments.store.tables import Tables
 from experiments.store.verify import Verification, forget, verify
 
@@ -279,6 +280,10 @@ class Store(Tables):
     def forget(self, digests: Iterable[str]) -> int:
         """Make runs absent, so that they are done again; returns how many were there."""
         return forget(self._database, digests)
+
+    def forget_merges(self, keys: Iterable[str]) -> int:
+        """Make rows about merges absent, so that they are measured again; returns how many were there."""
+        return forget_merges(self._database, keys)
 
     def _run(self, digest: str) -> sqlite3.Row:
         return reading.run_row(self._database, self.folder, digest)

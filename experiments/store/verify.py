@@ -15,6 +15,8 @@ from experiments.store.blobs import blob_path, check_blob
 from experiments.store.content import pack
 from experiments.store.database import Database
 from experiments.store.errors import StoreError
+from experiments.store.recorded import check_recorded
+from experiments.store.table import metric_rows
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
@@ -28,9 +30,15 @@ class Verification:
     Attributes:
         blobs: files that were hashed.
         problems: one sentence each; files are named.
-        damaged: digests of the runs whose file is missing or damaged.
+        damaged: digests of the runs whose file is missing or damaged, or whose numbers were altered: those that to
+            forget and to do again would help.
         rerun: digests of the runs that were done again.
-        unequal: of those, the ones that gave other bits, with what differs.
+        unequal: of those, the ones that gave other bits or other metrics, with what differs.
+        renamed: digests of the runs whose specification is not the one that the digest names; doing them again would
+            not help.
+        merges: keys of the rows about merges that were altered.
+        unsealed_runs, unsealed_merges: rows that older versions wrote, without a seal to compare with.
+        remeasured: of the runs that were done again, those whose metrics were compared.
     """
 
     blobs: int
@@ -38,6 +46,11 @@ class Verification:
     damaged: tuple[str, ...]
     rerun: tuple[str, ...]
     unequal: tuple[tuple[str, str], ...]
+    renamed: tuple[str, ...] = ()
+    merges: tuple[str, ...] = ()
+    unsealed_runs: int = 0
+    unsealed_merges: int = 0
+    remeasured: int = 0
 
     @property
     def good(self) -> bool:
@@ -54,12 +67,16 @@ def verify(
     seed: int = 0,
     deep: bool = False,
 ) -> Verification:
-    """Hash every file, check the database, and do a random sample of the runs again.
+    """Hash every file, check the database row by row, and do a random sample of the runs again.
+
+    Specifications are compared with the digests that name the runs; metrics, scalars of logs and rows about merges with
+    the seals that were stored with them (:mod:`experiments.store.seals`).
 
     Args:
         store: to verify.
         database: of the store.
-        rerun: does a run again, given its digest and specification; needed with ``sample``.
+        rerun: does a run again, given its digest and specification; needed with ``sample``.  Metrics that it gives
+            are compared too, number by number.
         sample: how many runs.
         seed: names the sample.
         deep: also unpack every state and compare the digests of its tensors.
@@ -70,6 +87,8 @@ def verify(
     problems += [
         f"{database.file}: a row of {row[0]} has no parent" for row in database.read("PRAGMA foreign_key_check")
     ]
+    recorded = check_recorded(database, store.meta.get("numerics"))
+    problems += recorded.problems
     rows = database.read(
         "SELECT r.digest, s.blob, r.base_digest, s.run FROM results s JOIN runs r ON r.id = s.run ORDER BY s.run"
     )
@@ -95,15 +114,34 @@ def verify(
             problems.append(f"{reason}; it holds run {row['digest'][:12]}")
     picked: list[str] = []
     unequal = []
+    remeasured = 0
     if sample and rerun is not None:
-        whole = [row["digest"] for row in rows if row["digest"] not in set(damaged)]
+        without = {*damaged, *recorded.renamed}
+        whole = [row["digest"] for row in rows if row["digest"] not in without]
         chosen = np.random.default_rng([seed, 0x5EED]).choice(len(whole), min(sample, len(whole)), replace=False)
         picked = [whole[int(index)] for index in sorted(chosen)]
         for digest in picked:
-            difference = _compare(store, database, digest, rerun(digest, store.spec(digest)))
+            again = rerun(digest, store.spec(digest))
+            difference = _compare(store, database, digest, again)
+            if not difference and again.metrics:
+                remeasured += 1
+                difference = _measured(database, digest, again)
             if difference:
                 unequal.append((digest, difference))
-    return Verification(len(hashed) + len(bases), tuple(problems), tuple(damaged), tuple(picked), tuple(unequal))
+    renamed = set(recorded.renamed)
+    bad = dict.fromkeys(digest for digest in (*damaged, *recorded.numbers) if digest not in renamed)
+    return Verification(
+        len(hashed) + len(bases),
+        tuple(problems),
+        tuple(bad),
+        tuple(picked),
+        tuple(unequal),
+        tuple(recorded.renamed),
+        tuple(recorded.merges),
+        recorded.unsealed_runs,
+        recorded.unsealed_merges,
+        remeasured,
+    )
 
 
 def forget(database: Database, digests: Iterable[str]) -> int:
@@ -164,3 +202,28 @@ def _compare(store: Store, database: Database, digest: str, again: RunResult) ->
                 return f"the weights at step {kept['step']}"
         return "the training log"
     return "the weights or the training log"
+
+
+def _measured(database: Database, digest: str, again: RunResult) -> str:
+    """What differs between the stored metrics of a run and those that were measured again; empty if nothing does.
+
+    A bound of an interval that one of the two lacks is not compared: how many bootstrap samples there were is no part
+    of a run.
+    """
+    number = database.read("SELECT id FROM runs WHERE digest = ?", (digest,))[0]["id"]
+    stored = {(row["step"], row["part"], row["name"]): row for row in metric_rows(database, number)}
+    for row in again.metrics:
+        place = (row["step"], row.get("part", "test"), row["name"])
+        words = f"the metric {place[1]} {place[2]} at step {place[0]}"
+        if place not in stored:
+            return f"{words}: it is measured now, and is not in the store"
+        kept = stored.pop(place)
+        for name in ("value", "low", "high", "n"):
+            before, now = kept[name], row.get(name)
+            if None in (before, now) or before == now or (before != before and now != now):
+                continue
+            return f"{words}: {name} {before!r} is stored, {now!r} is measured now"
+    if stored:
+        step, part, name = next(iter(stored))
+        return f"the metric {part} {name} at step {step}: it is in the store, and is not measured now"
+    return ""

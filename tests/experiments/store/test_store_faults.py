@@ -201,6 +201,7 @@ def test_an_old_file_is_migrated_and_a_newer_one_refused(tmp_path: Path) -> None
     raw = sqlite3.connect(file)
     for statement in ("DROP TABLE conflicts", "DROP TABLE merges", "DROP TABLE measures", "DROP INDEX metrics_nan"):
         raw.execute(statement)
+    raw.execute("ALTER TABLE results DROP COLUMN seals")
     raw.execute("PRAGMA user_version = 1")
     raw.commit()
     schema = {row[0] for row in raw.execute("SELECT name FROM sqlite_schema WHERE name NOT LIKE 'sqlite%'")}
