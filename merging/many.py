@@ -204,6 +204,9 @@ def merge_many(
 ) -> ManyMerges:
     """C merges of the same N experts, each with the bits of :func:`merging.merge.merge_flat`.
 
+    Running variances of BatchNorm that become negative are set to 0 without a warning for each merge:
+    :func:`merging.variances.zero_shares` tells how many of a block's were.
+
     C is the common length of those of ``coefficients`` (where two-dimensional), ``subsets``, the entries of ``each``
     and ``seed`` (where a sequence) that are given; 1 if none is.
 

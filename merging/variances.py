@@ -44,6 +44,23 @@ def zero_share(space: FlatSpace, origin: Tensor, merged: Tensor) -> float:
     return zero_count(space, origin, merged) / total if total else 0.0
 
 
+def zero_shares(space: FlatSpace, origin: Tensor, merges: Tensor) -> list[float]:
+    """:func:`zero_share` of every merge of a block, (C, P); some microseconds a merge and layer.
+
+    Args:
+        space: the layout of the coordinates, with the tensors' names.
+        origin: x_0, (P,).
+        merges: as :func:`merging.many.merge_many` makes them.
+    """
+    pieces = [piece for name, piece in space.segments() if is_variance(name)]
+    total = sum(p.stop - p.start for p in pieces)
+    if not total:
+        return [0.0] * len(merges)
+    counts = sum(((merges[:, p] <= 0.0) & (origin[p] > 0.0)).sum(dim=1) for p in pieces)
+    assert isinstance(counts, Tensor)
+    return [count / total for count in counts.tolist()]
+
+
 CLAMPED = (
     "%s of BatchNorm's running variances became negative and were set to 0: such a merge is usually far worse than its "
     "experts. Keep the coefficients nonnegative with a sum of at most 1, or re-estimate the statistics on images "

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.combine.bench import TEST_MEMORY
+from experiments.combine.clamped import clamped_counts
 from experiments.combine.groups import Group, Member
 from experiments.combine.merge_many_groups import BLOCK, JOB, Job, merge_jobs, reference_jobs
 from experiments.combine.recipe import Evaluate, MergeMethod, as_methods, merge_key, reference_key
@@ -96,7 +97,8 @@ def combine(
 
     Returns:
         One row for each group and method, in their order: what the group was drawn for, metrics, those of its experts
-        and of the base, and normalised performance.
+        and of the base, normalised performance, and ``clamped``, the share of BatchNorm's running variances that the
+        merge made negative (they were set to 0; one warning for each method that did so).
 
     Raises:
         MergeboundError: a method, design, store or data that do not fit; refused before anything runs where that can
@@ -140,7 +142,12 @@ def combine(
                 device,
             )
             _run(setup, source, list(pending.values()), references, workers, job, job_limit, kept, watch)
-        return table_of(groups, chosen, spec, source.merges())
+        table = table_of(groups, chosen, spec, source.merges())
+    if spec.batchnorm == "merged":
+        for found in clamped_counts(table):
+            if found.merges:
+                _log.warning("%s", found.words)
+    return table
 
 
 def _run(

@@ -22,6 +22,7 @@ from experiments.combine.source import Source
 from experiments.combine.vectors import TaskVectors
 from experiments.evaluate.results import JointEvaluation
 from merging.many import merge_many
+from merging.variances import zero_shares
 from theory.errors import MergeboundError
 
 JOB = 32
@@ -111,11 +112,13 @@ def measure_groups(job: Job, bench: Bench, vectors: TaskVectors, references: Map
     subsets = [[place[member.name] for member in group.members] for group in job.groups]
     out: list[Row] = []
     for some, block, seconds in _blocks(method, rows, bench, names, subsets, job.groups):
+        clamped = zero_shares(bench.space, bench.origin, block)
         started = time.perf_counter()
         joints = bench.measure(list(block.unbind(0)), some, heads)
         each = (seconds / len(some), (time.perf_counter() - started) / len(some))
         out += [
-            _row(group, method, spec, joint, references, bench, each) for group, joint in zip(some, joints, strict=True)
+            _row(group, method, spec, joint, references, bench, each, share)
+            for group, joint, share in zip(some, joints, clamped, strict=True)
         ]
     return out
 
@@ -167,5 +170,6 @@ def _row(
     references: Mapping[str, Row],
     bench: Bench,
     seconds: tuple[float, float],
+    clamped: float,
 ) -> Row:
-    return merge_row(group, method, spec, joint, references, bench.base.architecture, seconds)
+    return merge_row(group, method, spec, joint, references, bench.base.architecture, seconds, clamped)

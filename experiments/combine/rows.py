@@ -17,6 +17,9 @@ Row = dict[str, Any]
 REFERENCE, MERGE, DRAWN = "reference", "merge", "drawn"
 """Kinds of rows: an expert on its own task, a measured merge, a group with what it was drawn for."""
 
+CLAMPED = "clamped"
+"""Column of merges: see :func:`merging.variances.zero_share`; rows of older versions do not have it."""
+
 
 def reference_row(member: Member, base: str, spec: Evaluate, own: Evaluation, start: Evaluation) -> Row:
     """An expert on its task's test images, and the base through the same head."""
@@ -35,6 +38,7 @@ def merge_row(
     references: Mapping[str, Row],
     architecture: str,
     seconds: tuple[float, float],
+    clamped: float,
 ) -> Row:
     """A measured merge, with what its experts and the base do on the same images.
 
@@ -45,13 +49,14 @@ def merge_row(
     Args:
         references: :func:`reference_row` by the experts' names.
         seconds: of merging and of evaluating.
+        clamped: share of BatchNorm's running variances that merging made negative and set to 0.
     """
     row: Row = {"key": merge_key(group, method, spec), "kind": MERGE, "group": group.digest, "size": len(group.members)}
     row |= {"experts": ";".join(member.name for member in group.members), "tasks": ";".join(group.tasks)}
     row |= {"base_digest": group.base, "architecture": architecture, "method": method.name, "label": method.label}
     row |= {"settings": json.dumps(method.filled, sort_keys=True, default=str), "merge_seed": method.used_seed}
     row |= {"coefficients": method.for_size(len(group.members)), "evaluation": spec.text, "batchnorm": spec.batchnorm}
-    row |= {"tier": "measured", "n": sum(one.metrics.n for one in joint.tasks), "path": joint.path}
+    row |= {CLAMPED: clamped, "tier": "measured", "n": sum(one.metrics.n for one in joint.tasks), "path": joint.path}
     row |= {name: joint.joint[name].value for name in METRICS}
     for name in ("accuracy", "loss"):
         row |= {f"{name}/{one.task}": getattr(one.metrics, name) for one in joint.tasks}

@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import typer
 
-from experiments.commands import grid_merge, grid_plan, grid_run, grid_store
+from experiments.commands import grid_merge, grid_plan, grid_run, grid_store, grid_verify
 
 PARTS: tuple[Callable[[typer.Typer], None], ...] = (
     grid_plan.register,
     grid_run.register,
     grid_store.register,
+    grid_verify.register,
     grid_merge.register,
 )
 """What adds commands to the group, in the order in which help shows them."""

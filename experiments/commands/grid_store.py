@@ -1,11 +1,10 @@
-"""``mergebound grid status``, ``query``, ``export``, ``gc`` and ``verify``: what a store holds."""
+"""``mergebound grid status``, ``query``, ``export`` and ``gc``: what a store holds."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +16,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.grid.result import RunResult
-    from experiments.grid.run_spec import RunSpec
-    from experiments.store import Status, Store, Verification
+    from experiments.store import Status, Store
 
-DAMAGED = 1
-"""Exit code of ``grid verify`` where something is wrong."""
 _WIDTH = 118
 _SHORT = 12
 
@@ -36,7 +31,6 @@ def register(group: typer.Typer) -> None:
     group.command("query")(query)
     group.command("export")(export)
     group.command("gc")(gc)
-    group.command("verify")(verify)
 
 
 def show_status(folder: Folder, as_json: AsJson = False) -> None:
@@ -145,93 +139,9 @@ def gc(
         typer.echo(f"not the store's: {name}")
 
 
-def verify(
-    folder: Folder,
-    sample: Annotated[int, typer.Option("--sample", min=0, help="Runs that are done again and compared.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Names the sample.")] = 0,
-    deep: Annotated[bool, typer.Option("--deep", help="Unpack every checkpoint too.")] = False,
-    root: Annotated[
-        Path | None,
-        typer.Option("--root", help="Folder of the data sets (default: the grid's).", show_default=False),
-    ] = None,
-    repair: Annotated[
-        bool,
-        typer.Option(
-            "--forget-damaged", help="Make runs and merges that are damaged or altered absent, so that they are redone."
-        ),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Hash every file and row of numbers again; run a random sample of the runs again, comparing bits and metrics.
-
-    Exit code 1 where something is damaged or altered.
-    """
-    from experiments.store import Store
-
-    with Store.open(folder, "w" if repair else "r") as store:
-        found = store.verify(_rerun(store, root) if sample else None, sample=sample, seed=seed, deep=deep)
-        forgotten = store.forget(found.damaged) if repair else 0
-        merges = store.forget_merges(found.merges) if repair else 0
-    if as_json:
-        content = asdict(found) | {"forgotten": forgotten, "merges_forgotten": merges}
-        typer.echo(json.dumps(content, indent=2))
-    else:
-        _report(found, forgotten, merges)
-    if not found.good:
-        raise typer.Exit(DAMAGED)
-
-
 def data_root(store: Store, given: Path | None) -> str | Path | None:
     """The folder of the data sets: the one that is given, or else the one that the grid was given."""
     return given if given is not None else store.meta.get("root")
-
-
-def _rerun(store: Store, root: Path | None) -> Callable[[str, RunSpec], RunResult]:
-    """Does a run of the store again, stacked with the runs that it was stacked with."""
-    from experiments.engines.cohort_job import known_runs, pieces, results_of
-    from experiments.engines.workplace import Workplace
-    from experiments.grid.result import Cohort
-
-    plan = store.plan()
-    place = Workplace(store.base, data_root(store, root), device="cpu" if plan is None else plan.device)
-    cohorts = () if plan is None else plan.cohorts
-    where = {digest: piece for cohort in cohorts for piece in pieces(cohort) for digest in piece.runs}
-
-    def again(digest: str, run: RunSpec) -> RunResult:
-        piece = where.get(digest) or Cohort(f"again {run.seed}", (digest,))
-        return dict(results_of(piece, known_runs(store, piece.runs), [digest], place))[digest]
-
-    return again
-
-
-def _report(found: Verification, forgotten: int, merges: int) -> None:
-    for problem in found.problems:
-        typer.echo(problem)
-    for digest, what in found.unequal:
-        typer.echo(f"run {digest[:_SHORT]}: done again, it differs in {what}")
-    typer.echo(f"{found.blobs:,} files hashed, {len(found.problems):,} problems")
-    old = [
-        f"{count:,} {name}"
-        for name, count in (("runs", found.unsealed_runs), ("merges", found.unsealed_merges))
-        if count
-    ]
-    if old:
-        typer.echo(
-            f"hashes of the numbers of {' and '.join(old)} were not recorded (written by an older version): whether "
-            "they were altered cannot be said"
-        )
-    if found.rerun:
-        measured = f", metrics of {found.remeasured:,} measured again" if found.remeasured else ""
-        typer.echo(f"{len(found.rerun):,} runs done again{measured}, {len(found.unequal):,} differ")
-    if forgotten or merges:
-        typer.echo(
-            f"{forgotten:,} runs and {merges:,} merges are absent now; `mergebound grid resume` and `grid merge` do "
-            "them again"
-        )
-    elif found.damaged or found.merges:
-        typer.echo(
-            "`mergebound grid verify --forget-damaged` makes these runs and merges absent, so that they are done again"
-        )
 
 
 def _summary(found: Status) -> list[tuple[str, str]]:
@@ -252,7 +162,8 @@ def _summary(found: Status) -> list[tuple[str, str]]:
     if found.conflicts:
         rows.append(("conflicts", f"{found.conflicts:,} runs gave other bits when done twice; the first is kept"))
     if found.merges:
-        rows.append(("merges", f"{found.merges:,}"))
+        clamped = f"; in {found.clamped:,} of them BatchNorm variances were set to 0" if found.clamped else ""
+        rows.append(("merges", f"{found.merges:,} rows{clamped}"))
     return rows
 
 

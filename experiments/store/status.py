@@ -12,6 +12,9 @@ from experiments.store.leases import LIVE, SKEW, now
 
 _WINDOW = 3600.0
 _LATEST = 500
+_CLAMPED = (  # keys of a record are sorted, so that the number is never the last one; a record with NaN is no JSON
+    "SELECT count(*) FROM merges WHERE instr(record, '\"clamped\": ') > 0 AND instr(record, '\"clamped\": 0.0,') = 0"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Status:
         rate: runs per second, over the latest commits of the last hour up to now; None before two commits.
         seconds_left: at that rate; None where it is unknown.
         merges: rows about merges.
+        clamped: of those, measured merges with a running variance of BatchNorm that was set to 0.
     """
 
     runs: int
@@ -61,6 +65,7 @@ class Status:
     rate: float | None
     seconds_left: float | None
     merges: int
+    clamped: int = 0
 
     def to_row(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -106,6 +111,7 @@ def status(database: Database, folder: Path) -> Status:
         rate=rate,
         seconds_left=0.0 if missing == 0 else missing / rate if rate else None,
         merges=int(database.read("SELECT count(*) FROM merges")[0][0]),
+        clamped=int(database.read(_CLAMPED)[0][0]),
     )
 
 
