@@ -531,7 +531,7 @@ def _curved(group: Group, name: str, settings: Mapping[str, Any], seed: int) -> 
     products = tuple(product_at(group, group.base, residual, j) for j in range(group.size))
     V = float((vector - group.vectors).double().square().sum(dim=1).mean())
     shown = ", ".join(f"{key}={value}" for key, value in settings.items())
-    clamped = zero_share(network.space, group.base, vector)
+    clamped = zero_share(network.space, group.base, vector, deltas)
     point = MergePoint(alpha, products, None, V)
     return _Plan(f"{name}({shown})" if shown else name, name, settings, point, False, clamped=clamped)
 

@@ -117,7 +117,7 @@ def merge_state_dicts(
         seed=seed,
         **settings,
     )
-    clamped = zero_count(job.space, job.origin, vector)
+    clamped = zero_count(job.space, job.origin, vector, job.rows)
     if clamped:
         _log.warning(CLAMPED, clamped)
     donor = job.reference if private_from is None else experts[private_from]

@@ -130,9 +130,11 @@ def _reader(stream: Stream, wanted: Mapping[str, Spec]) -> Callable[[str], Tenso
             seed=stream.seed,
             **settings,
         ).cpu()
-        if name in buffers and not told and (negative := zero_count(space, origin.cpu(), vector)):
-            told.append(name)
-            _log.warning(CLAMPED, f"{negative} (in '{name}', perhaps more elsewhere)")
+        if name in buffers and not told:
+            negative = zero_count(space, origin.cpu(), vector, [row.cpu() for row in rows])
+            if negative:
+                told.append(name)
+                _log.warning(CLAMPED, f"{negative} (in '{name}', perhaps more elsewhere)")
         tensor = vector.view(spec.shape).to(spec.dtype)
         check_result({name: tensor}, vector, method.name)
         return tensor

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -10,55 +13,84 @@ from torch import Tensor
 from merging.flat import FlatSpace
 from merging.partition import is_variance
 
+DEAD = 1e-6
+"""A channel whose variance is below this share of the base's in every expert is dead in all of them: a merged variance
+of zero there is theirs, whatever rounding made of it."""
 
-def clamped_share(space: FlatSpace, origin: Tensor, deltas: Tensor, alpha: npt.ArrayLike) -> float:
+Rows = Sequence[Tensor] | Tensor
+
+
+def clamped_share(space: FlatSpace, origin: Tensor, deltas: Rows, alpha: npt.ArrayLike) -> float:
     """Share of BatchNorm's running variances that ``x_0 + sum_i alpha_i Delta_i`` makes negative; 0.0 without any.
 
     Merging clamps them at zero, after which a channel is divided by sqrt(eps) alone and the loss explodes; predictors
     see the negative values' logits only through lines and planes, hence not at all.  Coefficients that are nonnegative
-    with a sum of at most one never do it: the merged variance is then a convex combination of positive ones.
+    with a sum of at most one never do it: the merged variance is then a convex combination of positive ones.  Channels
+    that are dead in every expert do not count (:data:`DEAD`).
 
     Args:
         space: the layout of the coordinates, with the tensors' names.
         origin: x_0, (P,).
         deltas: task vectors, (N, P).
-        alpha: merging coefficients, (N,).
+        alpha: merging coefficients, (N,); or (N, V), by variance in the order of the layout.
     """
-    pieces = [piece for name, piece in space.segments() if is_variance(name)]
+    pieces = _pieces(space)
     if not pieces:
         return 0.0
-    weights = torch.as_tensor(np.asarray(alpha), dtype=origin.dtype)
-    merged = torch.cat([origin[p] + weights @ deltas[:, p] for p in pieces])
-    return float((merged < 0.0).double().mean())
+    rows = torch.stack([torch.cat([row[p] for p in pieces]) for row in deltas]).double()
+    base = torch.cat([origin[p] for p in pieces]).double()
+    weights = torch.as_tensor(np.asarray(alpha, dtype=np.float64))
+    merged = base + (weights @ rows if weights.ndim == 1 else (weights * rows).sum(dim=0))
+    return float(((merged < 0.0) & _alive(base, rows)).double().mean())
 
 
-def zero_count(space: FlatSpace, origin: Tensor, merged: Tensor) -> int:
-    """How many running variances are zero in a merge (P,) and were not in the base (P,): those that were clamped."""
-    pieces = [piece for name, piece in space.segments() if is_variance(name)]
-    return sum(int(((merged[p] <= 0.0) & (origin[p] > 0.0)).sum()) for p in pieces)
+def zero_count(space: FlatSpace, origin: Tensor, merged: Tensor, deltas: Rows) -> int:
+    """How many running variances are zero in a merge (P,) though they are not in the base and not in every expert:
+    those that merging clamped."""
+    return int(sum(zero[0] for zero in _zeros(space, origin, merged[None], deltas)))
 
 
-def zero_share(space: FlatSpace, origin: Tensor, merged: Tensor) -> float:
+def zero_share(space: FlatSpace, origin: Tensor, merged: Tensor, deltas: Rows) -> float:
     """:func:`zero_count` over the number of running variances; 0.0 without any."""
-    total = sum(p.stop - p.start for name, p in space.segments() if is_variance(name))
-    return zero_count(space, origin, merged) / total if total else 0.0
+    return zero_shares(space, origin, merged[None], deltas)[0]
 
 
-def zero_shares(space: FlatSpace, origin: Tensor, merges: Tensor) -> list[float]:
+def zero_shares(space: FlatSpace, origin: Tensor, merges: Tensor, deltas: Rows) -> list[float]:
     """:func:`zero_share` of every merge of a block, (C, P); some microseconds a merge and layer.
 
     Args:
         space: the layout of the coordinates, with the tensors' names.
         origin: x_0, (P,).
         merges: as :func:`merging.many.merge_many` makes them.
+        deltas: task vectors, (N, P).
     """
-    pieces = [piece for name, piece in space.segments() if is_variance(name)]
-    total = sum(p.stop - p.start for p in pieces)
-    if not total:
-        return [0.0] * len(merges)
-    counts = sum(((merges[:, p] <= 0.0) & (origin[p] > 0.0)).sum(dim=1) for p in pieces)
-    assert isinstance(counts, Tensor)
-    return [count / total for count in counts.tolist()]
+    total = sum(p.stop - p.start for p in _pieces(space))
+    counts = _zeros(space, origin, merges, deltas)
+    return [sum(layer) / total for layer in zip(*counts, strict=True)] if total else [0.0] * len(merges)
+
+
+def negative_count(values: Tensor) -> int:
+    """How many merged variances of one tensor, before they are clamped, are negative beyond rounding."""
+    return int((values < -DEAD * values.abs().amax()).sum()) if values.numel() else 0
+
+
+def _pieces(space: FlatSpace) -> list[slice]:
+    return [piece for name, piece in space.segments() if is_variance(name)]
+
+
+def _alive(origin: Tensor, rows: Rows) -> Tensor:
+    """Channels that some expert uses: boolean, shaped like ``origin``."""
+    largest = reduce(torch.maximum, list(rows))
+    return origin + largest > DEAD * origin
+
+
+def _zeros(space: FlatSpace, origin: Tensor, merges: Tensor, deltas: Rows) -> list[list[int]]:
+    """By layer, the zeros of every merge."""
+    found = []
+    for p in _pieces(space):
+        counts = (origin[p] > 0.0) & _alive(origin[p], [row[p] for row in deltas])
+        found.append(((merges[:, p] <= 0.0) & counts).sum(dim=1).tolist())
+    return found
 
 
 CLAMPED = (

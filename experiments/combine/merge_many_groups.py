@@ -112,7 +112,7 @@ def measure_groups(job: Job, bench: Bench, vectors: TaskVectors, references: Map
     subsets = [[place[member.name] for member in group.members] for group in job.groups]
     out: list[Row] = []
     for some, block, seconds in _blocks(method, rows, bench, names, subsets, job.groups):
-        clamped = zero_shares(bench.space, bench.origin, block)
+        clamped = zero_shares(bench.space, bench.origin, block, rows)
         started = time.perf_counter()
         joints = bench.measure(list(block.unbind(0)), some, heads)
         each = (seconds / len(some), (time.perf_counter() - started) / len(some))

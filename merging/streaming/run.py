@@ -31,7 +31,7 @@ from merging.streaming.programs import Span
 from merging.streaming.source import Buffers, Inputs
 from merging.tensorwise import Stream, merge_stream
 from merging.types import StateDict
-from merging.variances import CLAMPED
+from merging.variances import CLAMPED, negative_count
 
 logger = logging.getLogger(__name__)
 
@@ -212,10 +212,10 @@ class _Job:
         merged = torch.from_numpy(out)
         if is_variance(task.name) and task.name in self.stream.parts.buffers:
             bad += beyond(out, _LARGEST)  # which clamping may hide
-            negative = int((merged < 0.0).sum())
+            negative = negative_count(merged)
             if negative:
                 self.clamped.append(negative)
-                merged.clamp_(min=0.0)
+            merged.clamp_(min=0.0)
         limit = np.float32(min(torch.finfo(spec.dtype).max, torch.finfo(torch.float32).max))
         stored = merged if plain else merged.to(spec.dtype)
         if bad or beyond(out, limit):

@@ -266,7 +266,25 @@ def test_running_variances_below_zero_are_counted_from_the_checkpoints() -> None
         merged = origin + torch.tensor(alpha) @ deltas
         merged[1:] = torch.where(merged[1:] < 0, 0, merged[1:])  # as merging does; the mean is negative by right
         merged[space.names.index("n.running_mean")] = -1.0
-        assert zero_share(space, origin, merged) == share
+        assert zero_share(space, origin, merged, deltas) == share
+
+
+@pytest.mark.parametrize("size", range(2, 12))
+def test_channels_that_are_dead_in_every_expert_are_no_alarm(size: int) -> None:
+    """Averages of dead channels round to a little below zero; extrapolating a living one is told apart."""
+    from merging.flat import FlatSpace
+
+    state = {"n.running_var": torch.tensor([0.77, 1.0, 0.5])}
+    space = FlatSpace.of(state)
+    origin = space.flatten(state)
+    deltas = torch.stack([torch.tensor([1e-9 * i, 0.0, 0.4]) for i in range(size)]) - origin
+    assert clamped_share(space, origin, deltas, np.full(size, 1 / size)) == 0.0
+    average = (origin + deltas.mean(dim=0)).clamp(min=0.0)
+    assert zero_share(space, origin, average, deltas) == 0.0
+    assert clamped_share(space, origin, deltas, np.full(size, 6 / size)) == pytest.approx(1 / 3)
+    many = np.repeat(np.full((size, 1), 6 / size), 3, axis=1)
+    many[:, 2] = 1 / size
+    assert clamped_share(space, origin, deltas, many) == 0.0
 
 
 def test_neighbouring_layers_are_joined_evenly() -> None:

@@ -17,6 +17,9 @@ from torch.func import grad_and_value, vmap
 from experiments.measure.noise.objective import Objective
 from theory.errors import MergeboundError
 
+LARGE = 2**18
+"""From so many parameters on, samples go one after the other: grouped convolutions of many samples are slower then
+(0.29 against 0.70 s a sample for a ResNet of 2.8M parameters on 8 x 8 images; 0.006 against 0.003 at 39K)."""
 MEMORY = 256 * 2**20
 """Default bytes for per-sample gradients."""
 _LONGEST = 128
@@ -75,7 +78,11 @@ class Rows:
             for images, labels in zip(
                 torch.split(self.inputs, self.length), torch.split(self.labels, self.length), strict=True
             ):
-                block = vmap(one, randomness="error")(images, labels)
+                if objective.size < LARGE:
+                    block = vmap(one, randomness="error")(images, labels)
+                else:
+                    singly = [one(image, label) for image, label in zip(images, labels, strict=True)]
+                    block = (torch.stack([g for g, _ in singly]), torch.stack([loss for _, loss in singly]))
                 if not bool(torch.isfinite(block[0]).all()):
                     raise MergeboundError(
                         "per-sample gradients: NaN or infinite values; the point is not one of a run that stayed finite"

@@ -46,6 +46,9 @@ from experiments.studies.scale.spec import ScaleSpec
 Floats = NDArray[np.float64]
 MEASURED = frozenset({"drift", "relative_drift", "cosine", "dispersion", "average_risk"})
 
+MEMORY = 2**30
+"""Bytes of per-sample gradients that are kept."""
+
 
 def measure_terms(subject: Subject, groups: Sequence[Chosen], spec: ScaleSpec, tell: Tell) -> pd.DataFrame:
     """One row per term and task, or per term and group.
@@ -107,7 +110,9 @@ def _noise(subject: Subject, images: int, seed: int) -> list[dict[str, Any]]:
         head = subject.start_heads[j]
         sample, population = training_sample(subject, j, images, seed)
         at = Point("base", 0, subject.base, subject.heads[j] if head is None else head)
-        found = noise_at(objective_of(subject, j, at), sample, None, population=population, seed=seed)["all"]
+        found = noise_at(
+            objective_of(subject, j, at), sample, None, population=population, pairs=2, seed=seed, memory=MEMORY
+        )["all"]  # gaps of pairs are not used; gradients that are kept are not computed again
         rows.append(_row("noise", found.sigma.value, [name]))
         rows.append(_row("signal", found.gradient.value, [name]))
     return rows

@@ -86,10 +86,11 @@ def test_a_block_has_the_shares_of_its_merges() -> None:
     space = flat_space(base, partition(base, private=[]), None)
     origin = space.flatten(base)
     block = torch.randn(20, space.size, generator=rng).clamp_(min=0.0)
-    assert zero_shares(space, origin, block) == [zero_share(space, origin, row) for row in block]
-    assert max(zero_shares(space, origin, block)) > 0
+    deltas = torch.zeros(2, space.size)
+    assert zero_shares(space, origin, block, deltas) == [zero_share(space, origin, row, deltas) for row in block]
+    assert max(zero_shares(space, origin, block, deltas)) > 0
     plain = flat_space({"w": torch.ones(3)}, partition({"w": torch.ones(3)}, private=[]), None)
-    assert zero_shares(plain, torch.ones(3), torch.zeros(2, 3)) == [0.0, 0.0]
+    assert zero_shares(plain, torch.ones(3), torch.zeros(2, 3), torch.zeros(1, 3)) == [0.0, 0.0]
 
 
 def test_status_counts_them(tmp_path) -> None:  # type: ignore[no-untyped-def]
