@@ -98,6 +98,7 @@ def factor_cells(
         for name in HYPERPARAMETERS
         if name in table.columns and name not in (factor, *held) and len(ordered_levels(table[name])) > 1
     ]
+    tied = [] if others == "free" else _tied(table, open_names)
     split = [] if others == "free" else list(open_names)
     if others == "middle":
         for name in open_names:
@@ -106,7 +107,7 @@ def factor_cells(
         if not len(table):
             raise MergeboundError(
                 f"no finished run has the middle value of {', '.join(open_names)} together; give fixed= values, or "
-                "others='free' for grids of random samples"
+                "others='free' (--others free) for grids of random samples or tied fields"
             )
     if not of_base:
         split.append("base_digest")
@@ -116,13 +117,27 @@ def factor_cells(
         cell, missing = _cell(rows, factor, levels, stratum, expected, matched and others != "free", others)
         if missing and not leave_out:
             where = f" with {_words(json.loads(stratum))}" if split else ""
+            trouble = f"empty cells of {factor}{where}: {_listed(missing)}{_diverged(table, factor)}"
+            if tied:
+                raise MergeboundError(
+                    f"{trouble}; {factor} is tied to {', '.join(tied)} in this grid (each value of {tied[0]} comes "
+                    f"with one value of {factor} only), so that one cannot be held while the other varies: let the "
+                    "others vary along (others='free', --others free)"
+                )
             raise MergeboundError(
-                f"empty cells of {factor}{where}: {_listed(missing)}{_diverged(table, factor)}; finish the grid, hold "
-                "other values, or leave these tasks out (on_missing='leave_out')"
+                f"{trouble}; finish the grid, hold other values, or leave these tasks out (on_missing='leave_out', "
+                "--leave-out-missing)"
             )
         cells.append(cell)
         lost += missing
     return tuple(cells), tuple(levels), tuple(lost)
+
+
+def _tied(table: pd.DataFrame, names: list[str]) -> list[str]:
+    """Those of some columns whose value says which level of the factor a run has: by a tie, or by random samples."""
+    keys = {name: pd.Series([str(_level(value)) for value in table[name]], index=table.index) for name in names}
+    levels = pd.Series([str(value) for value in table["_level"]], index=table.index)
+    return [name for name, key in keys.items() if int(levels.groupby(key).nunique().max()) == 1]
 
 
 def _cell(

@@ -32,8 +32,8 @@ class Clamped:
         """One sentence, with the remedy."""
         return (
             f"{self.label}: in {self.merges:,} of {self.of:,} merges running variances of BatchNorm became negative "
-            f"and were set to 0 (up to {100 * self.largest:.3g} % of them, column {CLAMPED}): such merges are usually far "
-            "worse than their experts; keep the coefficients nonnegative with a sum of at most 1, or measure them "
+            f"and were set to 0 (up to {100 * self.largest:.3g} % of them, column {CLAMPED}): such merges are usually "
+            "far worse than their experts; keep the coefficients nonnegative with a sum of at most 1, or measure them "
             "with --batchnorm reestimated"
         )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from theory.errors import MergeboundError
 
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from experiments.combine.api import Progress
     from experiments.combine.designs import Design
     from experiments.combine.recipe import MergeMethod
-
-_WIDTH = 118
 
 
 def register(group: typer.Typer) -> None:
@@ -98,6 +94,9 @@ def merge_groups(
         str, typer.Option("--metric", help="accuracy, loss, normalised, gain, merging_cost, ...: what is shown.")
     ] = "accuracy",
     out: Annotated[Path | None, typer.Option("--out", help="CSV file with one row per group and method.")] = None,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Merge what there is of a grid with runs that are not done yet.")
+    ] = False,
     count: Annotated[bool, typer.Option("--count", help="Count the merges and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -107,7 +106,9 @@ def merge_groups(
     that was stopped goes on where it was. Intervals resample experts.
     """
     import experiments.combine.api as api
+    from experiments.combine.finished import how_finished
     from experiments.combine.recipe import Evaluate
+    from experiments.commands.grid_merge_table import show
     from experiments.commands.grid_store import data_root
     from experiments.store import Store
 
@@ -123,14 +124,21 @@ def merge_groups(
         raise MergeboundError(f"{out}: give a file that ends in .csv")
     methods = _methods(method or ["average"], settings or [], coefficient, merge_seed)
     with Store.open(store, "w") as opened:
+        state = opened.status()
+        if state.missing and not unfinished:
+            raise MergeboundError(
+                f"{store}: {state.missing:,} of {state.runs:,} runs are not done yet, and groups are drawn from all "
+                f"experts; finish the grid (`mergebound grid resume {store}`), or merge what there is with --unfinished"
+            )
         frame = opened.frame()
+        held = _fixed(fix or [], frame)
         design = _design(
             frame,
             factor=factor,
             groups=groups,
             sizes=_numbers(size, "--size"),
             seed=seed,
-            fixed=_fixed(fix or [], frame),
+            fixed=held,
             others=others,
             matched=matched,
             bins=bins,
@@ -139,8 +147,12 @@ def merge_groups(
         )
         for one in methods:
             one.check(design.sizes)
+        finished = how_finished(
+            frame, runs=state.runs, missing=state.missing, factor=design.factor, levels=design.levels, fixed=held
+        )
         if count:
             typer.echo(f"{len(design)} groups x {len(methods)} methods = {len(design) * len(methods)} merges")
+            typer.echo(finished.words)
             return
         with Bar(
             TextColumn("{task.description}"),
@@ -169,7 +181,7 @@ def merge_groups(
         from experiments.atomic import write_atomically
 
         write_atomically(out, table.to_csv(index=False).encode())
-    _show(table, metric, design, as_json)
+    show(table, metric, design, as_json, finished)
 
 
 class _Watch:
@@ -286,55 +298,3 @@ def _number(text: str, option: str) -> float:
         return float(text)
     except ValueError:
         raise MergeboundError(f"{option} {text}: give a number") from None
-
-
-def _show(table: pd.DataFrame, metric: str, design: Design, as_json: bool) -> None:
-    from experiments.combine.effects import factor_differences, factor_means
-
-    means = factor_means(table.assign(level=table.get("level", ""), factor=design.factor), metric)
-    paired = design.kind == "factor" and bool(table["matched"].all())
-    differences = factor_differences(table, metric) if paired else None
-    if as_json:
-        parts = {"means": means} | ({} if differences is None else {"differences": differences})
-        found = {name: json.loads(part.to_json(orient="records", double_precision=15)) for name, part in parts.items()}
-        typer.echo(json.dumps({"merges": len(table), **found}, indent=2))
-        return
-    console = Console()
-    console = console if console.is_terminal else Console(width=_WIDTH)
-    bases = _bases(table)
-    console.print(_table(means, f"{metric} of {len(table)} merges (measured, 95 % over experts)", design.factor, bases))
-    if differences is not None:
-        console.print(_table(differences, f"paired differences of {metric}", design.factor, bases))
-
-
-def _bases(table: pd.DataFrame) -> dict[str, str]:
-    """What to call each base: its network, with the beginning of its digest where a network has several bases."""
-    pairs = table[["base_digest", "architecture"]].drop_duplicates()
-    several = pairs["architecture"].duplicated(keep=False)
-    return {
-        digest: f"{name} ({digest[:8]})" if twice else str(name)
-        for digest, name, twice in zip(pairs["base_digest"], pairs["architecture"], several, strict=True)
-    }
-
-
-def _held(stratum: str, bases: Mapping[str, str]) -> str:
-    """What the groups of a row have in common, in words."""
-    fields: dict[str, Any] = json.loads(stratum) if stratum else {}
-    base = str(fields.pop("base_digest", ""))
-    return ", ".join([bases.get(base, base[:8]), *(f"{name}={value}" for name, value in fields.items())])
-
-
-def _table(rows: pd.DataFrame, title: str, factor: str, bases: Mapping[str, str]) -> Table:
-    paired = "reference" in rows.columns
-    names = ["base", "method", "size", *([factor] if factor else []), *(["minus"] if paired else [])]
-    found = Table(*names, "groups", "mean", "95 %", title=title)
-    for row in rows.to_dict("records"):
-        cells = [
-            _held(row["stratum"], bases),
-            str(row["label"]),
-            f"{row['size']:g}",
-            *([str(row["level"])] if factor else []),
-        ]
-        cells += [str(row["reference"])] if paired else []
-        found.add_row(*cells, str(row["groups"]), f"{row['mean']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}")
-    return found
