@@ -14,6 +14,7 @@ from experiments.merges import Bench, merge_vector
 from experiments.pool import PlannedGroup
 from experiments.spec import MethodSpec
 from merging.registry import get
+from merging.variances import stays_in_hull
 from theory.function_space import cross_entropy, minimise_risk
 
 Row = dict[str, Any]
@@ -123,7 +124,7 @@ def optimal_rows(bench: Bench, group: PlannedGroup) -> list[Row]:
                 best, best_loss = candidate, loss
         add(f"{method.name}_tuned", best)
     for kind in RISK_OPTIMAL:
-        optimum = minimise_risk(stats.fields(kind), bounds=(0.0, 1.0))
+        optimum = minimise_risk(stats.fields(kind), hull=stays_in_hull(pool.backbone.space.names))
         alpha = torch.as_tensor(optimum.alpha, dtype=pool.deltas.dtype)
         vector = clamp_variances(pool, pool.base + alpha @ pool.deltas[members])
         add(f"risk_optimal_{kind}", vector, optimum.alpha, optimum.risk)

@@ -29,7 +29,7 @@ from merging.flat import FlatSpace
 from merging.merge import merge_flat
 from merging.method import Method
 from merging.registry import get
-from merging.variances import clamped_share, zero_share
+from merging.variances import clamped_share, stays_in_hull, zero_share
 from theory.assumptions import Assumption
 from theory.errors import MergeboundError
 from theory.function_space import Array, LogitField, cross_entropy, minimise_risk, uniform_weights
@@ -503,9 +503,7 @@ def _plans(
 
 def in_hull(group: Group, options: Options) -> bool:
     """Whether chosen coefficients are kept nonnegative with a sum of at most one."""
-    if options.hull is not None:
-        return options.hull
-    return group.batch_norm and options.bounds == Options().bounds
+    return stays_in_hull(group.networks[0].space.names, options.hull, options.bounds)
 
 
 def _linear_alpha(method: Method, size: int, settings: Mapping[str, Any]) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import numpy as np
@@ -18,6 +18,22 @@ DEAD = 1e-6
 of zero there is theirs, whatever rounding made of it."""
 
 Rows = Sequence[Tensor] | Tensor
+
+
+BOX = (0.0, 1.0)
+"""Between which coefficients are chosen unless told otherwise."""
+
+
+def stays_in_hull(names: Iterable[str], hull: bool | None = None, bounds: tuple[float, float] = BOX) -> bool:
+    """Whether coefficients that are *chosen* are kept nonnegative with a sum of at most one.
+
+    Args:
+        names: of the tensors that are merged.
+        hull: what was asked for; ``None``: where some of them are running variances and ``bounds`` are as they come,
+            since larger sums make such variances negative (:func:`clamped_share`).
+        bounds: of every coefficient.
+    """
+    return hull if hull is not None else tuple(bounds) == BOX and any(is_variance(name) for name in names)
 
 
 def clamped_share(space: FlatSpace, origin: Tensor, deltas: Rows, alpha: npt.ArrayLike) -> float:
@@ -80,8 +96,9 @@ def _pieces(space: FlatSpace) -> list[slice]:
 
 def _alive(origin: Tensor, rows: Rows) -> Tensor:
     """Channels that some expert uses: boolean, shaped like ``origin``."""
-    largest = reduce(torch.maximum, list(rows))
-    return origin + largest > DEAD * origin
+    largest: Tensor = reduce(torch.maximum, list(rows))
+    alive: Tensor = origin + largest > DEAD * origin
+    return alive
 
 
 def _zeros(space: FlatSpace, origin: Tensor, merges: Tensor, deltas: Rows) -> list[list[int]]:

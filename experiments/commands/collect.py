@@ -16,6 +16,7 @@ from experiments.commands.predict import SeveralValues, read_model_options, read
 from merging.checkpoint import file_hash
 from merging.errors import CheckpointError, MethodError
 from merging.statistics import Coefficients, save_coefficients, save_statistics
+from merging.variances import stays_in_hull
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
@@ -172,6 +173,14 @@ def coefficients(
     ] = "own",
     bounds: Annotated[str, typer.Option("--bounds", help="Lowest and highest coefficient of the two solvers.")] = "0,1",
     simplex: Annotated[bool, typer.Option("--simplex", help="Coefficients sum to one (in each layer).")] = False,
+    hull: Annotated[
+        bool | None,
+        typer.Option(
+            "--hull/--no-hull",
+            help="Nonnegative coefficients of sum at most one (in each layer). Default: if the network has BatchNorm, "
+            "whose running variances larger sums make negative.",
+        ),
+    ] = None,
     density: Annotated[float, typer.Option("--density", help="Share kept by adamerging_pp.")] = 0.2,
     steps: Annotated[int, typer.Option("--steps", help="Steps of adamerging.", min=1)] = 500,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate of adamerging.")] = 1e-3,
@@ -234,7 +243,7 @@ def coefficients(
     if method.startswith("adamerging"):
         found, details = _adapted(group, method, scope, density, steps, rate, batch, seed)
     else:
-        found, details = _solved(group, method, scope, objective, anchor, shared, simplex)
+        found, details = _solved(group, method, scope, objective, anchor, shared, simplex, hull)
     details |= {"scope": scope, "images": images, "seed": seed, "model": group.architecture}
     hashes = [file_hash(path) for path in experts]
     save_coefficients(out, found, method=method, sources=hashes, **details)
@@ -257,6 +266,7 @@ def _solved(
     anchor: str,
     bounds: tuple[float, float],
     simplex: bool,
+    hull: bool | None,
 ) -> tuple[Coefficients, dict[str, Any]]:
     from experiments.measure.backbone import Readout
     from experiments.measure.layerwise import (
@@ -279,12 +289,13 @@ def _solved(
         batch=_batch(group.data[0].split.images),
     )
     if method == "curvature_optimal":
-        found, optimum = curvature_optimal_coefficients(statistics, wanted, bounds=bounds, simplex=simplex)
+        found, optimum = curvature_optimal_coefficients(statistics, wanted, bounds=bounds, simplex=simplex, hull=hull)
         details: dict[str, Any] = {"anchor": anchor}
     else:
         kind: Any = objective
-        found, optimum = risk_optimal_coefficients(statistics, kind, bounds=bounds, simplex=simplex)
+        found, optimum = risk_optimal_coefficients(statistics, kind, bounds=bounds, simplex=simplex, hull=hull)
         details = {"objective": objective}
+    details["hull"] = not simplex and stays_in_hull(statistics.tensors(), hull, bounds)
     return found, details | {"predicted_risk": optimum.risk, "optimality_gap": optimum.gap}
 
 

@@ -79,8 +79,10 @@ def _train(
     coupled = 0.0 if run.optimizer == "adamw" else run.weight_decay
     states: dict[int, dict[str, Tensor]] = {}
     log: list[Entry] = []
+    x_k, buffers_k = torch.empty_like(x), [torch.empty_like(buffer) for buffer in net.buffers]
     for step, (images, labels) in enumerate(loaded):
-        x_k, buffers_k = x.clone(), [buffer.clone() for buffer in net.buffers]
+        for kept, now in zip((x_k, *buffers_k), (x, *net.buffers), strict=True):
+            kept.copy_(now)
         loss = _gradient(run, net, images, labels, step)
         worst = _sam_gradient(run, net, images, labels, step) if run.optimizer == "sam" else loss
         before = _norms(torch.add(g, x, alpha=coupled) if run.clip_norm is not None else g, net.shared)
@@ -157,7 +159,8 @@ def _norms(gradient: Tensor, shared: int) -> tuple[float, float]:
 
 
 def _finite(numbers: Tensor) -> bool:
-    return bool(torch.isfinite(numbers).all())
+    """Whether all are: their sum is then, but for an overflow, and takes one pass."""
+    return bool(torch.isfinite(numbers.sum())) or bool(torch.isfinite(numbers).all())
 
 
 def _generator(device: torch.device) -> torch.Generator:

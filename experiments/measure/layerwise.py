@@ -20,6 +20,7 @@ from torch import Tensor
 from experiments.measure.backbone import CHUNK_IMAGES, Backbone, Readout
 from merging.layers import layers_of
 from merging.statistics import Coefficients
+from merging.variances import stays_in_hull
 from theory.certificate import gauss_newton_form
 from theory.curvature import CurvatureModel, minimise_curvature, positive_part
 from theory.errors import MergeboundError
@@ -108,6 +109,10 @@ class LayerStatistics:
     def depth(self) -> int:
         """Number of layers L."""
         return len(self.groups)
+
+    def tensors(self) -> list[str]:
+        """Names of all tensors of all layers."""
+        return [name for group in self.groups for name in group.tensors]
 
     def own_logits(self, j: int) -> Array:
         """h_j(x_j), (n, C)."""
@@ -281,12 +286,15 @@ def risk_optimal_coefficients(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     simplex: bool = False,
-    hull: bool = False,
+    hull: bool | None = None,
 ) -> tuple[Coefficients, Optimum]:
     """Coefficients that minimise the function-space prediction of the joint risk, per expert and layer.
 
-    With layers, the solver starts at the best coefficients per expert, so that the prediction is never worse.
+    With layers, the solver starts at the best coefficients per expert, so that the prediction is never worse.  ``hull``
+    (nonnegative, sum at most one in each layer) holds by default where there are running variances
+    (:func:`merging.variances.stays_in_hull`).
     """
+    hull = stays_in_hull(statistics.tensors(), hull, bounds) and not simplex
     if objective == "secant":
         fields = statistics.secants()
     elif objective == "tangent":
@@ -314,9 +322,10 @@ def curvature_optimal_coefficients(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     simplex: bool = False,
-    hull: bool = False,
+    hull: bool | None = None,
 ) -> tuple[Coefficients, Optimum]:
-    """Coefficients that minimise the curvature model of the joint risk, per expert and layer."""
+    """Coefficients that minimise the curvature model of the joint risk, per expert and layer; ``hull`` as above."""
+    hull = stays_in_hull(statistics.tensors(), hull, bounds) and not simplex
     found = minimise_curvature(
         statistics.curvatures(anchors), bounds=bounds, simplex=simplex, hull=hull, layers=statistics.depth
     )

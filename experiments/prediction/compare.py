@@ -198,7 +198,7 @@ def compare_rows(
     if wanted.layer_groups:
         started = time.process_time()
         layered = layer_statistics(bank, members, stats, collected, wanted.layer_images)
-        coefficients, optimum = risk_optimal_coefficients(layered, "tangent")
+        coefficients, optimum = risk_optimal_coefficients(layered, "tangent", hull=False)
         spent = time.process_time() - started
         measured(
             LAYERED, MethodSpec(name="risk_optimal"), spent, optimum.alpha, optimum.risk, **coefficients.settings()

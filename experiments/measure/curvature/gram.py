@@ -22,6 +22,7 @@ from experiments.measure.curvature.risk import BATCH, EmpiricalRisk, Part, task_
 from experiments.measure.layerwise import LayerGroup
 from experiments.measure.subject import Subject
 from merging.statistics import Coefficients
+from merging.variances import stays_in_hull
 from theory.curvature import CurvatureModel, minimise_curvature, positive_part, predict_curvature
 from theory.errors import MergeboundError, nearest
 from theory.function_space import Optimum, uniform_weights
@@ -168,10 +169,18 @@ class CurvatureGram:
         *,
         bounds: tuple[float, float] = (0.0, 1.0),
         simplex: bool = False,
+        hull: bool | None = None,
         weights: npt.ArrayLike | None = None,
     ) -> tuple[Coefficients, Optimum]:
-        """Coefficients that minimise R^, as the merging method ``curvature_optimal`` takes them, and the solution."""
-        found = minimise_curvature(self.models(), weights, bounds=bounds, simplex=simplex, layers=self.depth)
+        """Coefficients that minimise R^, as the merging method ``curvature_optimal`` takes them, and the solution.
+
+        ``hull`` (nonnegative, sum at most one in each layer) holds by default where there are running variances
+        (:func:`merging.variances.stays_in_hull`).
+        """
+        inside = stays_in_hull([name for group in self.groups for name in group.tensors], hull, bounds) and not simplex
+        found = minimise_curvature(
+            self.models(), weights, bounds=bounds, simplex=simplex, hull=inside, layers=self.depth
+        )
         table = found.alpha.reshape(self.size, self.depth)
         groups = {group.pattern: tuple(map(float, table[:, l])) for l, group in enumerate(self.groups)}
         default = tuple(map(float, table.mean(axis=1)))
