@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from experiments.measure.noise.at_point import noise_at
 from experiments.measure.noise.constant import from_parts, largest, quantile
 from experiments.measure.noise.constants import batch_noise
-from experiments.measure.noise.heterogeneity import successive_cosines, task_gradients
+from experiments.measure.noise.heterogeneity import _products, successive_cosines, task_gradients
 from experiments.measure.noise.objective import Objective
 from experiments.measure.noise.one_step import one_step
 from experiments.measure.noise.per_sample import Rows, moments, squared_gaps
@@ -304,6 +305,61 @@ def test_gradient_descent_on_an_isotropic_quadratic_keeps_its_direction() -> Non
     assert frame["gradient_norm"].to_numpy() == pytest.approx(np.linalg.norm(centre) * np.array([1.0, 0.5, 0.1]))
     bent = [points[0], _objective(np.eye(D), 2 * centre)]
     assert successive_cosines(bent, _split(z), ["base", "expert"])["with_first"][1] == pytest.approx(-1.0)
+
+
+def test_gradients_along_training_are_freed_of_the_noise_of_their_common_samples() -> None:
+    """m of n samples: inner products at two points are unbiased; norms and cosines are made of them, as g is."""
+    rng, n, m = np.random.default_rng(29), 40, 12
+    tasks = [_task(21), _task(22), _task(24)]
+    x = 0.5 * rng.standard_normal((3, D))
+    z = draw_data(tasks[0], n, 1, rng)[0]
+    points = [_objective(task.H, at) for task, at in zip(tasks, x, strict=True)]  # other curvature at each point
+    each = np.stack([(at - z) @ task.H for task, at in zip(tasks, x, strict=True)])
+    g = each.mean(axis=1)
+
+    def products(rows: np.ndarray) -> np.ndarray:
+        own = np.einsum("kjd,ljd->jkl", each[:, rows], each[:, rows])
+        inner = np.einsum("kjd,ld->jkl", each[:, rows], each[:, rows].mean(axis=1))
+        return np.asarray(_products(inner, own, n)[0])
+
+    draws = [rng.permutation(n)[:m] for _ in range(5000)]
+    found = np.array([products(rows) for rows in draws])
+    means = np.array([each[:, rows].mean(axis=1) for rows in draws])
+    error = found.std(axis=0, ddof=1) / np.sqrt(len(draws))
+    assert np.all(np.abs(found.mean(axis=0) - g @ g.T) < 4.5 * error)
+    excess = (1 - m / n) / m * np.einsum("kjd,ljd->kl", each - g[:, None], each - g[:, None]) / (n - 1)
+    assert np.all(np.diag(excess) > 6 * np.diag(error))  # what is taken off is not small
+    taken = np.einsum("rkd,rld->rkl", means, means).mean(axis=0) - found.mean(axis=0)
+    assert taken == pytest.approx(excess, rel=0.05, abs=0.05 * excess.max())
+
+    one, gram = noise_at(points[0], _split(z[draws[0]]), None, population=n, pairs=1), products(draws[0])
+    frame = successive_cosines(points, _split(z[draws[0]]), "abc", population=n)
+    norms = np.sqrt(np.diag(gram))
+    assert frame["gradient_norm"].to_numpy() == pytest.approx(norms)
+    assert frame["gradient_norm"][0] == pytest.approx(one["all"].gradient.value)
+    assert frame["with_first"].to_numpy() == pytest.approx([1.0, *(gram[0, 1:] / norms[0] / norms[1:])])
+    assert frame["with_previous"][2] == pytest.approx(gram[2, 1] / norms[1] / norms[2])
+    way = x[0] - x[2]
+    assert frame["with_descent"][1] == pytest.approx(means[0][1] @ way / norms[1] / np.linalg.norm(way))
+    small = successive_cosines(points, _split(z[draws[0]]), "abc", population=n, memory=8 * D * 8)
+    pd.testing.assert_frame_equal(small, frame, rtol=1e-9)  # blocks of few samples
+    truth, inside = g[2] @ g[1] / np.linalg.norm(g[2]) / np.linalg.norm(g[1]), []
+    for rows in draws[:40]:
+        last = successive_cosines(points[1:], _split(z[rows]), "bc", population=n).iloc[1]
+        inside.append(abs(last["with_first"] - truth) < 2.2 * last["with_first_error"])  # t, 11 degrees
+    assert np.mean(inside) > 0.85
+
+
+def test_the_jackknife_of_gradients_along_training_leaves_out_one_sample_at_a_time() -> None:
+    task, rng = _task(23), np.random.default_rng(31)
+    points = [_objective(task.H, at) for at in (2 * np.ones(D), np.linspace(-1, 2, D))]
+    z = draw_data(task, 9, 1, rng)[0]
+    whole = successive_cosines(points, _split(z), "ab")
+    fewer = [successive_cosines(points, _split(np.delete(z, j, axis=0)), "ab") for j in range(9)]
+    for column in ("gradient_norm", "with_first", "with_descent"):
+        values = np.array([f[column][1] for f in fewer])
+        assert whole[f"{column}_error"][1] == pytest.approx(np.sqrt(8 * values.var()), rel=1e-8)
+    assert whole["with_first_error"][0] == 0.0
 
 
 def test_pl_ratio_of_an_isotropic_quadratic_is_its_curvature() -> None:

@@ -179,40 +179,98 @@ def successive_cosines(
 ) -> pd.DataFrame:
     """How one expert's training gradient turns on its way: every point against the first, the one before and -Delta.
 
-    The same samples are used at every point, so that the cosines are those of the samples' mean gradient; standard
-    errors are from the jackknife over ten groups of samples.  ``population``: size of S (with all of it there is no
-    sampling error).
+    The same m samples are used at every point.  Their mean gradients g_k, g_l share sampling noise, so that
+    ``<g_k, g_l>`` exceeds ``<grad F_S(x_k), grad F_S(x_l)>`` by ``(1 - m/n) s_kl / m`` in expectation, s_kl the trace
+    of the cross-covariance of single-sample gradients (divisor n - 1; 1 - m/n is 1 for independent draws).  The
+    estimate of it, ``(1 - m/n) (mean_j <g_kj, g_lj> - <g_k, g_l>) / (m - 1)``, is taken off every inner product and
+    squared norm (as :func:`task_gradients` does for norms), which makes them unbiased; a cosine is a ratio of such
+    estimates.  Standard errors: the jackknife over single samples (Efron, *The Jackknife, the Bootstrap and Other
+    Resampling Plans*, SIAM 1982, chapter 3) with the factor 1 - m/n.
+
+    Args:
+        objectives: of the points in order, at least one.
+        sample: m samples of S, drawn without replacement.
+        points: their names.
+        population: size n of S (with all of it there is no sampling error); ``None`` for independent draws.
+        seed: of the draw (recorded).
+        memory: bytes for per-sample gradients, of all points together.
 
     Returns:
-        Columns ``point``, ``gradient_norm``, ``with_first``, ``with_previous``, ``with_descent`` (against
-        -(x_K - x_0); NaN where nothing moved), each cosine with ``_error``.
+        Columns ``point``, ``gradient_norm`` (|grad F_S|, without decay), ``with_first``, ``with_previous``,
+        ``with_descent`` (against -(x_K - x_0); NaN where nothing moved), each with ``_error``.  A cosine is NaN where
+        a gradient is not distinguishable from zero (its squared norm without bias is not positive).
     """
-    groups = np.array_split(np.arange(len(sample)), min(10, len(sample)))
-    sums = [[moments(_some(o, sample, g, memory)).mean * len(g) for g in groups] for o in objectives]
+    rows = [Rows(o, sample.images, sample.labels, memory // max(len(objectives), 1)) for o in objectives]
     descent = (objectives[0].theta - objectives[-1].theta).double()
-    whole = population is not None and len(sample) >= population
-    rows = []
+    length = float(descent.norm())
+    means, own = _in_step(rows)
+    seen = np.stack([along(r, torch.cat([means, descent[None]])).sum(axis=2) for r in rows], axis=1)
+    inner, down = seen[:, :, :-1], seen[:, :, -1]
+    count = len(sample)
+    products = _products(inner, own, population)
+    downs = np.concatenate([down.mean(axis=0)[None], (down.sum(axis=0) - down) / max(count - 1, 1)])
+    left = 1.0 if population is None else max(1.0 - count / population, 0.0)
+    found = []
     for k, name in enumerate(points):
-        before = max(k - 1, 0)
-        ways = {"with_first": sums[0], "with_previous": sums[before], "with_descent": None}
-        row: dict[str, object] = {"point": name, "gradient_norm": float(sum(sums[k]).norm()) / len(sample)}  # type: ignore[union-attr]
-        for column, other in ways.items():
-            values = [_angle(sums[k], descent if other is None else other, leave) for leave in range(-1, len(groups))]
-            left = np.array(values[1:])
-            error = float(np.sqrt((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum()))
-            row |= {column: values[0], f"{column}_error": 0.0 if whole else error}
-        rows.append(row | {"seed": seed, "tier": "estimated"})
-    return pd.DataFrame(rows)
+        norms = np.sqrt(np.maximum(products[:, k, k], 0.0))
+        values = {"gradient_norm": norms}
+        for column, other in (("with_first", 0), ("with_previous", max(k - 1, 0))):
+            others = np.sqrt(np.maximum(products[:, other, other], 0.0))
+            values[column] = (
+                np.where(norms > 0, 1.0, np.nan) if other == k else _ratio(products[:, k, other], norms * others)
+            )
+        values["with_descent"] = _ratio(downs[:, k], norms * length)
+        row: dict[str, object] = {"point": name}
+        for column, every in values.items():
+            row |= {column: float(every[0]), f"{column}_error": _jackknife(every[1:], left)}
+        found.append(row | {"seed": seed, "tier": "estimated"})
+    return pd.DataFrame(found)
 
 
-def _some(objective: Objective, sample: Split, rows: np.ndarray, memory: int) -> Rows:
-    part = sample.take(rows)
-    return Rows(objective, part.images, part.labels, memory)
+def _in_step(rows: Sequence[Rows]) -> tuple[Tensor, np.ndarray]:
+    """Mean gradients (P, d) of P points and inner products of every sample's gradients at them, (m, P, P)."""
+    means = torch.zeros(len(rows), rows[0].objective.size, dtype=torch.float64)
+    parts = []
+    for blocks in zip(*(r.blocks() for r in rows), strict=True):
+        each = [block.double() for block, _ in blocks]
+        means += torch.stack([block.sum(dim=0) for block in each])
+        products = torch.stack([torch.stack([(a * b).sum(dim=1) for b in each], dim=1) for a in each], dim=1)
+        parts.append(products.numpy())
+    return means / len(rows[0]), np.concatenate(parts)
 
 
-def _angle(sums: list[Tensor], other: list[Tensor] | Tensor, leave: int) -> float:
-    """Cosine of a sum of groups without one (-1: all) and another such sum or a fixed vector."""
-    a = torch.stack([v for i, v in enumerate(sums) if i != leave]).sum(dim=0)
-    b = other if isinstance(other, Tensor) else torch.stack([v for i, v in enumerate(other) if i != leave]).sum(dim=0)
-    scale = float(a.norm() * b.norm())
-    return float(a @ b) / scale if scale > 0 else float("nan")
+def _products(inner: np.ndarray, own: np.ndarray, population: int | None) -> np.ndarray:
+    """Inner products of gradients at P points without sampling bias, from all m samples (first) and from all but one.
+
+    Args:
+        inner: of each sample's gradient at a point with the points' means, (m, P, P).
+        own: of each sample's gradients at two points, (m, P, P).
+        population: n, or ``None``.
+
+    Returns:
+        (m + 1, P, P).
+    """
+    m = len(own)
+    total = m * inner.sum(axis=0)  # sum over all pairs of samples
+    pairs = np.concatenate([total[None], total - m * (inner + inner.transpose(0, 2, 1)) + own])
+    same = np.concatenate([own.sum(axis=0)[None], own.sum(axis=0) - own])
+    sizes = np.array([m] + [m - 1] * m, dtype=np.float64)[:, None, None]
+    mean = pairs / np.maximum(sizes, 1.0) ** 2
+    left = 1.0 if population is None else np.maximum(1.0 - sizes / population, 0.0)
+    if population is not None and m >= population:
+        left = np.zeros_like(sizes)
+    return np.asarray(mean - left * (same / np.maximum(sizes, 1.0) - mean) / np.maximum(sizes - 1.0, 1.0))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Cosines, within -1 and 1; NaN where a norm is zero."""
+    return np.clip(np.where(below > 0, above / np.where(below > 0, below, 1.0), np.nan), -1.0, 1.0)
+
+
+def _jackknife(values: np.ndarray, left: float) -> float:
+    """Standard error from the values without each sample in turn; 0 with all of a finite population."""
+    if left == 0.0:
+        return 0.0
+    if len(values) < 2:
+        return float("nan")
+    return float(np.sqrt(left * (len(values) - 1) * values.var()))
