@@ -33,11 +33,11 @@ def training_differences(rows: pd.DataFrame, resamples: int = 1000, seed: int = 
         ``difference`` (negative: advice is better) and ``difference_accuracy`` with 95 % intervals, ``wins``.
     """
     keys = ["network", "samples", "split"]
-    mine = rows[(rows["recipe"] == "advice") & (rows["method"] == "advised")].set_index(keys)
+    mine = _advised(rows[(rows["recipe"] == "advice") & (rows["method"] == "advised")], keys)
     found = []
     others = rows[(rows["recipe"] != "advice") | (rows["method"] != "advised")]
     for (recipe, method), part in others.groupby(["recipe", "method"], sort=False):
-        joined = part.set_index(keys).join(mine[["loss", "accuracy"]], rsuffix="_advice").reset_index()
+        joined = part.set_index(keys).join(mine).reset_index()
         for network, samples, some in _parts(joined, ("network", "samples")):
             found.append(
                 {"network": network, "samples": samples, "recipe": recipe, "method": method}
@@ -51,10 +51,10 @@ def merging_differences(rows: pd.DataFrame, resamples: int = 1000, seed: int = 0
     if rows.empty:
         return rows
     keys = ["network", "samples", "group"]
-    mine = rows[rows["method"] == "advised"].set_index(keys)
+    mine = _advised(rows[rows["method"] == "advised"], keys)
     found = []
     for method, part in rows[rows["method"] != "advised"].groupby("method", sort=False):
-        joined = part.set_index(keys).join(mine[["loss", "accuracy"]], rsuffix="_advice").reset_index()
+        joined = part.set_index(keys).join(mine).reset_index()
         for network, samples, some in _parts(joined, ("network", "samples")):
             groups = [[f"{row['samples']} {name}" for name in str(row["experts"]).split(";")]
                       for row in some.to_dict("records")]  # fmt: skip
@@ -62,6 +62,10 @@ def merging_differences(rows: pd.DataFrame, resamples: int = 1000, seed: int = 0
                 {"network": network, "samples": samples, "method": method} | _paired(some, groups, resamples, seed)
             )
     return pd.DataFrame(found)
+
+
+def _advised(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    return rows.set_index(keys)[["loss", "accuracy"]].add_suffix("_advice")
 
 
 def _parts(rows: pd.DataFrame, names: tuple[str, str]) -> list[tuple[Any, Any, pd.DataFrame]]:

@@ -92,7 +92,8 @@ def recipes(pilot: PilotSpec, samples: float, largest_batch: int) -> tuple[dict[
     """
     from scipy.stats import qmc
 
-    points = qmc.Sobol(4, rng=np.random.default_rng([pilot.seed, 0xAD715E])).random(pilot.recipes)
+    bits = int(np.ceil(np.log2(pilot.recipes)))  # Sobol points are balanced in powers of two; the first are taken
+    points = qmc.Sobol(4, rng=np.random.default_rng([pilot.seed, 0xAD715E])).random_base2(bits)[: pilot.recipes]
     low, high = np.log(pilot.rates)
     found = []
     for u in points:

@@ -156,7 +156,7 @@ def _silent(why: str, table: pd.DataFrame, cosine: float, seed: int) -> TheoryAd
 
 
 def constants_table(found: Any, seed: int) -> pd.DataFrame:
-    """Measured constants with their intervals, one row per expert and constant."""
+    """Measured constants with their intervals, one row per expert and constant; NaN for an end that nothing bounds."""
     names = ("g", "sigma0", "sigma", "D_2", "D_inf", "L", "highest", "pl", "initial_risk", "training_risk", "drift")
     rows = []
     for expert in found.experts:
@@ -165,7 +165,11 @@ def constants_table(found: Any, seed: int) -> pd.DataFrame:
             rows.append(
                 {
                     "expert": expert.name, "constant": name, "value": float(one.at("value")),
-                    "low": float(one.at("low")), "high": float(one.at("high")), "tier": "estimated", "seed": seed,
+                    "low": _or_nan(one.low), "high": _or_nan(one.high), "tier": "estimated", "seed": seed,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _or_nan(end: float) -> float:
+    return float(end) if np.isfinite(end) else float("nan")

@@ -42,7 +42,7 @@ class TrainingAdvice:
         experts: how many of them to merge into one model, by ``keep``.
         predicted: joint validation risk of the merge of all tasks, nats.
         own: predicted risk of the experts alone.
-        accuracy: predicted accuracy of the merge of all tasks.
+        accuracy: predicted accuracy of the average of all tasks' experts.
         source: ``response``, or ``best of the pilot`` where the response is not trusted.
         active: the largest of training risk, generalization gap and merging cost at the recommended recipe (nats).
         parts: these three.
@@ -142,16 +142,21 @@ def advise_training(
     if good.empty:
         raise MergeboundError("pilot: every recipe diverged or collapsed; lower rates, or take another base")
     risk = fit_response(found.rows, "risk", seed=found.spec.seed)
-    own = fit_response(found.rows, "own_risk", seed=found.spec.seed)
-    accuracy = fit_response(found.rows, "accuracy", log=False, seed=found.spec.seed)
-    own_accuracy = fit_response(found.rows, "own_accuracy", log=False, seed=found.spec.seed)
+    once = found.rows[whole & (found.rows["scale"] == 1.0)]  # experts alone do not depend on how they are merged
+    own = fit_response(once, "own_risk", seed=found.spec.seed)
+    own_accuracy = fit_response(once, "own_accuracy", log=False, seed=found.spec.seed)
+    accuracy = fit_response(
+        found.rows[found.rows["scale"] == 1.0], "accuracy", log=False, seed=found.spec.seed
+    )  # fmt: skip
     table = considered(found, risk, left, caution)
     trusted = risk.quality.spearman >= TRUSTED and len(table) > 0
     row = table.iloc[0] if trusted else _of_pilot(good)
     recipe, scale = _recipe(row), float(row["scale"])
     point = features(pd.DataFrame([row]))
-    training = fit_response(found.rows[found.rows["training_risk"] > 0], "training_risk", seed=found.spec.seed)
-    values = {name: float(r.predict(point)[0][0]) for name, r in (("risk", risk), ("own", own), ("training", training))}
+    plainly = features(pd.DataFrame([row.to_dict() | {"scale": 1.0, "experts": len(found.tasks)}]))
+    training = fit_response(once[once["training_risk"] > 0], "training_risk", seed=found.spec.seed)
+    values = {name: float(r.predict(plainly)[0][0]) for name, r in (("own", own), ("training", training))}
+    values["risk"] = float(risk.predict(point)[0][0])
     parts = {
         "training": values["training"],
         "instability": max(values["own"] - values["training"], 0.0),
@@ -169,8 +174,8 @@ def advise_training(
         coefficient=scale / len(found.tasks),
         experts=int(fits["experts"].max()) if len(fits) else 1,
         predicted=_number(risk, point, found, row, trusted),
-        own=_number(own, point, found, None, True),
-        accuracy=_number(accuracy, point, found, None, True),
+        own=_number(own, plainly, found, None, True),
+        accuracy=_number(accuracy, plainly, found, None, True),
         source="response" if trusted else "best of the pilot",
         active=max(parts, key=lambda name: parts[name]),
         parts=parts,
@@ -262,7 +267,7 @@ def _number(response: Response, point: np.ndarray, pilot: Pilot, row: pd.Series 
             "validation images of the pilot; best of several, so a little too low",
         )  # fmt: skip
     value, low, high = (float(v[0]) for v in response.predict(point))
-    note = "90 % of left-out pilot recipes lie inside"
+    note = "90 % of left-out pilot recipes lie inside with all their merges"
     return Number(value, low, high, "calibrated", pilot.spec.seed, note)
 
 
@@ -274,7 +279,8 @@ def by_number(
     table = pd.DataFrame([row.to_dict() | {"experts": n, "scale": 1.0} for n in counts])
     points = features(table)
     value, low, high = risk.predict(points)
-    hits, alone = accuracy.predict(points), own_accuracy.predict(points)
+    hits = accuracy.predict(points)
+    alone = own_accuracy.predict(features(table.assign(experts=len(pilot.tasks))))
     kept = np.clip(hits[0] / np.maximum(alone[0], 1e-9), 0.0, None)
     return pd.DataFrame(
         {

@@ -46,7 +46,7 @@ def summary(advice: TrainingAdvice) -> tuple[str, list[str]]:
     lines = [
         f"How many experts in one merge: {advice.experts} of {size} (the most that are predicted to keep "
         f"{advice.numbers['wanted'].iloc[0]:.0%} of the experts' accuracy).",
-        f"Experts alone: {advice.own} nats; accuracy of the merge: {advice.accuracy}.",
+        f"Experts alone: {advice.own} nats; accuracy of the average: {advice.accuracy}.",
         f"Active term: {advice.active} (training {advice.parts['training']:.3g}, generalization "
         f"{advice.parts['instability']:.3g}, merging {advice.parts['dispersion']:.3g} nats; calibrated).",
         f"Source: {advice.source}. Left-out pilot recipes: Spearman {quality.spearman:.2f}, median error "

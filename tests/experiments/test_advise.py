@@ -235,9 +235,9 @@ def law(time: np.ndarray, noise: np.ndarray, scale: np.ndarray, experts: np.ndar
     )
 
 
-def made_pilot(seed: int = 0, count: int = 10, flat: bool = False) -> Pilot:
+def made_pilot(seed: int = 0, count: int = 8, flat: bool = False) -> Pilot:
     """A pilot of four tasks whose merges cost what the law says, without training anything."""
-    spec = PilotSpec(recipes=count, seed=seed, parts=(0.25, 0.5, 1.0))
+    spec = PilotSpec(recipes=count, seed=seed, parts=(0.25, 1.0), scales=(0.5, 1.0, 1.5))
     rng = np.random.default_rng(seed)
     rows, runs = [], []
     for number, one in enumerate(recipes(spec, 6400, 80)):
