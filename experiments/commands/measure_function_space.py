@@ -127,6 +127,12 @@ def function_space(
     frame = predict_merge(
         subject, wanted, statistics, names=names, residual=residual, loss=loss, seed=seed  # type: ignore[arg-type]
     )  # fmt: skip
+    broken = frame[frame["clamped"] > 0.0].drop_duplicates("merge")
+    if len(broken):
+        notes.append(
+            f"{', '.join(broken['merge'])}: running variances of BatchNorm become negative, so nothing is predicted; keep "
+            "the coefficients' sum at most 1"
+        )
     tables: dict[str, pd.DataFrame] = {
         "predictions": frame.sort_values(["merge", "risk"], kind="stable").reset_index(drop=True),
         "passes": _costs(statistics),

@@ -515,3 +515,22 @@ def test_adapting_refuses() -> None:
         adapt_coefficients(network, base, [base], space, [torch.zeros(1, 1)], groups=())
     with pytest.raises(MergeboundError, match="not finite"):
         adapt_coefficients(network, base, [base + float("nan")], space, [torch.zeros(1, 1)])
+
+
+@pytest.mark.parametrize("names", [("w",), ("w", "n.running_var")])
+def test_coefficients_stay_between_base_and_experts_where_there_are_running_variances(names: tuple[str, ...]) -> None:
+    """Logits that ask for all of two experts: the box gives both, the hull a mixture."""
+    labels = np.array([0, 0, 1, 1])
+    right = np.where(np.arange(2) == labels[:, None], 1.0, -1.0)
+    still = np.zeros((4, 2))
+    statistics = LayerStatistics(
+        ("a", "b"), whole_model(list(names)), (labels, labels), (still, still), (np.stack([right, right]),) * 2
+    )
+    own, _ = risk_optimal_coefficients(statistics, "secant")
+    free, _ = risk_optimal_coefficients(statistics, "secant", hull=False)
+    wide, _ = risk_optimal_coefficients(statistics, "secant", bounds=(0.0, 1.5))
+    assert sum(free.default) == pytest.approx(2.0, abs=1e-4)
+    assert sum(wide.default) == pytest.approx(3.0, abs=1e-4)  # whoever gives bounds has them
+    assert sum(own.default) == pytest.approx(1.0 if len(names) == 2 else 2.0, abs=1e-4)
+    inside, _ = risk_optimal_coefficients(statistics, "secant", hull=True)
+    assert sum(inside.default) == pytest.approx(1.0, abs=1e-4)

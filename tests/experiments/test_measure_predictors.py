@@ -297,3 +297,30 @@ def test_errors_say_what_to_do() -> None:
     assert predictors(["bracket_0.25"], st)[0].tier == "calibrated"
     with pytest.raises(MergeboundError, match="other experts"):
         predict_merge(s.choose([0, 1]), [Merge(alpha=[1, 0])], st)
+
+
+def test_merges_that_clamp_running_variances_are_flagged_and_have_no_numbers() -> None:
+    """The experts' variances are a tenth of the base's: a sum of coefficients above 10/9 makes them negative."""
+    s = subject(False, True)
+    ((_, piece),) = [(n, p) for n, p in s.networks[0].space.segments() if n.endswith("running_var")]
+    vectors = s.vectors.clone()
+    vectors[:, piece] = 0.1 * s.base[piece]
+    s = replace(s, vectors=vectors)
+    statistics = collect_fields(s, kinds=("secant", "tangent_base"), by="tensor", seed=7)
+    table = np.full((s.size, statistics.depth), 0.5)  # 1.5 in all: too much in the layer of the variances alone
+    gentle = table.copy()
+    (layer,) = [g for g, group in enumerate(statistics.groups) if any("running_var" in n for n in group.tensors)]
+    gentle[:, layer] = 1 / 3
+    wanted = [Merge(method="average"), Merge(alpha=(0.5, 0.5, 0.5)), Merge(alpha=table), Merge(alpha=gentle)]
+    wanted.append(Merge(method="task_arithmetic", settings={"coefficient": 1.0}))
+    frame = predict_merge(s, wanted, statistics)
+    for number, broken in enumerate((False, True, True, False, True)):
+        rows = (
+            frame[frame["merge"] == wanted[number].label].iloc[[0]]
+            if number in (2, 3)
+            else frame[frame["merge"] == wanted[number].label]
+        )
+        assert (rows["clamped"] == float(broken)).all(), wanted[number].label
+        assert rows["risk"].isna().all() == broken
+        assert not broken or (rows["flag"].all() and rows["certificate_remainder"].isna().all())
+    assert float(point_at(s, np.full(3, 0.5))[piece].max()) == 0.0  # that is what would be evaluated

@@ -19,7 +19,9 @@ from merging.errors import MethodError
 from merging.flat import FlatSpace
 from merging.merge import merge_flat
 from merging.method import Method
+from merging.partition import is_variance
 from merging.registry import get
+from merging.variances import clamped_share, zero_share
 from theory.errors import MergeboundError
 from theory.function_space import Array
 
@@ -72,6 +74,8 @@ class Formed:
         layers: alpha by layer, (N, L); least squares where the method is not linear.
         residual: r, (P,); ``None`` for linear merges.
         explained: share of ``|M - x_0|^2`` on the span of the task vectors; 1 for linear merges.
+        clamped: share of BatchNorm's running variances that become negative, which merging sets to zero
+            (:func:`merging.variances.clamped_share`): above 0 no prediction holds.
     """
 
     label: str
@@ -79,6 +83,7 @@ class Formed:
     layers: Array
     residual: Tensor | None
     explained: float
+    clamped: float = 0.0
 
     def alpha(self, shares: Array) -> Array:
         """One coefficient per expert, (N,): the mean over layers by their share of the task vector's squared length."""
@@ -107,17 +112,30 @@ def form(subject: Subject, merge: Merge, groups: Sequence[LayerGroup], seed: int
                 f"{merge.label}: coefficients of shape {table.shape}; give {subject.size} finite numbers, or "
                 f"({subject.size}, {len(groups)}) by layer"
             )
-        return Formed(merge.label, "", table, None, 1.0)
+        return Formed(merge.label, "", table, None, 1.0, _clamped(subject, groups, table))
     if merge.method is not None:
         method = get(merge.method)
         linear = linear_alpha(method, merge.settings, subject.names)
         if linear is not None:
-            return Formed(merge.label, merge.method, np.repeat(linear[:, None], len(groups), axis=1), None, 1.0)
+            table = np.repeat(linear[:, None], len(groups), axis=1)
+            return Formed(merge.label, merge.method, table, None, 1.0, _clamped(subject, groups, table))
     vector = merged_vector(subject, merge, seed)
     layers, residual = project(subject, vector - subject.base, groups)
     length = float((vector - subject.base).double().square().sum())
     explained = 1.0 - float(residual.double().square().sum()) / length if length > 0.0 else 1.0
-    return Formed(merge.label, merge.method or "", layers, residual, explained)
+    clamped = zero_share(subject.networks[0].space, subject.base, vector, subject.deltas)
+    return Formed(merge.label, merge.method or "", layers, residual, explained, clamped)
+
+
+def _clamped(subject: Subject, groups: Sequence[LayerGroup], table: Array) -> float:
+    """The share of running variances that coefficients (N, L) make negative, each with those of its layer."""
+    space = subject.networks[0].space
+    layer = {name: number for number, group in enumerate(groups) for name in group.tensors}
+    variances = [(layer[name], p.stop - p.start) for name, p in space.segments() if is_variance(name)]
+    columns = [np.repeat(table[:, [number]], size, axis=1) for number, size in variances]
+    if not columns:
+        return 0.0
+    return clamped_share(space, subject.base, subject.deltas, np.concatenate(columns, axis=1))
 
 
 def merged_vector(subject: Subject, merge: Merge, seed: int = 0) -> Tensor:

@@ -48,6 +48,13 @@ class Priced:
     seconds: float
 
 
+VOID = (
+    "risk", "standard_error", "low", "high", "accuracy", "interval_low", "interval_high", "bracket_low",
+    "bracket_high", "gap", "certificate_output", "certificate_remainder",
+)  # fmt: skip
+"""What is missing for a merge whose running variances are clamped."""
+
+
 def predict_merge(
     subject: Subject,
     merges: Sequence[Merge],
@@ -85,7 +92,8 @@ def predict_merge(
         ``flag`` (do not trust: the calibrated flag, or a gap of at least :data:`NARROW` with the upper end above
         the base's risk, or every end above it), ``certificate_output``, ``certificate_remainder`` (estimated upper
         bounds; remainders are distances to two of :data:`REFERENCES`), ``explained`` (share of the merge on the task
-        vectors), ``tier``, ``cost`` (forward passes of the collection),
+        vectors), ``clamped`` (share of BatchNorm's running variances that become negative: above 0 nothing is
+        predicted, ``flag`` is raised and the numbers are missing), ``tier``, ``cost`` (forward passes of the collection),
         ``seconds`` (for this merge, after the collection), ``images``, ``seed``.
 
     Raises:
@@ -114,6 +122,9 @@ def predict_merge(
     frame["interval_low"] = frame["interval_high"] = np.nan
     if interval is not None:
         _interval_columns(frame, interval)
+    broken = frame["clamped"] > 0.0
+    frame.loc[broken, list(VOID)] = np.nan
+    frame.loc[broken, "flag"] = True
     frame["images"], frame["seed"] = min(statistics.images), statistics.seed
     return frame
 
@@ -223,6 +234,7 @@ def _rows(
             remainder_certificate(statistics, one.logits, others, weights=weights).upper if plain and others else np.nan
         ),
         "explained": [merge.explained for merge in formed],
+        "clamped": [merge.clamped for merge in formed],
         "tier": one.tier,
         "cost": one.cost,
         "seconds": taken,
