@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from experiments.commands.grid_work import work
 from theory.errors import MergeboundError
 
-if TYPE_CHECKING:
-    from experiments.engines.progress import Outcome
-
-GIVEN_UP = 1
-"""Exit code where some cohorts were given up, and everything else is stored."""
 ENGINES = ("local", "ray")
 
 Store = Annotated[
@@ -58,8 +54,13 @@ Resamples = Annotated[int, typer.Option("--resamples", min=0, help="Bootstrap sa
 Mirror = Annotated[
     str | None,
     typer.Option(
-        "--mirror", help="Copy the store there when it ends: s3://..., gs://..., a folder.", show_default=False
+        "--mirror",
+        help="Keep a copy of the store there (s3://..., gs://..., a folder), also when it is stopped.",
+        show_default=False,
     ),
+]
+MirrorEvery = Annotated[
+    float, typer.Option("--mirror-every", min=0.0, help="Minutes between two copies; 0: only at start and end.")
 ]
 
 
@@ -95,6 +96,7 @@ def run(
     attempts: Attempts = 3,
     resamples: Resamples = 200,
     mirror: Mirror = None,
+    mirror_every: MirrorEvery = 5.0,
 ) -> None:
     """Run a grid: check it, make its bases, measure and freeze the plan, train, evaluate and store every run.
 
@@ -124,7 +126,7 @@ def run(
     )  # fmt: skip
     console.print(f"{found.runs} runs in {len(found.plan.cohorts)} cohorts; the plan is in {store}", highlight=False)
     options = _options(engine, address, workers, cpus, gpus, memory, collect, attempts, resamples)
-    _work(store, root, device, engine, options, mirror, console)
+    work(store, root, device, engine, options, console, mirror, mirror_every)
 
 
 def resume(
@@ -141,6 +143,7 @@ def resume(
     attempts: Attempts = 3,
     resamples: Resamples = 200,
     mirror: Mirror = None,
+    mirror_every: MirrorEvery = 5.0,
 ) -> None:
     """Go on with a grid from its store alone, with the plan that was frozen when it began."""
     from experiments.engines.prepare import check_same_grid, prepare, spread
@@ -165,7 +168,7 @@ def resume(
             report=lambda line: console.print(line, highlight=False),
         )  # fmt: skip
     options = _options(engine, address, workers, cpus, gpus, memory, collect, attempts, resamples)
-    _work(store, where, device, engine, options, mirror, console)
+    work(store, where, device, engine, options, console, mirror, mirror_every)
 
 
 def _check_engine(engine: str, address: str | None) -> None:
@@ -184,14 +187,8 @@ def _refuse(problems: list[Any], console: Console) -> None:
     if not problems:
         return
     for problem in problems[:-1]:
-        console.print(f"[bold red]error:[/] {_plain(problem)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(problem))}", highlight=False, soft_wrap=True)
     raise problems[-1]
-
-
-def _plain(problem: object) -> str:
-    from rich.markup import escape
-
-    return escape(str(problem))
 
 
 def _options(
@@ -210,86 +207,3 @@ def _options(
     if engine == "local":
         return common
     return common | {"address": address, "collect": collect, "share": (cpus, gpus, memory)}
-
-
-def _work(
-    store: Path,
-    root: str | Path | None,
-    device: str,
-    engine: str,
-    options: dict[str, Any],
-    mirror: str | None,
-    console: Console,
-) -> None:
-    from experiments.commands.grid_progress import Display
-    from experiments.engines.prepare import tidy
-
-    logging.getLogger("experiments.engines").setLevel(logging.WARNING)
-    if engine == "local":
-        _check_machine(store, device, console)
-    with Display(console) as display:
-        if engine == "local":
-            from experiments.engines.local import run_local
-
-            outcome = run_local(store, root, device=device, watch=display.show, **options)
-        else:
-            from experiments.engines.ray import Share, run_ray
-
-            cpus, gpus, memory = options.pop("share")
-            share = Share(
-                cpus,
-                gpus if gpus is not None else 0.0 if device == "cpu" else 1.0,
-                None if memory is None else int(memory * 2**30),
-            )
-            outcome = run_ray(store, root, device=device, share=share, watch=display.show, **options)
-    if outcome.complete:
-        tidy(store)
-    if mirror is not None:
-        from experiments.engines.mirror import mirror_store
-
-        copied = mirror_store(store, mirror)
-        console.print(f"{copied} files copied to {mirror}", highlight=False)
-    _say(outcome, store, console)
-
-
-def _check_machine(store: Path, device: str, console: Console) -> None:
-    """Refuse a device that is not here, and say where the plan was made for another machine."""
-    from experiments.finetune.cohort.planner import machine
-    from experiments.grid.errors import GridError
-    from experiments.grid.preflight import check_device
-    from experiments.store import Store as Kept
-
-    if problems := check_device(device):
-        said = problems[0].message.removeprefix(f"--device {device}: ").partition(";")[0]
-        raise GridError(
-            f"{store}: its plan was made for {device}: {said}; go on where there is one, or begin again in an empty "
-            "folder with another --device"
-        )
-    with Kept.open(store, "r") as kept:
-        plan = kept.plan()
-    here = machine(device)
-    if plan is not None and plan.machine not in ("", here):
-        console.print(
-            f"[bold]note:[/] the plan was made on {_plain(plan.machine)}, this is {_plain(here)}: the last bits of "
-            "runs may differ between the two",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _say(outcome: Outcome, store: Path, console: Console) -> None:
-    """What there is now, and what to do with it."""
-    for name, error in outcome.failed.items():
-        console.print(f"[bold red]given up:[/] cohort {_plain(name)}: {_plain(error)}", highlight=False, soft_wrap=True)
-    diverged = f", {outcome.diverged} of them diverged" if outcome.diverged else ""
-    console.print(
-        f"{outcome.new} runs done in {outcome.seconds:.0f} s{diverged}; {outcome.done} of {outcome.total} are stored",
-        highlight=False,
-    )
-    if outcome.complete:
-        console.print(
-            f"complete: see `mergebound grid status {store}` and `grid query`", highlight=False, soft_wrap=True
-        )
-        return
-    console.print(f"go on with `mergebound grid resume {store}`", highlight=False, soft_wrap=True)
-    raise typer.Exit(GIVEN_UP)

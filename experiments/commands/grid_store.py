@@ -159,6 +159,9 @@ def _summary(found: Status) -> list[tuple[str, str]]:
     ]
     if found.ended:
         rows.append(("abandoned", f"{found.ended:,} cohorts whose runner is gone; the next one takes them"))
+    if found.other_machines:
+        others = "; ".join(found.other_machines)
+        rows.append(("machines", f"the plan was made on {found.machine}; runs were trained on {others} too"))
     if found.conflicts:
         rows.append(("conflicts", f"{found.conflicts:,} runs gave other bits when done twice; the first is kept"))
     if found.merges:

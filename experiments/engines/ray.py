@@ -20,6 +20,7 @@ from experiments.engines.cohort_job import Known, Together, known_runs
 from experiments.engines.dispatch import ATTEMPTS, LEASE, Dispatcher
 from experiments.engines.errors import EngineError
 from experiments.engines.local import stoppable
+from experiments.engines.machines import Machines
 from experiments.engines.measured import RESAMPLES
 from experiments.engines.needs import memory_needed
 from experiments.engines.progress import Meter, Outcome, Progress, Watch, meter_of
@@ -127,6 +128,7 @@ class _Driver:
         self._running: list[_Running] = []
         self._arrived = Together(store, leases.owner)
         self._bases: dict[str, Any] = {}
+        self._machines = Machines(store)
         self._meter: Meter = meter_of(store)
         self._waiting = Waiting(leases, self._meter)
         self._began = time.monotonic()
@@ -233,8 +235,9 @@ class _Driver:
             self._wrong(each, error)
             return
         each.heard = time.monotonic()
-        if content is None:  # the task has begun
+        if isinstance(content, str):  # the task has begun, on this machine
             self._meter.begin()
+            self._machines.heard(content)
         elif self._collect:
             self._arrived.add(*content)
         else:

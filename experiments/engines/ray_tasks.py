@@ -1,6 +1,7 @@
 """What a Ray worker does with a cohort: train it, and send its results or commit them.
 
-Generators, without ``yield from``: Ray sends values into them, which that would pass on.
+The first thing that it sends is the machine that it is on.  Generators, without ``yield from``: Ray sends values into
+them, which that would pass on.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ def collected(
     root: str | None,
     device: str,
     resamples: int,
-) -> Iterator[tuple[str, RunResult] | None]:
+) -> Iterator[tuple[str, RunResult] | str]:
     """Train a cohort and send its results, one by one."""
     import ray
 
     from experiments.engines.cohort_job import pieces, results_of
     from experiments.engines.workplace import Workplace
+    from experiments.finetune.cohort.planner import machine
 
-    yield None
+    yield machine(device)
 
     def base_of(digest: str) -> Base:
         found: Base = ray.get(bases[digest], timeout=START_LIMIT)
@@ -48,12 +50,13 @@ def collected(
 
 def stored(
     folder: str, cohort: Cohort, root: str | None, owner: str, device: str, resamples: int
-) -> Iterator[Done | None]:
+) -> Iterator[Done | str]:
     """Train a cohort and commit its results into a store on a shared disk."""
     from experiments.engines.cohort_job import committed
     from experiments.engines.workplace import Workplace
+    from experiments.finetune.cohort.planner import machine
 
-    yield None
+    yield machine(device)
     with Store.open(folder) as store:
         place = Workplace(store.base, root, device=device)
         for done in committed(store, cohort, place, owner=owner, resamples=resamples):  # noqa: UP028

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from experiments.store.database import Database
 from experiments.store.given_up import GivenUp, given_up
 from experiments.store.leases import LIVE, SKEW, now
+from experiments.store.machines import other_machines
 
 _WINDOW = 3600.0
 _LATEST = 500
@@ -47,6 +49,8 @@ class Status:
         seconds_left: at that rate; None where it is unknown.
         merges: rows about merges.
         clamped: of those, measured merges with a running variance of BatchNorm that was set to 0.
+        machine: that the plan was made on.
+        other_machines: that runs were trained on too; their last bits may differ.
     """
 
     runs: int
@@ -66,6 +70,8 @@ class Status:
     seconds_left: float | None
     merges: int
     clamped: int = 0
+    machine: str = ""
+    other_machines: tuple[str, ...] = ()
 
     def to_row(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -112,7 +118,15 @@ def status(database: Database, folder: Path) -> Status:
         seconds_left=0.0 if missing == 0 else missing / rate if rate else None,
         merges=int(database.read("SELECT count(*) FROM merges")[0][0]),
         clamped=int(database.read(_CLAMPED)[0][0]),
+        machine=_machine(database),
+        other_machines=other_machines(database),
     )
+
+
+def _machine(database: Database) -> str:
+    """What the frozen plan names; empty before there is one."""
+    rows = database.read("SELECT value FROM meta WHERE key = 'plan'")
+    return str(json.loads(rows[0]["value"]).get("machine", "")) if rows else ""
 
 
 def _rate(database: Database, at: float) -> float | None:

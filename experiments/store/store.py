@@ -24,6 +24,7 @@ from experiments.store.errors import StoreError
 from experiments.store.garbage import Garbage, collect
 from experiments.store.given_up import give_up
 from experiments.store.journal import Journal
+from experiments.store.machines import note_machine
 from experiments.store.merges import forget_merges
 from experiments.store.tables import Tables
 from experiments.store.verify import Verification, forget, verify
@@ -211,6 +212,10 @@ class Store(Tables):
     def give_up(self, owner: str, cohort: Cohort | str, attempts: int, error: str) -> None:
         """Remember that a runner tries a cohort no more; see :mod:`experiments.store.given_up`."""
         give_up(self._database, _name(cohort), owner, attempts, error)
+
+    def note_machine(self, machine: str) -> bool:
+        """Remember a machine other than the plan's that runs are trained on; returns whether it was not known."""
+        return note_machine(self._database, machine)
 
     def keep_lease(
         self, owner: str, cohort: Cohort | str, seconds: float = LEASE

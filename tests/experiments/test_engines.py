@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -17,7 +21,7 @@ from experiments.bases.base import random_base
 from experiments.engines.cohort_job import Done, pieces, run_cohort
 from experiments.engines.dispatch import Dispatcher
 from experiments.engines.errors import EngineError
-from experiments.engines.mirror import mirror_store
+from experiments.engines.mirror import Mirror, mirror_store
 from experiments.engines.owner import is_gone, owner_name, short_name
 from experiments.engines.prepare import prepare, spread, tidy
 from experiments.engines.progress import Meter
@@ -284,3 +288,69 @@ def test_a_mirror_opens_as_a_store_and_copies_only_what_is_new(tmp_path: Path) -
     assert contents(there) == contents(tmp_path / "here")
     with pytest.raises(EngineError, match="no-such-protocol://x"):
         mirror_store(tmp_path / "here", "no-such-protocol://x")
+
+
+@contextmanager
+def _stopped() -> Iterator[None]:
+    """The body must end by Ctrl-C."""
+    with pytest.raises(KeyboardInterrupt):
+        yield
+
+
+def test_a_mirror_is_kept_while_a_grid_runs_and_when_it_is_stopped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copied back, it is resumed to the bits of a grid that was never stopped."""
+    runs = tiny_runs(("identity",), 1)
+    for name in ("here", "whole"):
+        tiny_store(tmp_path / name, runs, size=1)
+    with Store.open(tmp_path / "whole") as store:
+        for cohort in store.plan().cohorts:  # type: ignore[union-attr]
+            run_cohort(store, cohort)
+    there = tmp_path / "there"
+    with Store.open(tmp_path / "here") as store:
+        first, second = store.plan().cohorts  # type: ignore[union-attr]
+        with _stopped(), Mirror(tmp_path / "here", str(there), every=0.05) as mirror:
+            assert mirror.copies == 1
+            with Store.open(there, "r") as copied:
+                assert len(copied.missing()) == 2
+            run_cohort(store, first)
+            before, until = mirror.copies, time.monotonic() + 30
+            while mirror.copies < before + 2 and time.monotonic() < until:  # one that began after the run
+                time.sleep(0.02)
+            with Store.open(there, "r") as copied:
+                assert len(copied.missing()) == 1
+            mirror._every = 60.0
+            run_cohort(store, second)
+            raise KeyboardInterrupt
+    assert contents(there) == contents(tmp_path / "here")
+    with Store.open(tmp_path / "here") as store, Mirror(tmp_path / "here", str(there), every=0):
+        store.forget(store.runs()[1:])
+    system, path = fsspec.core.url_to_fs(str(there))
+    system.get(f"{path}/", str(tmp_path / "back"), recursive=True)
+    with Store.open(tmp_path / "back") as store:
+        assert len(store.missing()) == 1
+        for cohort in store.plan().cohorts:  # type: ignore[union-attr]
+            run_cohort(store, cohort)
+        assert store.verify(deep=True).good
+    assert contents(tmp_path / "back") == contents(tmp_path / "whole")
+
+
+def test_a_mirror_that_refuses_is_an_error_unless_something_else_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_store(tmp_path / "s", tiny_runs(("identity",), 1), size=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match="cannot be written"), Mirror(tmp_path / "s", str(tmp_path / "file")):
+        pytest.fail("a target that refuses is an error before anything runs")
+
+    def refuses(*_: object, **__: object) -> int:
+        raise EngineError("no space there")
+
+    with _stopped(), Mirror(tmp_path / "s", str(tmp_path / "there"), every=0):
+        monkeypatch.setattr("experiments.engines.mirror.mirror_store", refuses)
+        raise KeyboardInterrupt
+    assert "no space there; the copy there is older" in caplog.text
+    monkeypatch.undo()
+    with pytest.raises(EngineError, match="no space"), Mirror(tmp_path / "s", str(tmp_path / "there"), every=0):
+        monkeypatch.setattr("experiments.engines.mirror.mirror_store", refuses)

@@ -72,6 +72,26 @@ def test_what_arrives_is_committed_together_and_has_the_bits_of_one_worker(tmp_p
     assert contents(tmp_path / "here") == contents(tmp_path / "collected") == contents(tmp_path / "shared")
 
 
+@pytest.mark.parametrize("collect", [True, False])
+def test_a_worker_on_another_machine_than_the_plans_is_named_once(
+    tmp_path: Path,
+    commits: list[int],
+    collect: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tiny_store(tmp_path, tiny_runs(("identity",), 2), size=2)
+    with Store.open(tmp_path) as store, store._database.writing() as connection:
+        connection.execute('UPDATE meta SET value = replace(value, \'"machine": ""\', \'"machine": "an abacus"\')')
+    monkeypatch.setattr("experiments.finetune.cohort.planner.machine", lambda device: f"a slide rule, {device}")
+    with caplog.at_level("WARNING", logger="experiments.engines"):
+        assert run_ray(tmp_path, workers=2, collect=collect).complete
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "made on an abacus, runs are trained on a slide rule, cpu" in said
+    with Store.open(tmp_path, "r") as store:
+        assert (store.status().machine, store.status().other_machines) == ("an abacus", ("a slide rule, cpu",))
+
+
 def test_results_that_have_arrived_are_kept_when_the_driver_is_stopped(tmp_path: Path, commits: list[int]) -> None:
     tiny_store(tmp_path, tiny_runs(("identity",), 2), size=4)
     looks = iter(range(4))

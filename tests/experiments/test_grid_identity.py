@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from experiments.bases.base import random_base
-from experiments.commands import grid_run, grid_store
+from experiments.commands import grid_run, grid_store, grid_work
 from experiments.engines.errors import EngineError
 from experiments.engines.prepare import prepare
 from experiments.engines.worker import is_of_disk, worth_another
 from experiments.engines.workplace import Workplace
+from experiments.finetune.cohort.planner import machine
 from experiments.finetune.reference import train_run
 from experiments.finetune.task_expert import start_from
 from experiments.grid.errors import GridError
@@ -105,7 +105,7 @@ def test_a_base_that_changed_since_the_grid_began_is_refused(tmp_path: Path) -> 
 def _resumed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a resume hands to the engine."""
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(grid_run, "_work", lambda store, root, device, *rest: seen.update(root=root, device=device))
+    monkeypatch.setattr(grid_run, "work", lambda store, root, device, *rest: seen.update(root=root, device=device))
     grid_run.resume(folder)
     return seen
 
@@ -132,20 +132,25 @@ def test_a_resume_goes_on_where_the_plan_was_made_for(tmp_path: Path, monkeypatc
 
 
 def test_a_resume_elsewhere_says_so_and_needs_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_store(tmp_path, tiny_runs(seeds=1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(GridError, match="PyTorch finds no GPU here"):
-        grid_run._check_machine(tmp_path, "cuda", Console(stderr=True))
-    grid_run._check_machine(tmp_path, "cpu", Console(stderr=True))
-    assert capsys.readouterr().err == ""
+        grid_work.check_machine(tmp_path, "cuda")
+    grid_work.check_machine(tmp_path, "cpu")
+    assert not caplog.records
     base = sqlite3.connect(tmp_path / "store.sqlite")
     with base:
         base.execute('UPDATE meta SET value = replace(value, \'"machine": ""\', \'"machine": "an abacus"\')')
     base.close()
-    grid_run._check_machine(tmp_path, "cpu", Console(stderr=True))
-    assert "the plan was made on an abacus, this is " in capsys.readouterr().err
+    here = machine("cpu")
+    for _ in range(2):
+        grid_work.check_machine(tmp_path, "cpu")
+        with Store.open(tmp_path, "r") as store:
+            assert (store.status().machine, store.status().other_machines) == ("an abacus", (here,))
+    assert [record.getMessage() for record in caplog.records if here in record.getMessage()]
+    assert "the plan was made on an abacus, runs are trained on " in caplog.text
 
 
 def test_a_sample_is_run_again_on_the_data_that_the_grid_was_given(tmp_path: Path) -> None:
