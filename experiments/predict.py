@@ -123,12 +123,13 @@ class MethodPrediction:
             secant without tangents.
         secant, tangent: the ends of the bracket.
         cost: merging cost, ``risk`` minus the experts' own (the standard error is that of the paired difference).
+        accuracy: share of the images that the headline's logits classify rightly, mean over tasks.
         width: largest minus smallest of secant, tangent and middle.
         verdict: ``narrow``, ``medium``, ``wide`` or ``unknown``; ``advice`` says what to do about it.
         dispersion: V = mean_j |M - x_j|^2.
         optimality_gap: the prediction exceeds its minimum over the allowed coefficients by at most this.
         clamped: share of BatchNorm's running variances that this merge makes negative and merging clamps at zero
-            (measured from the checkpoints); above 0 no prediction holds.
+            (measured from the checkpoints); above 0 no prediction holds, and the numbers are NaN.
         command: makes this merge.
     """
 
@@ -141,6 +142,7 @@ class MethodPrediction:
     secant: Estimate
     tangent: Estimate | None
     cost: Estimate
+    accuracy: Estimate
     width: float | None
     verdict: str
     advice: str
@@ -544,15 +546,17 @@ def _price(
     seed: int,
 ) -> MethodPrediction:
     kinds = {name: kind for name, kind in _KINDS.items() if kind == "secant" or stats.base_products}
+    logits = {name: predicted_logits(stats, plan.point, kind) for name, kind in kinds.items()}
     losses = {
-        name: [
-            cross_entropy(h, y) for h, y in zip(predicted_logits(stats, plan.point, kind), stats.labels, strict=True)
-        ]
-        for name, kind in kinds.items()
+        name: [cross_entropy(h, y) for h, y in zip(found, stats.labels, strict=True)] for name, found in logits.items()
     }
+    if plan.clamped > 0.0:
+        losses = {name: [np.full_like(values, np.nan) for values in found] for name, found in losses.items()}
     joint = {name: _joint(group, values) for name, values in losses.items()}
     headline: Objective = "middle" if "middle" in joint else "secant"
     cost = _joint(group, [a - b for a, b in zip(losses[headline], own, strict=True)])
+    hits = [(h.argmax(axis=1) == y).astype(np.float64) for h, y in zip(logits[headline], stats.labels, strict=True)]
+    accuracy = _joint(group, hits) if plan.clamped == 0.0 else Estimate(float("nan"), float("nan"))
     width, verdict, advice = _verdict(joint, base_risk, plan.clamped)
     return MethodPrediction(
         label=plan.label,
@@ -564,6 +568,7 @@ def _price(
         secant=joint["secant"],
         tangent=joint.get("tangent"),
         cost=cost,
+        accuracy=accuracy,
         width=width,
         verdict=verdict,
         advice=advice,
@@ -596,10 +601,8 @@ def _single_task(losses: Array) -> Estimate:
 
 def _verdict(joint: Mapping[Objective, Estimate], base_risk: float, clamped: float) -> tuple[float | None, str, str]:
     if clamped > 0.0:
-        values = [estimate.value for estimate in joint.values()]
-        width = max(values) - min(values) if "tangent" in joint else None
         return (
-            width,
+            None,
             "wide",
             f"{clamped:.1%} of BatchNorm's running variances become negative and are clamped at 0, which no prediction "
             "sees: expect collapse; keep the coefficients' sum at most 1, or re-estimate the statistics",

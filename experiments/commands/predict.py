@@ -382,7 +382,7 @@ def _progress() -> Progress:
 
 
 def _show(value: Estimate | None, plus: bool = False) -> str:
-    if value is None:
+    if value is None or math.isnan(value.value):
         return "-"
     return f"{value.value:{'+' if plus else ''}.3f} ±{value.standard_error:.3f}"
 
@@ -452,7 +452,8 @@ def _expert_table(report: Report) -> Table:
 
 
 def _method_table(report: Report, *, narrow: bool) -> Table:
-    columns = ("predicted risk", "secant", "tangent", "bracket", "merging cost", *(() if narrow else ("bound",)))
+    more = () if narrow else ("accuracy", "bound")
+    columns = ("predicted risk", "secant", "tangent", "bracket", "merging cost", *more)
     table = _grid("method", *columns)
     for row in report.methods:
         values = (
@@ -464,8 +465,9 @@ def _method_table(report: Report, *, narrow: bool) -> Table:
         )
         vacuous = " (vacuous)" if row.bound is not None and row.bound.vacuous else ""
         bound = "-" if row.bound is None else f"{row.bound.value:.3g}{vacuous}"
+        right = "-" if math.isnan(row.accuracy.value) else f"{100 * row.accuracy.value:.0f} %"
         style = "bold" if row.label == report.best else None
-        table.add_row(escape(row.label), *values, *(() if narrow else (bound,)), style=style)
+        table.add_row(escape(row.label), *values, *(() if narrow else (right, bound)), style=style)
     return table
 
 

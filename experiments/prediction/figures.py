@@ -37,7 +37,12 @@ def study_figures(tables: Tables) -> dict[str, Picture]:
     def scatter(prediction: str, tier: str, colour: str = "method") -> Picture:
         known = merges[np.isfinite(merges[f"pred_{prediction}"])]
         picture = predicted_against_measured(known, prediction, tier=tier, colour=colour)
-        return Picture(picture.figure, picture.caption + note)
+        caption = picture.caption.replace(
+            "Predictions use no merge and no test data",
+            "Predictions use no test data and not the merge itself"
+            + (", but averages of pairs of experts" if prediction == "best" else ""),
+        )
+        return Picture(picture.figure, caption + note)
 
     makers: dict[str, Callable[[], Picture]] = {
         "predicted_against_measured": lambda: scatter("best", "calibrated"),

@@ -67,7 +67,11 @@ def page(
         _what(spec, frames, merges, usable, finished),
         "## The ambitions, line by line",
         "Judged is the predictor that was best on the *other* half of the experts (`table_choices.csv` names it), on "
-        "both regimes together. No predictor counts where it has evaluated the very merge that it predicts.",
+        "both regimes together. No predictor counts where it has evaluated the very merge that it predicts; the chosen "
+        "ones evaluate averages of *pairs* of the group's experts (on calibration images), so the last block judges "
+        "the best predictor that passes at single experts and the base only. An interval is worth no more than its "
+        "width. Usable and collapsed are told apart on all test images; flags are fitted and judged on halves of "
+        "them, which makes a few merges change sides.",
         markdown(tables.aims, ["taken", "architecture", "aim", "value", "target", "met", "merges"]),
         "## Every predictor",
         "Predicted over measured test loss: median with 5 and 95 % quantiles; share of merges within 15 %; for "

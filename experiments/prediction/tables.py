@@ -64,7 +64,15 @@ def compute_tables(frames: Frames, settings: Settings) -> Tables:
         merges,
         predictor_table(merges, settings),
         states,
-        pd.concat([aims_table(merges, intervals, flags, settings), *_aims_without_clamped(merges, settings)]),
+        pd.concat(
+            [
+                aims_table(merges, intervals, flags, settings),
+                *_aims_without_clamped(merges, settings),
+                aims_table(merges, intervals, flags.iloc[:0], settings, "best_no_merge").assign(
+                    taken="all, by a predictor without passes at merges"
+                ),
+            ]
+        ),
         intervals,
         flags,
         choice_table(merges),
@@ -190,8 +198,9 @@ def aims_table(
         cover = cover if architecture == "both" or cover.empty else cover[cover["architecture"] == architecture]
         if len(cover):
             share = float(np.average(cover["covered"], weights=cover["merges"]))
+            widths = " to ".join(f"{w:.3g}" for w in sorted({cover["width"].min(), cover["width"].max()}))
             add(
-                "prediction interval covers 90 %",
+                f"prediction interval covers 90 % (median high/low, by cell: {widths})",
                 share,
                 f">= {COVERAGE}",
                 share >= COVERAGE,
