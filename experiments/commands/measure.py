@@ -293,9 +293,15 @@ def _table(name: str, frame: pd.DataFrame) -> Table:
     table = Table(title=name.replace("_", " "), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in frame.columns:
         table.add_column(str(column).replace("_", " "), overflow="fold")
-    for row in frame.itertuples(index=False):
+    for row in _blank_ends(frame).itertuples(index=False):
         table.add_row(*(escape(_cell(value)) for value in row))
     return table
+
+
+def _blank_ends(frame: pd.DataFrame) -> pd.DataFrame:
+    """Limits that are infinite (nothing bounds the number on that side) as empty cells."""
+    ends = [c for c in frame.columns if str(c).split("_")[-1] in ("low", "high") and frame[c].dtype.kind == "f"]
+    return frame.assign(**{str(c): frame[c].astype(object).where(~frame[c].abs().eq(math.inf), None) for c in ends})
 
 
 def _cell(value: Any) -> str:
@@ -311,7 +317,7 @@ def _write(out: Path, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, 
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, frame in tables.items():
-            frame.to_csv(out / f"{name}.csv", index=False)
+            _blank_ends(frame).to_csv(out / f"{name}.csv", index=False)
             written.append(out / f"{name}.csv")
         if figures:
             from experiments.plots import save_png, save_svg

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from experiments.measure.noise.at_point import noise_at
-from experiments.measure.noise.constant import from_parts, largest, quantile
+from experiments.measure.noise.constant import exactly, from_parts, largest, largest_of, quantile
 from experiments.measure.noise.constants import batch_noise
 from experiments.measure.noise.heterogeneity import _products, successive_cosines, task_gradients
 from experiments.measure.noise.objective import Objective
@@ -334,6 +334,7 @@ def test_gradients_along_training_are_freed_of_the_noise_of_their_common_samples
 
     one, gram = noise_at(points[0], _split(z[draws[0]]), None, population=n, pairs=1), products(draws[0])
     frame = successive_cosines(points, _split(z[draws[0]]), "abc", population=n)
+    assert torch.is_grad_enabled()  # blocks of several points are read in turns
     norms = np.sqrt(np.diag(gram))
     assert frame["gradient_norm"].to_numpy() == pytest.approx(norms)
     assert frame["gradient_norm"][0] == pytest.approx(one["all"].gradient.value)
@@ -379,6 +380,24 @@ def test_intervals_of_quantiles_and_largest_values_have_their_level() -> None:
     assert np.mean([1.0 - c.value <= c.exceeding for c in tops]) == pytest.approx(0.95, abs=0.035)
     means = [from_parts(row.mean(), (row, None), seed=0) for row in draws]
     assert np.mean([c.low <= 0.5 <= c.high for c in means]) == pytest.approx(0.95, abs=0.035)
+
+
+def test_largest_values_are_lower_estimates_with_one_sided_intervals() -> None:
+    seen = largest([3.0, 1.0], 0)
+    assert (seen.value, seen.low, seen.high, seen.at("high")) == (3.0, 3.0, np.inf, 3.0)
+    assert seen.lower_estimate
+    assert (seen.scaled(2.0).value, seen.scaled(2.0).high, seen.scaled(0.0).high) == (6.0, np.inf, 0.0)
+    assert largest_of([seen, exactly(5.0, 1, 0)]).high == np.inf  # 5 was seen, and nothing bounds the other
+    assert not from_parts(1.0, (np.arange(4.0), None), seed=0).lower_estimate
+    rng = np.random.default_rng(3)
+    z, fresh = draw_data(_task(), 8, 2, rng)
+    objective = _objective(_task().H, np.ones(D))
+    found = noise_at(objective, _split(z), _split(fresh), population=8, pairs=8)["all"]
+    assert found.largest_gap.lower_estimate
+    assert found.largest_norm.lower_estimate  # all of S, but not all fresh samples
+    assert not found.gap.lower_estimate
+    steps = one_step([("x", objective)], _split(z).images, _split(z).labels, learning_rate=0.1, batch_size=4, batches=1)
+    assert steps.kappa.low == steps.kappa.value < steps.kappa.high == steps.largest.high == steps.limit.high == np.inf
 
 
 def test_errors_say_what_to_do() -> None:

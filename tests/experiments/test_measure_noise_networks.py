@@ -191,6 +191,12 @@ def test_measured_drift_against_every_form() -> None:
     assert not applies["expert 2"].any()
     assert (table["low"] <= table["bound"])[applies].all()
     assert (table["bound"] <= table["high"])[applies].all()
+    rows = table.loc["expert 1"].droplevel("part")  # kappa and L are largest values seen: no upper end, and said
+    assert (rows.loc[others, "high"] == np.inf).all()
+    assert rows.loc["6(b) noise at the base", "why"].endswith(
+        "from lower estimates (kappa): no upper limit, and no proof"
+    )
+    assert (rows.loc[log, "high"] == rows.loc[log, "bound"]).all()  # a triangle inequality on the log is exact
 
 
 def test_recipes_say_what_was_run_and_give_bounds() -> None:
@@ -213,6 +219,10 @@ def test_recipes_say_what_was_run_and_give_bounds() -> None:
     known = table[table["value"].notna()]
     assert (known["low"] <= known["value"] * (1 + 1e-12)).all()
     assert (known["value"] <= known["high"] * (1 + 1e-12)).all()
+    open_ended = known["why"].str.contains("lower estimates")
+    assert (known["high"][open_ended] == np.inf).all()
+    assert np.isfinite(known["high"][~open_ended]).all()
+    assert set(known["statement"][~open_ended]) <= {"Theorem 2, cap sqrt(2) d", "Theorem 3, 6(d) gradient log"}
     row = table.set_index("statement").loc["master, from the recipe"]
     assert row["value"] == pytest.approx(float(bound.value))
     eps = known[known["bounds"] == "eps_i"].set_index(["subject", "statement"])["value"]
@@ -276,4 +286,8 @@ def test_the_command_shows_constants_and_bounds(monkeypatch: pytest.MonkeyPatch)
     assert {row["point"] for row in content["tasks"]} >= {"average", "own base", "own expert"}
     assert len(content["along_training"]) == 4
     assert content["one_step"]
+    high = {row["constant"]: row["high"] for row in content["constants"] if row["expert"] == "expert 0"}
+    assert {name for name, end in high.items() if end is None} == {
+        "D_inf", "D_inf_shared", "D_inf_private", "G", "L", "highest", "kappa"
+    }  # fmt: skip
     assert content["bounds"]

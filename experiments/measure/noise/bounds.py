@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from experiments.measure.noise.constants import Constants
-from experiments.measure.noise.drift import ENDS, drift_table
+from experiments.measure.noise.drift import ENDS, drift_table, lower_note
 from experiments.measure.noise.recipe import expert_of, recipe_of
 from experiments.measure.subject import Subject
 from theory import master_bound
@@ -38,7 +38,8 @@ class BoundRow:
         subject: expert, or ``merge``.
         statement: theorem and form.
         bounds: what is bounded.
-        value, low, high: the bound, and at the ends of its constants' intervals (NaN where it does not apply).
+        value, low, high: the bound, and at the ends of its constants' intervals (NaN where it does not apply; ``high``
+            is infinite where a constant is a lower estimate, which ``why`` names).
         inputs: name = value, in words.
         why: why it does not apply, or what it rests on.
         tier: of the number.
@@ -121,7 +122,9 @@ def _stability(subject: Subject, j: int, constants: Constants, measured_kappa: b
         else:
             if not constants.per_sample_loss:
                 why += "; A3 violated: constants of the evaluation loss"
-        low, high = (min(values), max(values)) if len(values) == 3 else (np.nan, np.nan)
+        lower = found.lower_estimates((*names, "kappa" if measured_kappa else "L"))
+        low, high, note = _ends(values, lower)
+        why += note
         rows.append(
             BoundRow(found.name, f"Theorem 2, {form}", "eps_i", values[0], low, high, inputs, why, tier, constants.seed)
         )
@@ -163,6 +166,8 @@ def _merges(
     rows = []
     four: dict[str, list[float]] = {"Theorem 4": [], "master": []}
     inputs, tier, why = "", "estimated", "from the recipe: Theorems 2 and 3 with measured constants"
+    names = ("kappa" if measured_kappa else "L", "L", "D_inf")
+    lower = tuple(dict.fromkeys(name for e in constants.experts for name in e.lower_estimates(names)))
     try:
         for which in ENDS:
             recipe = recipe_of(
@@ -180,8 +185,9 @@ def _merges(
         four, why = {name: [np.nan] * 3 for name in four}, str(error).split("; ")[0]
     for name, values in four.items():
         what = "F_S(M)" if name == "Theorem 4" else "F(M)"
+        low, high, note = _ends(values, lower)
         rows.append(
-            BoundRow("merge", f"{name}, from the recipe", what, values[0], min(values), max(values), inputs, why, tier,
+            BoundRow("merge", f"{name}, from the recipe", what, values[0], low, high, inputs, why + note, tier,
                      constants.seed)
         )  # fmt: skip
     return rows + _measured(subject, constants, method, shared_samples, merge)
@@ -221,13 +227,24 @@ def _measured(
                 inputs += f", V = {float(bound.V):.4g}"
     except MergeboundError as error:
         values, why = {name: [np.nan] * 3 for name in values}, str(error).split("; ")[0]
-    return [
-        BoundRow(
-            "merge", f"{name}, measured drift", "F_S(M)" if name == "Theorem 4" else "F(M)", found[0], min(found),
-            max(found), inputs, why, "estimated", constants.seed,
-        )
-        for name, found in values.items()
-    ]  # fmt: skip
+    lower = tuple(dict.fromkeys(name for e in constants.experts for name in e.lower_estimates(("L",))))
+    rows = []
+    for name, found in values.items():
+        low, high, note = _ends(found, lower)
+        rows.append(
+            BoundRow(
+                "merge", f"{name}, measured drift", "F_S(M)" if name == "Theorem 4" else "F(M)", found[0], low, high,
+                inputs, why + note, "estimated", constants.seed,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _ends(values: list[float], lower: tuple[str, ...]) -> tuple[float, float, str]:
+    """Lowest and highest of a bound at the ends of its constants' intervals, and a note on lower estimates in it."""
+    if np.isnan(values[0]):
+        return np.nan, np.nan, ""
+    return min(values), np.inf if lower else max(values), lower_note(lower)
 
 
 def dispersion_of_average(subject: Subject) -> float:

@@ -7,7 +7,11 @@ Every interval has level 95 %.  Three kinds, named in ``how``:
   and Other Resampling Plans*, SIAM 1982, chapter 6), with the finite-population factor 1 - m/n where m of the n samples
   of S_i were drawn without replacement;
 * *order statistics*: exact binomial limits of a quantile, any distribution; for the largest of m values no upper limit
-  exists, and ``exceeding`` says which share of the distribution may lie above (95 % confidence, 1 - 0.05^(1/m)).
+  exists (``high`` is infinite), and ``exceeding`` says which share of the distribution may lie above (95 % confidence,
+  1 - 0.05^(1/m)).
+
+A largest value that was seen is a *lower estimate* of a supremum: its interval is one-sided, and so is that of whatever
+grows with it.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ class Constant:
 
     Attributes:
         value: the estimate.
-        low, high: 95 % interval.
+        low, high: 95 % interval; an end that nothing bounds is infinite.
         samples: how many samples it comes from.
         how: kind of interval, in words.
         seed: of the draws behind it.
@@ -45,13 +49,23 @@ class Constant:
     exceeding: float = 0.0
     tier: str = "estimated"
 
+    @property
+    def lower_estimate(self) -> bool:
+        """Whether nothing bounds the true constant from above: a largest value of what was looked at."""
+        return bool(np.isposinf(self.high) and np.isfinite(self.value))
+
     def at(self, which: str) -> float:
-        """``value``, ``low`` or ``high``."""
-        return float(getattr(self, which))
+        """``value``, ``low`` or ``high`` for a formula; the value in place of an infinite end.
+
+        What is made with the value of a lower estimate is itself a lower estimate: ask :attr:`lower_estimate`.
+        """
+        found = float(getattr(self, which))
+        return found if np.isfinite(found) else float(self.value)
 
     def scaled(self, factor: float) -> Constant:
         """The constant times a known factor of at least 0."""
-        return replace(self, value=factor * self.value, low=factor * self.low, high=factor * self.high)
+        value, low, high = (factor * end if factor > 0 else 0.0 for end in (self.value, self.low, self.high))
+        return replace(self, value=value, low=low, high=high)
 
 
 def exactly(value: float, samples: int, seed: int, how: str = "every sample") -> Constant:
@@ -117,7 +131,8 @@ def quantile(values: ArrayLike, share: float, seed: int, population: int | None 
 
 
 def largest(values: ArrayLike, seed: int, *, samples: int | None = None) -> Constant:
-    """The largest of m values; ``exceeding`` bounds the share of the distribution above it.
+    """The largest of m values, a lower estimate of the supremum: ``high`` is infinite, and ``exceeding`` bounds the
+    share of the distribution above it.
 
     ``samples``: independent draws behind the values, where there are fewer than values (pairs share samples).
     """
@@ -125,16 +140,19 @@ def largest(values: ArrayLike, seed: int, *, samples: int | None = None) -> Cons
     m = array.size if samples is None else samples
     value = float(array.max())
     share = 1.0 - (1.0 - LEVEL) ** (1.0 / m)
-    return Constant(value, value, value, m, "largest seen", seed, exceeding=share)
+    return Constant(value, value, float("inf"), m, "largest seen: a lower estimate", seed, exceeding=share)
 
 
 def largest_of(constants: list[Constant]) -> Constant:
-    """The largest of several constants, limit by limit (a path's supremum over the points that were looked at)."""
+    """The largest of several constants, limit by limit (a path's largest value at the points that were looked at; the
+    interval is that of these points, and between them it may be larger)."""
     top = max(constants, key=lambda c: c.value)
-    return replace(top, low=max(c.low for c in constants), high=max(c.high for c in constants))
+    how = top.how if len(constants) == 1 else f"{top.how}; largest of {len(constants)} points"
+    return replace(top, low=max(c.low for c in constants), high=max(c.high for c in constants), how=how)
 
 
 def smallest_of(constants: list[Constant]) -> Constant:
-    """The smallest of several constants, limit by limit."""
+    """The smallest of several constants, limit by limit (of the points that were looked at)."""
     bottom = min(constants, key=lambda c: c.value)
-    return replace(bottom, low=min(c.low for c in constants), high=min(c.high for c in constants))
+    how = bottom.how if len(constants) == 1 else f"{bottom.how}; smallest of {len(constants)} points"
+    return replace(bottom, low=min(c.low for c in constants), high=min(c.high for c in constants), how=how)

@@ -179,8 +179,8 @@ def _one(
         D_inf_private=largest_of([p["head"].largest_gap for p in visited]),
         G=largest_of([p.largest_norm for p in whole]),
         L=largest(np.concatenate(tops), seed, samples=len(few)),
-        lowest=exactly(min(lows), len(train), seed, "smallest seen, Lanczos from inside"),
-        highest=exactly(max(highs), len(train), seed, "largest seen, Lanczos from inside"),
+        lowest=Constant(min(lows), -np.inf, min(lows), len(train), "smallest seen, Lanczos from inside", seed),
+        highest=Constant(max(highs), max(highs), np.inf, len(train), "largest seen, Lanczos from inside", seed),
         pl=smallest_of([p.pl_ratio for p in visited]),
         initial_risk=measured[0].loss,
         training_risk=measured[-1].loss,
@@ -210,7 +210,10 @@ def _batch_statistics(subject: Subject) -> bool:
 
 
 def _notes(subject: Subject, per_sample: bool, augmented: tuple[str, ...], path: Sequence[Point]) -> list[str]:
-    notes = ["suprema are over the points and samples that were looked at: lower estimates of the true ones"]
+    notes = [
+        "suprema are over the points and samples that were looked at: lower estimates of the true ones; D_inf, G, L "
+        "and kappa have no upper limit, nor has any bound made of them"
+    ]
     if not per_sample:
         notes.append(
             "BatchNorm trained on batch statistics (A3 is violated): constants are of the evaluation loss, and only "

@@ -8,7 +8,7 @@ few points: a violation there speaks of the constants first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -51,9 +51,10 @@ def drift_table(subject: Subject, constants: Constants) -> pd.DataFrame:
 
     Returns:
         Columns ``expert``, ``form``, ``part`` (all, shared, head), ``measured`` (|Delta| of what was trained),
-        ``bound``, ``low``, ``high`` (the bound at the ends of the constants' intervals), ``ratio`` = measured / bound,
-        ``violated`` (measured above the bound's upper end), ``applies``, ``why`` (why it does not, or what it rests
-        on), ``inputs``, ``tier``, ``seed``.  A form that does not apply has NaN bounds.
+        ``bound``, ``low``, ``high`` (the bound at the ends of the constants' intervals; infinite where one of them is a
+        lower estimate, as kappa and L are), ``ratio`` = measured / bound, ``violated`` (measured above the bound at the
+        upper ends that are known: with a lower estimate it speaks of that constant), ``applies``, ``why`` (why it does
+        not, or what it rests on), ``inputs``, ``tier``, ``seed``.  A form that does not apply has NaN bounds.
     """
     rows = []
     for j, found in enumerate(constants.experts):
@@ -71,6 +72,8 @@ def _row(
     measured: float,
     values: tuple[float, float, float],
     why: str,
+    *,
+    open_end: bool = False,
     **more: object,
 ) -> dict[str, object]:
     value, low, high = values
@@ -83,7 +86,7 @@ def _row(
         "measured": measured,
         "bound": value,
         "low": low,
-        "high": high,
+        "high": np.inf if open_end and applies else high,
         "ratio": ratio,
         "violated": bool(applies and measured > max(value, high) * (1 + _SLACK)),
         "applies": applies,
@@ -144,8 +147,15 @@ def _by_constants(subject: Subject, j: int, found: ExpertConstants, form: str, p
     why = f"in expectation, with constants seen at {len(found.points)} points"
     if not per_sample:
         why += "; A3 violated: constants of the evaluation loss, training used batch statistics"
+    lower = found.lower_estimates(INPUTS[form])
+    why += lower_note(lower)
     low, high = min(values), max(values)
-    return _row(found, form, "all", measured, (values[0], low, high), why, inputs=inputs)
+    return _row(found, form, "all", measured, (values[0], low, high), why, open_end=bool(lower), inputs=inputs)
+
+
+def lower_note(names: Sequence[str]) -> str:
+    """What a bound from lower estimates is; empty without any."""
+    return f"; from lower estimates ({', '.join(names)}): no upper limit, and no proof" if names else ""
 
 
 def _expert(subject: Subject, j: int, found: ExpertConstants, which: Which, form: str) -> Expert:
@@ -156,4 +166,4 @@ def _expert(subject: Subject, j: int, found: ExpertConstants, which: Which, form
     return expert
 
 
-__all__ = ["INPUTS", "drift_table", "log_covers"]
+__all__ = ["INPUTS", "drift_table", "log_covers", "lower_note"]

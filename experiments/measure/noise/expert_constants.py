@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ from experiments.measure.noise.one_step import OneStep
 @dataclass(frozen=True)
 class ExpertConstants:
     """Constants of one expert; suprema are over the points that were looked at.
+
+    Largest values over samples or batches (``D_inf*``, ``G``, ``L``, ``highest``, ``kappa``) are lower estimates: their
+    ``high`` is infinite, ``lowest`` likewise has no lower limit.
 
     Attributes:
         name, task: of the expert.
@@ -64,6 +68,15 @@ class ExpertConstants:
     def kappa(self) -> Constant | None:
         """Measured one-step rate."""
         return None if self.steps is None else self.steps.kappa
+
+    def lower_estimates(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the recipe's fields that are lower estimates; without a measured kappa, L stands for it."""
+        found = []
+        for name in dict.fromkeys("L" if name == "kappa" and self.kappa is None else name for name in names):
+            constants = (self.L, self.highest) if name == "L" else (getattr(self, name, None),)
+            if any(isinstance(c, Constant) and c.lower_estimate for c in constants):
+                found.append(name)
+        return tuple(found)
 
     @property
     def total_drift(self) -> float:
@@ -148,7 +161,8 @@ class Constants:
 
 def _root_product(L: Constant, loss: Constant) -> Constant:
     values = [float(np.sqrt(2.0 * L.at(w) * max(loss.at(w), 0.0))) for w in ("value", "low", "high")]
-    return Constant(values[0], values[1], values[2], loss.samples, f"L {L.how}, loss {loss.how}", loss.seed)
+    high = float("inf") if L.lower_estimate else values[2]
+    return Constant(values[0], values[1], high, loss.samples, f"L {L.how}, loss {loss.how}", loss.seed)
 
 
 def _sum(first: Constant, second: Constant) -> Constant:

@@ -64,7 +64,8 @@ class OneStep:
         pairs: in the order measured.
         largest: largest q over batches and directions; ``limit`` likewise from the batch Hessians.
         quantiles: of q over batches, by direction: median with exact limits (batches are the samples).
-        kappa: (largest q - 1) / eta, what :class:`theory.recipe.Expert` takes.
+        kappa: (largest q - 1) / eta, what :class:`theory.recipe.Expert` takes; like ``largest`` a lower estimate, since
+            other batches, points and directions may part faster: no upper limit.
         seed: of batches and directions.
     """
 
@@ -179,5 +180,5 @@ def _summary(pairs: list[Pair], rate: float, independent: int, seed: int) -> One
             worst = [max(p.factor for p in mine if (p.point, p.batch) == place) for place in places]
             medians[kind] = quantile(worst, 0.5, seed)
     value = (top.value - 1.0) / rate
-    kappa = Constant(value, value, value, top.samples, "largest seen", seed, exceeding=top.exceeding)
+    kappa = Constant(value, value, float("inf"), top.samples, top.how, seed, exceeding=top.exceeding)
     return OneStep(rate, tuple(pairs), top, limit, medians, kappa, seed)

@@ -74,22 +74,22 @@ class Rows:
             return found
 
         kept = []
-        with torch.no_grad():
-            for images, labels in zip(
-                torch.split(self.inputs, self.length), torch.split(self.labels, self.length), strict=True
-            ):
+        for images, labels in zip(
+            torch.split(self.inputs, self.length), torch.split(self.labels, self.length), strict=True
+        ):
+            with torch.no_grad():  # not across a yield: blocks of several points are read in turns
                 if objective.size < LARGE:
                     block = vmap(one, randomness="error")(images, labels)
                 else:
                     singly = [one(image, label) for image, label in zip(images, labels, strict=True)]
                     block = (torch.stack([g for g, _ in singly]), torch.stack([loss for _, loss in singly]))
-                if not bool(torch.isfinite(block[0]).all()):
-                    raise MergeboundError(
-                        "per-sample gradients: NaN or infinite values; the point is not one of a run that stayed finite"
-                    )
-                if self.fits:
-                    kept.append(block)
-                yield block
+            if not bool(torch.isfinite(block[0]).all()):
+                raise MergeboundError(
+                    "per-sample gradients: NaN or infinite values; the point is not one of a run that stayed finite"
+                )
+            if self.fits:
+                kept.append(block)
+            yield block
         self._kept.extend(kept)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -65,7 +66,9 @@ class Evidence:
         return replace(self, name=name, value=factor * self.value, low=factor * self.low, high=factor * self.high)
 
     def text(self) -> str:
-        """``name = value [low, high]``."""
+        """``name = value [low, high]``, or ``name >= value`` of a lower estimate."""
+        if self.low == self.value and math.isinf(self.high):
+            return f"{self.name} >= {self.value:.4g}"
         limits = "" if self.low == self.high else f" [{self.low:.3g}, {self.high:.3g}]"
         return f"{self.name} = {self.value:.4g}{limits}"
 

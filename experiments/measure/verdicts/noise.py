@@ -193,8 +193,12 @@ def judge_suprema(name: str, points: Sequence[PointNoise]) -> Finding:
         if inner and top.value > 0:
             inside = max((getattr(p["all"], field) for p in inner), key=lambda c: c.value)
             ratio = inside.value / top.value
-            low, high = inside.low / max(top.high, 1e-300), inside.high / max(top.low, 1e-300)
-            evidence.append(Evidence(f"{field}, between over at the ends", ratio, low, high, "95 % each", top.seed))
+            if inside.lower_estimate or top.lower_estimate:  # of what was seen; the suprema have no upper limits
+                low, high, covers = ratio, ratio, "the samples that were looked at, the same at every point"
+            else:
+                low, high = inside.low / max(top.high, 1e-300), inside.high / max(top.low, 1e-300)
+                covers = "95 % each"
+            evidence.append(Evidence(f"{field}, between over at the ends", ratio, low, high, covers, top.seed))
             if low > 1 + 1e-6:
                 exceeded.append(field)
         if field.startswith("largest"):
