@@ -85,6 +85,12 @@ def run(
         int | None,
         typer.Option("--limit-runs", min=1, help="Only so many, spread over the grid; more later.", show_default=False),
     ] = None,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend", help="Let the grid of this store grow: its runs must all be in the page; new ones are added."
+        ),
+    ] = False,
     download: Annotated[bool, typer.Option("--download", help="Published weights may be downloaded.")] = False,
     task_vectors: Annotated[
         str, typer.Option("--task-vectors", help="lossless, or bfloat16 (half the disk; backbones are rounded).")
@@ -109,6 +115,8 @@ def run(
     from experiments.grid.yaml_source import read_grid, read_runs
 
     _check_engine(engine, address)
+    if extend and limit_runs is not None:
+        raise MergeboundError("--extend: takes the whole grid; leave --limit-runs out")
     file = read_grid(source)
     device = device or file.spec.device or "cpu"
     if store is None:
@@ -121,7 +129,7 @@ def run(
     meta: dict[str, Any] = {"grid": file.spec.content(), "digest": file.spec.digest(), "source": Path(source).name}
     meta |= {"limit_runs": limit_runs, "device": device}
     found = prepare(
-        store, runs, meta, root=root, device=device, download=download, task_vectors=task_vectors,
+        store, runs, meta, root=root, device=device, download=download, task_vectors=task_vectors, extend=extend,
         report=lambda line: console.print(line, highlight=False),
     )  # fmt: skip
     console.print(f"{found.runs} runs in {len(found.plan.cohorts)} cohorts; the plan is in {store}", highlight=False)

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from experiments.bases.spec import BaseSpec
 from experiments.engines.errors import EngineError
+from experiments.engines.growing import check_grown, outside
 from experiments.engines.workplace import Workplace
 from experiments.grid.bases import open_base
 from experiments.grid.result import Plan
@@ -56,6 +57,7 @@ def prepare(
     download: bool = False,
     task_vectors: str = "lossless",
     durable: bool = True,
+    extend: bool = False,
     planner: Planner | None = None,
     patience: float = PATIENCE,
     report: Report | None = None,
@@ -71,12 +73,15 @@ def prepare(
         device: where the grid will run.
         download: allow the network, for bases.
         task_vectors, durable: of a new store (:meth:`experiments.store.store.Store.create`).
+        extend: take a store of another grid whose runs are all among these: it becomes this grid's, and what it holds
+            is not done again.
         planner: stands in for :func:`experiments.finetune.cohort.planner.make_plan`.
         patience: see :data:`PATIENCE`.
         report: see :data:`Report`.
 
     Raises:
-        EngineError: the store belongs to another grid, or another runner prepares it for too long.
+        EngineError: the store belongs to another grid (with ``extend``: holds runs that are not of this one), or
+            another runner prepares it for too long.
         MergeboundError: a base or task that cannot be opened.
     """
     tell = report or _log.info
@@ -87,8 +92,13 @@ def prepare(
         about["folder"] = begun_in
         options: dict[str, Any] = {"task_vectors": task_vectors, "durable": durable}
         with Store.create(place, about, exist_ok=True, **options) as store:
-            check_same_grid(store, meta)
-            added = _add_runs(store, anchored_runs(runs, begun_in), root, device, download, tell)
+            grown = extend and store.meta.get("digest") != meta.get("digest")
+            check_same_grid(store, {**meta, "digest": store.meta.get("digest")} if grown else meta)
+            added = _add_runs(store, anchored_runs(runs, begun_in), root, device, download, tell, whole=grown)
+            if grown:
+                before = [*store.meta.get("extended", []), store.meta.get("digest")]
+                store.set_meta({**about, "extended": before})
+                tell(f"the grid has grown: {added} runs are new")
             plan = _plan(store, root, device, planner, tell)
     return Prepared(len(runs), added, plan)
 
@@ -104,7 +114,7 @@ def check_same_grid(store: Store, meta: Mapping[str, Any]) -> None:
         name = (kept.get("grid") or {}).get("name", "another grid")
         raise EngineError(
             f"{store.folder}: holds the grid {name!r} with another specification; resume that one (`mergebound "
-            "grid resume`), or choose an empty folder with --store"
+            "grid resume`), let it grow to this one (`grid run --extend`), or choose an empty folder with --store"
         )
     if kept.get("numerics") != NUMERICS_VERSION:
         raise EngineError(
@@ -150,8 +160,18 @@ def anchored_runs(runs: Sequence[RunSpec], folder: str | Path | None = None) -> 
 
 
 def _add_runs(
-    store: Store, runs: Sequence[RunSpec], root: str | Path | None, device: str, download: bool, tell: Report
+    store: Store,
+    runs: Sequence[RunSpec],
+    root: str | Path | None,
+    device: str,
+    download: bool,
+    tell: Report,
+    *,
+    whole: bool = False,
 ) -> int:
+    """Add the runs that the store does not know; ``whole`` refuses a store with runs that are not among them."""
+    if whole:  # before a base is made
+        check_grown(store, outside(store, runs))
     old_splits, old_bases = store.sources()
     splits: dict[tuple[str, int], str] = {}
     for task, seed in dict.fromkeys((run.task, run.split_seed) for run in runs):
@@ -180,6 +200,8 @@ def _add_runs(
                 "same; name the data set once"
             )
         named[digest], of_base[digest], of_split[digest] = run, base, split
+    if whole:
+        check_grown(store, [digest for digest in store.runs() if digest not in named])
     return store.add_runs(named, of_base, of_split)
 
 

@@ -116,6 +116,13 @@ class Store(Tables):
         found: dict[str, Any] = json.loads(self._kept["meta"])
         return found
 
+    def set_meta(self, meta: Mapping[str, Any]) -> None:
+        """Replace what :meth:`create` was told about the grid: of a grid that has grown."""
+        text = json.dumps(dict(meta), sort_keys=True)
+        with self._database.writing() as connection:
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'meta'", (text,))
+        self._kept["meta"] = text
+
     @property
     def task_vectors(self) -> str:
         """``lossless`` or ``bfloat16``."""

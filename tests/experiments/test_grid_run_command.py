@@ -108,6 +108,49 @@ def test_a_grid_that_is_stopped_is_resumed_from_another_folder_to_the_same_bits(
                     np.testing.assert_array_equal(ours.states[step][name].numpy(), tensor.numpy())
 
 
+def test_a_grid_grows_without_doing_anything_twice(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run becomes four: the store then holds what a grid of four holds; a page without a stored run is refused."""
+    small = GRID.replace("[0.01, 0.1]", "[0.1]").replace(
+        "tasks: [sets/mine.npz, digits8:flip]", "tasks: [digits8:flip]"
+    )
+    (place / "grid.yaml").write_text(small)
+    assert _call(monkeypatch, InProcess(), "run", "grid.yaml", "--resamples", 0) == 0
+    with Store.open(place / "out", "r") as store:
+        [first] = store.runs()
+        before = store.result(first)
+        old = store.meta["digest"]
+    (place / "more.yaml").write_text(GRID)
+    assert _call(monkeypatch, InProcess(), "run", "more.yaml", "--resamples", 0) == 2
+    assert "--extend" in " ".join(capsys.readouterr().err.split())
+    refused = ("run", "more.yaml", "--extend", "--limit-runs", 2)
+    assert _call(monkeypatch, InProcess(), *refused) == 2
+    engine = InProcess(most=2)  # of the old cohort and three new ones
+    assert _call(monkeypatch, engine, "run", "more.yaml", "--resamples", 0, "--extend") == 130
+    assert "the grid has grown: 3 runs are new" in capsys.readouterr().err
+    assert _call(monkeypatch, InProcess(), "resume", "out", "--resamples", 0) == 0
+    assert "2 runs done in 1 s; 4 of 4 are stored" in capsys.readouterr().err
+    assert _call(monkeypatch, InProcess(), "run", "more.yaml", "--store", "whole", "--resamples", 0) == 0
+    with Store.open(place / "out", "r") as store, Store.open(place / "whole", "r") as whole:
+        assert set(store.runs()) == set(whole.runs())
+        assert store.meta["digest"] == whole.meta["digest"]
+        assert store.meta["extended"] == [old]
+        assert store.runs()[0] == first
+        assert store.result(first).seconds == before.seconds  # not done again
+        for digest in whole.runs():
+            for name, tensor in whole.state(digest).items():
+                np.testing.assert_array_equal(store.state(digest)[name].numpy(), tensor.numpy())
+    (place / "less.yaml").write_text(GRID.replace("[0.01, 0.1]", "[0.01, 0.2]"))
+    capsys.readouterr()
+    assert _call(monkeypatch, InProcess(), "run", "less.yaml", "--extend") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 of its 4 runs are not in the new specification" in said
+    assert "learning_rate 0.1" in said
+    with Store.open(place / "out", "r") as store:
+        assert len(store.runs()) == 4
+
+
 def test_a_grid_that_was_stopped_before_its_first_run_finds_its_files_from_another_folder(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
