@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.bases.spec import BaseSpec
-from experiments.finetune.cohort.planner import LARGEST, LOOPED, make_plan
+from experiments.finetune.cohort.planner import LARGEST, LARGEST_ON_GPU, LOOPED, make_plan
 from experiments.finetune.cohort.probe import Candidate, Opened, Timing, expert_bytes, measure
 from experiments.grid.result import Plan
 from experiments.grid.run_spec import RunSpec
@@ -54,7 +54,7 @@ class Made:
 
 def plan(runs: list[RunSpec], speed: Any, **options: Any) -> Plan:
     named = {f"{number:03d}": each for number, each in enumerate(runs)}
-    return make_plan(named, open_network=opened, probe=Made(speed), **options)
+    return make_plan(named, open_network=opened, probe=Made(speed), **{"clock": lambda: 0.0, **options})
 
 
 def test_the_fastest_way_is_taken_and_said() -> None:
@@ -96,6 +96,22 @@ def test_chunks_grow_while_that_pays() -> None:
     )
     assert {cohort.chunk for cohort in made.cohorts} == {16, 8}  # 16 was no great gain, so 32 was not tried
     assert sum(len(cohort.runs) for cohort in made.cohorts) == 40
+
+
+def test_a_gpu_takes_up_to_128_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With networks that say that they are there, and a made-up clock: no GPU is needed."""
+    runs = [run(seed=s) for s in range(150)]
+
+    def speed(name: str, chunk: int) -> float:
+        return chunk if name == "folded" else 0.5
+
+    assert {len(cohort.runs) for cohort in plan(runs, speed, probe_seconds=100).cohorts} == {LARGEST, 150 - 2 * LARGEST}
+    monkeypatch.setattr("experiments.finetune.cohort.planner.device_type", lambda network: "cuda")
+    made = plan(runs, speed, probe_seconds=100)
+    assert [len(cohort.runs) for cohort in made.cohorts] == [128, 22]
+    assert LARGEST_ON_GPU == made.cohorts[0].chunk == 128
+    few = plan(runs[:40], speed, probe_seconds=100)
+    assert [cohort.chunk for cohort in few.cohorts] == [40]
 
 
 def test_a_compiled_chain_takes_any_number_at_a_time() -> None:

@@ -31,8 +31,8 @@ PAYS = 1.05
 """A way must be so many times as fast as the loop to be taken, and a larger chunk so many times as a smaller one."""
 CLEAR = 2.0
 """From so many times the loop on, a way's lead is not timed again."""
-LARGEST, LOOPED = 64, 8
-"""Most experts at a time; runs of one cohort where they are trained one after the other."""
+LARGEST, LARGEST_ON_GPU, LOOPED = 64, 128, 8
+"""Most experts at a time, on a processor and on a GPU; runs of a cohort that is trained one after the other."""
 SHARE_OF_MEMORY = 0.5
 _PROBED = 20
 """About as many steps are trained to time a way."""
@@ -119,6 +119,11 @@ def machine(device: str) -> str:
     from experiments.evaluate.cpu import cpu
 
     return f"{cpu()}, PyTorch {torch.__version__}"
+
+
+def device_type(network: nn.Module) -> str:
+    """``cpu`` or ``cuda``: where a network's weights are."""
+    return next(network.parameters()).device.type
 
 
 def memory_of(device: str) -> int | None:
@@ -236,8 +241,9 @@ def _choose(
 ) -> Choice:
     loop = Candidate("loop", 1)
     began = clock()
-    room = LARGEST if memory is None else max(1, memory // max(1, expert_bytes(run, opened)))
-    largest = min(LARGEST, most, room)
+    most = min(LARGEST if device_type(opened[0]) == "cpu" else LARGEST_ON_GPU, most)
+    room = most if memory is None else max(1, memory // max(1, expert_bytes(run, opened)))
+    largest = min(most, room)
     best: dict[str, tuple[float, Candidate, Timing]] = {}  # by way and options: times the loop
     failed: dict[str, str] = {}
     alone = probe([loop], run, opened)[loop]
@@ -301,7 +307,7 @@ def _decide(
     told += [f"{name} does not work ({reason})" for name, reason in failed.items()]
     if late:
         told.append("the time for the probe was over")
-    if largest < min(LARGEST, most):
+    if largest < most:
         told.append(f"memory for {largest} experts at a time")
     if not ranked or ranked[0][1][0] < PAYS:
         return Choice(
@@ -329,8 +335,7 @@ def _candidates(run: RunSpec, network: nn.Module, largest: int) -> list[Candidat
     from experiments.finetune.cohort.vmapped import supports_vmap
     from experiments.finetune.cohort.written import supports_written
 
-    first = next(network.parameters())
-    on_cpu = first.device.type == "cpu"
+    on_cpu = device_type(network) == "cpu"
     found: list[Candidate] = []
     few = min(8 if on_cpu else 32, largest)
     if supports_written([run], network) is None:
