@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from experiments.inputs.shares import nested_subset
 from experiments.measure.backbone import Backbone
 from experiments.measure.noise.bounds import bounds_table, dispersion_of_average
 from experiments.measure.noise.constants import Constants, constants_of
-from experiments.measure.noise.drift import drift_table
+from experiments.measure.noise.drift import drift_table, log_table
 from experiments.measure.noise.objective import objective_of, path_of
 from experiments.measure.noise.per_sample import Rows
 from experiments.measure.noise.recipe import expert_of, recipe_of
@@ -175,6 +176,8 @@ def test_measured_drift_against_every_form() -> None:
     )
     table = drift_table(subject, _measure(subject)).set_index(["expert", "form", "part"])
     assert not table["violated"].any()
+    alone = log_table(subject).set_index(["expert", "form", "part"])  # without constants: the same rows
+    pd.testing.assert_frame_equal(alone, table.loc[alone.index].drop(columns="seed"))
     log, others = "6(d) gradient log", [f for f in table.index.unique("form") if f != "6(d) gradient log"]
     for name in ("expert 0", "expert 1", "expert 4"):
         parts = table.loc[name].loc[log]

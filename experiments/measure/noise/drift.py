@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.measure.noise.constants import Constants, ExpertConstants
+from experiments.measure.noise.objective import objective_of, path_of
 from experiments.measure.noise.recipe import Which, expert_of, learning_rates, logged_norms
 from experiments.measure.subject import Subject
 from theory.clocks import clock
@@ -29,6 +30,8 @@ from theory.errors import MergeboundError
 from theory.recipe import Expert
 
 ENDS: tuple[Which, ...] = ("value", "low", "high")
+PARTS = ("all", "shared", "head")
+"""Of the coordinates."""
 _SLACK = 1e-4
 """Relative rounding of float32 training that is not called a violation."""
 _FORMS: dict[str, Callable[[Expert], np.ndarray]] = {
@@ -58,15 +61,34 @@ def drift_table(subject: Subject, constants: Constants) -> pd.DataFrame:
     """
     rows = []
     for j, found in enumerate(constants.experts):
-        for part in ("all", "shared", "head"):
-            rows.append(_from_log(subject, j, found, part))
+        lengths = found.drift.value, found.private_drift.value
+        rows += [_from_log(subject, j, found.name, lengths, part) for part in PARTS]
         for form in _FORMS:
             rows.append(_by_constants(subject, j, found, form, constants.per_sample_loss))
     return pd.DataFrame([row | {"seed": constants.seed} for row in rows])
 
 
+def log_table(subject: Subject) -> pd.DataFrame:
+    """The rows of :func:`drift_table` that need no constants: 6(d) from the gradient log, part by part.
+
+    Columns as there; the tier is that of a statement about this run, whose log and checkpoints are all that it needs.
+    """
+    rows = [
+        _from_log(subject, j, name, lengths(subject, j), part) for j, name in enumerate(subject.names) for part in PARTS
+    ]
+    return pd.DataFrame(rows)
+
+
+def lengths(subject: Subject, j: int) -> tuple[float, float]:
+    """|Delta_j| of the shared part and of the head, both of what was trained."""
+    path = path_of(subject, j)
+    first, last = (objective_of(subject, j, point) for point in (path[0], path[-1]))
+    delta = (last.theta - first.theta).double()
+    return float(delta[: first.shared].norm()), float(delta[first.shared :].norm())
+
+
 def _row(
-    found: ExpertConstants,
+    name: str,
     form: str,
     part: str,
     measured: float,
@@ -80,7 +102,7 @@ def _row(
     applies = not np.isnan(value)
     ratio = measured / value if applies and value > 0 else np.nan
     return {
-        "expert": found.name,
+        "expert": name,
         "form": form,
         "part": part,
         "measured": measured,
@@ -96,27 +118,23 @@ def _row(
     }
 
 
-def _from_log(subject: Subject, j: int, found: ExpertConstants, part: str) -> dict[str, object]:
+def _from_log(subject: Subject, j: int, name: str, moved: tuple[float, float], part: str) -> dict[str, object]:
     """6(d) from the gradient log, by the weights of what was run."""
     run, log = subject.runs[j], subject.logs[j]
-    measured = {
-        "all": found.total_drift,
-        "shared": found.drift.value,
-        "head": found.private_drift.value,
-    }[part]
+    measured = {"all": float(np.hypot(*moved)), "shared": moved[0], "head": moved[1]}[part]
     form = "6(d) gradient log"
     nothing = (np.nan, np.nan, np.nan)
     if run is None or log is None:
-        return _row(found, form, part, measured, nothing, "no training log", inputs="")
+        return _row(name, form, part, measured, nothing, "no training log", inputs="")
     reason = log_covers(subject, j)
     if reason:
-        return _row(found, form, part, measured, nothing, reason, inputs="")
+        return _row(name, form, part, measured, nothing, reason, inputs="")
     weights = buffer_weights(learning_rates(run), run.momentum, nesterov=run.nesterov)
     value = float(weights @ logged_norms(log, part))
     what = "clipped gradients of this run" if run.clip_norm is not None else "gradients of this run"
     why = f"holds surely: triangle inequality on the {what}"
     inputs = f"sum w_hat = {weights.sum():.4g}, mean norm = {logged_norms(log, part).mean():.4g}"
-    return _row(found, form, part, measured, (value, value, value), why, inputs=inputs)
+    return _row(name, form, part, measured, (value, value, value), why, inputs=inputs)
 
 
 def log_covers(subject: Subject, j: int) -> str:
@@ -140,7 +158,7 @@ def _by_constants(subject: Subject, j: int, found: ExpertConstants, form: str, p
         try:
             values.append(float(_FORMS[form](_expert(subject, j, found, which, form))))
         except MergeboundError as error:
-            return _row(found, form, "all", measured, (np.nan,) * 3, str(error).split("; ")[0], inputs="")
+            return _row(found.name, form, "all", measured, (np.nan,) * 3, str(error).split("; ")[0], inputs="")
     centre = expert_of(subject, j, found)
     shown = {name: getattr(centre, name) for name in INPUTS[form]}
     inputs = ", ".join(f"{name} = {value:.4g}" for name, value in shown.items() if value is not None)
@@ -150,7 +168,7 @@ def _by_constants(subject: Subject, j: int, found: ExpertConstants, form: str, p
     lower = found.lower_estimates(INPUTS[form])
     why += lower_note(lower)
     low, high = min(values), max(values)
-    return _row(found, form, "all", measured, (values[0], low, high), why, open_end=bool(lower), inputs=inputs)
+    return _row(found.name, form, "all", measured, (values[0], low, high), why, open_end=bool(lower), inputs=inputs)
 
 
 def lower_note(names: Sequence[str]) -> str:
@@ -166,4 +184,4 @@ def _expert(subject: Subject, j: int, found: ExpertConstants, which: Which, form
     return expert
 
 
-__all__ = ["INPUTS", "drift_table", "log_covers", "lower_note"]
+__all__ = ["INPUTS", "drift_table", "lengths", "log_covers", "log_table", "lower_note"]

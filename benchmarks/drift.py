@@ -1,0 +1,173 @@
+"""Measured drift against every form of Theorem 3 on the experts of finished grids: docs/results/drift.
+
+``python benchmarks/drift.py --store mild=FOLDER --store harsh=FOLDER --root DATA --out docs/results/drift``.  6(d) from
+the gradient log needs no constants and is taken of every expert; the forms that need constants of ``--sampled`` experts
+for each network and regime, drawn by seed before anything is measured.  ``--log-only`` leaves those out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+SAMPLE = 0xD21F7
+"""Names the draw of the experts whose constants are measured."""
+SETTINGS = {
+    "samples": 64, "pairs": 16, "curvature_samples": 4, "curvature_iterations": 6, "lanczos": 10, "batches": 2,
+    "distances": (0.01, 0.3),
+}  # fmt: skip
+"""Of :func:`experiments.measure.noise.constants.constants_of`: fixed before anything was measured."""
+IMAGES = 64
+RECIPE = ("learning_rate", "steps", "batch_size", "momentum", "weight_decay", "sampling")
+
+
+def main() -> int:
+    """Measure, and write the table, the summary and the figure."""
+    root, here = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent
+    sys.path[:] = [str(root), *(entry for entry in sys.path if not entry or Path(entry).resolve() != here)]
+    import pandas as pd
+    import torch
+
+    parser = argparse.ArgumentParser(description="Measured drift against every form of Theorem 3.")
+    parser.add_argument("--store", action="append", required=True, help="regime=FOLDER, once for each grid")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: MERGEBOUND_DATA)")
+    parser.add_argument("--seed", type=int, default=8)
+    parser.add_argument("--sampled", type=int, default=2, help="experts of each network and regime with constants")
+    parser.add_argument("--log-only", action="store_true", help="6(d) from the log alone")
+    parser.add_argument("--tables-only", action="store_true", help="figure and summary of the drift.csv that is there")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    given.out.mkdir(parents=True, exist_ok=True)
+    if not given.tables_only:
+        frames: list[Any] = []
+        for text in given.store:
+            regime, folder = text.split("=", 1)
+            for frame in measure(regime, Path(folder), given.root, given.seed, given.sampled * (not given.log_only)):
+                frames.append(frame)
+                pd.concat(frames, ignore_index=True).to_csv(given.out / "drift.csv", index=False)
+    table = pd.read_csv(given.out / "drift.csv")
+    found = summary(table)
+    found.to_csv(given.out / "summary.csv", index=False)
+    print(found.to_string(index=False))
+    figure(table, given.out / "drift.png")
+    return 0
+
+
+def measure(regime: str, folder: Path, root: Path | None, seed: int, sampled: int) -> Any:
+    """Frames of rows: first 6(d) from the log of every expert, then all forms of the sampled ones."""
+    import numpy as np
+
+    from experiments.engines.workplace import Workplace
+    from experiments.measure.noise.constants import constants_of
+    from experiments.measure.noise.drift import drift_table, log_table
+    from experiments.measure.opening import from_store
+    from experiments.store import Store
+
+    log = logging.getLogger(__name__)
+    with Store.open(folder, "r") as store:
+        runs = store.query("", final=True)
+        runs = runs[runs["outcome"] == "finished"].drop_duplicates("digest").set_index("digest").sort_index()
+        place = Workplace(store.base, root)
+        chosen: dict[str, list[str]] = {}
+        for architecture, part in runs.groupby("architecture"):
+            rng = np.random.default_rng([seed, SAMPLE])
+            count = min(sampled, len(part))
+            chosen[str(architecture)] = sorted(part.index[rng.choice(len(part), count, replace=False)]) if count else []
+            for first in range(0, len(part), 8):
+                digests = list(part.index[first : first + 8])
+                subject = from_store(store, digests, images=1, seed=seed, workplace=place)
+                log.info("%s %s: logs %d to %d of %d", regime, architecture, first, first + len(digests), len(part))
+                yield _named(log_table(subject), subject, digests, runs, regime)
+        for architecture, digests in chosen.items():
+            for digest in digests:
+                subject = from_store(store, [digest], images=IMAGES, seed=seed, workplace=place)
+                constants = constants_of(subject, seed=seed, **SETTINGS)  # type: ignore[arg-type]
+                table = drift_table(subject, constants)
+                log.info("%s %s: constants of %s", regime, architecture, digest[:8])
+                yield _named(table[table["form"] != "6(d) gradient log"], subject, [digest], runs, regime)
+
+
+def _named(table: Any, subject: Any, digests: list[str], runs: Any, regime: str) -> Any:
+    """Rows with what was run and the length of what was trained, |x_0|."""
+    from experiments.measure.noise.objective import objective_of, path_of
+
+    names = list(subject.names)
+    where = [names.index(name) for name in table["expert"]]
+    norms = [float(objective_of(subject, j, path_of(subject, j)[0]).theta.double().norm()) for j in range(len(names))]
+    about: dict[str, Any] = {
+        "regime": regime,
+        "architecture": subject.architecture,
+        "run": [digests[j][:8] for j in where],
+        "task": [subject.tasks[j] for j in where],
+        "base_norm": [norms[j] for j in where],
+    }
+    about |= {name: [runs.loc[digests[j], name] for j in where] for name in RECIPE}
+    return table.drop(columns="expert").assign(**about)
+
+
+def summary(table: Any) -> Any:
+    """One row per network, regime, form and part: how many, ratios measured over bound, violations, vacuous bounds.
+
+    Vacuous: the bound is longer than all the weights that were trained, |x_0|.
+    """
+    import pandas as pd
+
+    rows = []
+    for keys, part in table.groupby(["architecture", "regime", "form", "part"], sort=True):
+        known = part[part["applies"]]
+        ratio = known["ratio"]
+        rows.append(
+            dict(zip(("architecture", "regime", "form", "part"), keys, strict=True))
+            | {
+                "experts": len(part),
+                "applies": len(known),
+                "ratio_smallest": ratio.min(),
+                "ratio_median": ratio.median(),
+                "ratio_largest": ratio.max(),
+                "violated": int(known["violated"].sum()),
+                "vacuous": int((known["bound"] > known["base_norm"]).sum()),
+                "why_not": "" if len(known) else part["why"].iloc[0],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def figure(table: Any, path: Path) -> None:
+    """Ratios measured over bound by form, one panel for each network, colours for regimes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from experiments.plots import save_png
+
+    forms = [f for f in sorted(table["form"].unique()) if table.loc[table["form"] == f, "applies"].any()]
+    networks, regimes = sorted(table["architecture"].unique()), sorted(table["regime"].unique(), reverse=True)
+    drawn, axes = plt.subplots(1, len(networks), figsize=(4.6 * len(networks), 3.6), sharey=True, squeeze=False)
+    rng = np.random.default_rng([0, SAMPLE])
+    for ax, network in zip(axes[0], networks, strict=True):
+        for k, regime in enumerate(regimes):
+            rows = table[(table["architecture"] == network) & (table["regime"] == regime) & table["applies"]]
+            rows = rows[(rows["part"] == "all") & (rows["ratio"] > 0)]
+            x = [forms.index(f) + 0.24 * (k - 0.5) + 0.06 * rng.standard_normal() for f in rows["form"]]
+            ax.scatter(x, rows["ratio"], s=12, alpha=0.6, color=("#0072b2", "#d55e00")[k % 2], label=regime)
+        ax.axhline(1.0, color="black", linewidth=0.8)
+        ax.set_yscale("log")
+        ax.set_title(network)
+        ax.set_xticks(range(len(forms)), [f.replace(" ", "\n", 1) for f in forms], fontsize=8)
+        ax.grid(axis="y", alpha=0.3)
+    axes[0][0].set_ylabel("measured length over bound")
+    axes[0][0].legend(frameon=False)
+    drawn.tight_layout()
+    save_png(drawn, path)
+    plt.close(drawn)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
