@@ -208,7 +208,7 @@ def check_value(name: str, raw: Any) -> Any:
         number = found.value({})
         raw = int(number) if name in WHOLE and number == int(number) else number
     if isinstance(raw, bool) and name in NUMERIC:
-        raise GridError(f"{str(raw).lower()} is not a number")
+        raise GridError(f"{str(raw).lower()} is not a number; {_remedy(name)}")
     if isinstance(raw, Mapping | list | tuple):
         raise GridError("give one value here, not a list or a mapping")
     try:
@@ -218,10 +218,20 @@ def check_value(name: str, raw: Any) -> Any:
         said = first["msg"][:1].lower() + first["msg"][1:]
         choices = getattr(RunSpec.model_fields[name].annotation, "__args__", ())
         close = f"; {nearest(raw, choices)}" if first["type"] == "literal_error" else ""
+        if name in NUMERIC and first["type"].startswith(("int_", "float_")):
+            close = f"; {_remedy(name, raw)}"
         raise GridError(f"{raw!r} cannot be used: {said}{close}") from error
     if name == "augment" and value not in PRESETS:
         raise GridError(f"there is no augmentation {value!r}; {nearest(value, PRESETS)}")
     return value
+
+
+def _remedy(name: str, raw: Any = None) -> str:
+    """What to write instead of something that is no number, or no whole one."""
+    if name not in WHOLE:
+        return "give a number, such as 0.1"
+    near = max(1, round(raw)) if isinstance(raw, float) and math.isfinite(raw) else 100
+    return f"give a whole number, such as {near}"
 
 
 def resolved(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from experiments.bases.spec import BaseSpec
 from experiments.grid.axes import Axis, points, resolved, size
 from experiments.grid.checks import ORDERABLE, all_bases, all_tasks, check_lengths
+from experiments.grid.coinciding import coinciding
 from experiments.grid.designs import design
 from experiments.grid.errors import GridError, Place
 from experiments.grid.matching import checked, matches, unit_field
@@ -144,6 +145,7 @@ def expansion(spec: GridSpec) -> Expansion:
     merged = total - excluded - len(runs)
     notes = [f"{excluded:,} of {total:,} combinations are excluded"] * bool(excluded)
     notes += [f"{merged:,} of {total:,} combinations became the same as others and are merged"] * bool(merged)
+    notes += coinciding(spec)
     return Expansion(tuple(runs.values()), tuple(notes))
 
 
@@ -241,11 +243,14 @@ def _check_number(spec: GridSpec, number: int, sizes: Mapping[tuple[str, ...], i
     said = " x ".join(f"{'+'.join(fields)} {n:,}" for fields, n in varied.items())
     largest = max(varied, key=lambda fields: varied[fields], default=("",))[0]
     place: Place = (largest,) if largest in spec.axes() and largest in type(spec).model_fields else ()
+    joint = [(kind, k) for kind in ("sobol", "random") for k, j in enumerate(getattr(spec, kind)) if largest in j.axes]
+    if joint:
+        place = (*joint[0], "count")
     if largest == "seed" and spec.seeds is not None:
         place = ("seeds",)
     raise GridError(
-        f"the grid has {least}{number:,} runs ({said}), more than most_runs = {spec.most_runs:,}; shorten the axes, or "
-        "draw from them with sobol",
+        f"the grid has {least}{number:,} runs ({said}), more than most_runs = {spec.most_runs:,}; "
+        + ("lower count" if joint else "shorten the axes, or draw from them with sobol"),
         place,
     )
 

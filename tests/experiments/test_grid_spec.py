@@ -267,6 +267,19 @@ def test_runs_are_counted_without_being_made() -> None:
     assert count(grid(tasks=["digits8:flip"], seeds=1000, most_runs=1000)) == 1000
 
 
+def test_draws_of_whole_numbers_that_coincide_are_noted() -> None:
+    few, when = {"uniform": {"low": 1, "high": 3, "samples": 20}}, {"match": {"optimizer": "sgd"}}
+    axes = {"momentum": [0.1, 0.2]}
+    found = expansion(grid(tasks=["digits8:flip"], batch_size=few, sobol=[{"count": 8, "axes": axes}]))
+    assert len(found.runs) == 6
+    assert found.notes[0].startswith("batch_size: of 20 values that were drawn 3 are different; ")
+    assert found.notes[1].startswith("sobol[0]: of 8 values that were drawn 2 are different")
+    changed = [{**when, "set": {"batch_size": few}}]
+    assert expansion(grid(tasks=["digits8:flip"], when=changed)).notes[0].startswith("when[0].set.batch_size: of 20")
+    enough = {"uniform": {"low": 1, "high": 10**6, "samples": 3}}
+    assert expansion(grid(tasks=["digits8:flip"], batch_size=enough)).notes == ()
+
+
 def test_a_specification_survives_json() -> None:
     import json
 

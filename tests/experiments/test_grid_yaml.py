@@ -42,7 +42,8 @@ BAD = {
     ),
     "bool for a number": ("4:learning_rate: yes", 4, "learning_rate", "not a number"),
     "text for a number": ("4:learning_rate: fast", 4, "learning_rate", "reads 'fast'"),
-    "fraction of a step": ("6:steps: 10.5", 6, "steps", "10.5"),
+    "fraction of a step": ("6:steps: 10.5", 6, "steps", "give a whole number, such as 10"),
+    "bool for a whole number": ("6:steps: true", 6, "steps", "give a whole number, such as 100"),
     "outside the domain": ("momentum:\n  - 0.5\n  - 1.0", 9, "momentum[1]", "less than 1"),
     "unknown choice": ("optimizer: [sgd, adamm]", 7, "optimizer[1]", "'adam"),
     "unknown augmentation": ("augment: lite", 7, "augment", "'light'"),
@@ -68,6 +69,12 @@ BAD = {
     "unknown scale": ("weight_decay: {log_unifrom: {low: 0.1, high: 1}}", 7, "weight_decay.log_unifrom", "log_uniform"),
     "domain of a range": ("momentum: {uniform: {low: 0, high: 1, samples: 3}}", 7, "momentum.uniform.high", "less"),
     "10^12 runs": ("seeds: 1000000000000", 7, "seeds", "8,000,000,000,000 runs"),
+    "10^12 points": (
+        "sobol:\n  count: 1000000000000\n  axes:\n    momentum: {uniform: {low: 0, high: 0.9}}",
+        8,
+        "sobol.count",
+        "lower count",
+    ),
     "warm-up as long as the run": ("warm_up: 10", 7, "warm_up", "leaves none of the 10 steps"),
     "warm-up by an override": (
         "overrides:\n- match: {task: digits8:flip}\n  set:\n    warm_up: 12",
