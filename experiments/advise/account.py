@@ -172,7 +172,7 @@ def changes(
     """
     rows = found.per_expert
     options = [Change(f"merge by {label} in place of averaging", average - chosen, "estimated", "predicted risks")]
-    worst = rows.loc[rows["own_risk"].idxmax()]
+    worst = rows.iloc[int(np.nanargmax(rows["own_risk"].to_numpy(dtype=float)))]
     excess = float(worst["own_risk"] - rows["own_risk"].median()) / len(rows)
     options.append(
         Change(
@@ -181,7 +181,7 @@ def changes(
         )
     )  # fmt: skip
     if len(rows) > 2:
-        hurts = rows.loc[rows["alone"].idxmax()]
+        hurts = rows.iloc[int(np.nanargmax(rows["alone"].to_numpy(dtype=float)))]
         if float(hurts["alone"]) > 0.0:
             options.append(
                 Change(
@@ -191,7 +191,7 @@ def changes(
                     "predicted joint risk of averaging the others, and its own expert on its task",
                 )
             )
-    far = rows.loc[rows["share_of_dispersion"].idxmax()]
+    far = rows.iloc[int(np.nanargmax(rows["share_of_dispersion"].to_numpy(dtype=float)))]
     cost = chosen - own
     if found.measured_active == "dispersion":
         options.append(

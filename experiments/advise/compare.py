@@ -118,8 +118,8 @@ def _unit(
         for i in judged:
             run = run_of(advice.recipe, tasks[i], base, spec.seed)
             wanted[_key(run)] = run
-    for runs in customary.values():
-        wanted |= {_key(run): run for run in runs}
+    for usual_runs in customary.values():
+        wanted |= {_key(run): run for run in usual_runs}
     say(f"{unit.name}: {len(wanted)} experts")
     train_runs(list(wanted.values()), folder / "experts", root=root, workers=workers, say=lambda line: None)
     training: list[Row] = []

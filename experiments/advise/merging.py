@@ -140,10 +140,10 @@ def advise_merge(
         chosen = _to_verify(table, verify, made.left, sum(judging.images))
         measured = _evaluate(jury, judging, [found[k] for k in chosen], seed, progress)
         samples += len(chosen) * sum(judging.images)
-        for k, row in zip(chosen, measured, strict=True):
-            table.loc[k, ["measured", "measured_error", "measured_accuracy"]] = row
+        for k, numbers in zip(chosen, measured, strict=True):
+            table.loc[k, ["measured", "measured_error", "measured_accuracy"]] = numbers
     best = _best(table)
-    row, winner = table.loc[best], found[best]
+    row, winner = table.iloc[best], found[best]
     alpha = _coefficients(jury, winner, judging, seed)
     checked = int(table["measured"].notna().sum())
     real = None

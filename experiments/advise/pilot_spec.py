@@ -82,7 +82,8 @@ def recipes(pilot: PilotSpec, samples: float, largest_batch: int) -> tuple[dict[
     Args:
         pilot: what is tried.
         samples: of one expert, for all recipes together.
-        largest_batch: training images of the smallest task; larger batches are made that small.
+        largest_batch: training images of the smallest task; larger batches are made that small, and so small that
+            every checkpoint has a step of its own.
 
     Returns:
         ``learning_rate``, ``batch_size``, ``steps``, ``momentum``, ``weight_decay`` of each.
@@ -95,16 +96,17 @@ def recipes(pilot: PilotSpec, samples: float, largest_batch: int) -> tuple[dict[
     bits = int(np.ceil(np.log2(pilot.recipes)))  # Sobol points are balanced in powers of two; the first are taken
     points = qmc.Sobol(4, rng=np.random.default_rng([pilot.seed, 0xAD715E])).random_base2(bits)[: pilot.recipes]
     low, high = np.log(pilot.rates)
+    each = samples / pilot.recipes
+    if each < len(pilot.parts):
+        raise MergeboundError(
+            f"budget: {samples:,.0f} samples are {each:.1f} for each of {pilot.recipes} recipes; a pilot needs "
+            f"{len(pilot.parts)} or more, raise the budget or lower the recipes"
+        )
     found = []
     for u in points:
         momentum = _pick(pilot.momenta, float(u[1]))
-        batch = min(int(_pick(pilot.batch_sizes, float(u[2]))), largest_batch)
-        steps = int(samples / pilot.recipes / batch)
-        if steps < len(pilot.parts):
-            raise MergeboundError(
-                f"budget: {samples:,.0f} samples are {steps} steps of {batch} for each of {pilot.recipes} recipes; a "
-                f"pilot needs {len(pilot.parts)} or more, raise the budget or lower the recipes"
-            )
+        batch = min(int(_pick(pilot.batch_sizes, float(u[2]))), largest_batch, int(each // len(pilot.parts)))
+        steps = int(each // batch)
         rate = float(np.exp(low + (high - low) * float(u[0]))) * (1.0 - momentum)
         found.append(
             {

@@ -23,8 +23,9 @@ from experiments.advise.merging import advise_merge, merge_arguments
 from experiments.advise.numbers import around, simultaneous
 from experiments.advise.pilot import Pilot, coordinates
 from experiments.advise.pilot_spec import PilotSpec, pilot_of, recipes
+from experiments.advise.recipes import considered
 from experiments.advise.response import features, fit_response, sensitivity
-from experiments.advise.training import advise_training, considered
+from experiments.advise.training import advise_training
 from experiments.bases.spec import BaseSpec
 from experiments.grid.run_spec import RunSpec
 from experiments.measure.predictors import collect_fields, point_at
@@ -350,12 +351,30 @@ def test_a_pilot_spends_its_share_and_refuses_too_little() -> None:
     assert 0.0019 <= min(rates) < 0.01
     assert 0.1 < max(rates) <= 0.51
     assert recipes(spec, 1600, 80) == made != recipes(spec.model_copy(update={"seed": 1}), 1600, 80)
+    assert all(one["steps"] >= len(spec.parts) for one in recipes(spec, 100, 80))  # batches are lowered
     with pytest.raises(MergeboundError, match="raise the budget"):
-        recipes(spec, 100, 80)
+        recipes(spec, 30, 80)
     with pytest.raises(MergeboundError, match="rates"):
         pilot_of({"rates": [0.5, 0.1]})
     with pytest.raises(MergeboundError, match=r"x.yaml: recipe:"):
         pilot_of({"recipe": 3}, "x.yaml")
+
+
+def test_a_pilot_that_was_too_short_says_so_and_the_rest_of_the_budget_is_used() -> None:
+    """Merges that improve until the end, in an order that no response can rank."""
+    pilot = made_pilot(flat=True)
+    rows = pilot.rows.copy()
+    last = rows.groupby("recipe")["step"].transform("max") == rows["step"]
+    rows.loc[~last, "risk"] = 2.2
+    rows.loc[last, "risk"] = np.random.default_rng(3).uniform(1.9, 2.1, int(last.sum()))
+    short = replace(pilot, rows=rows)
+    found = advise_training(("a", "b", "c", "d"), BASE, 25_600.0, Path("nowhere"), made=short, theory=False)
+    spent = found.recipe["steps"] * found.recipe["batch_size"]
+    left = 25_600 - pilot.samples
+    if found.source == "best of the pilot":
+        assert left - found.recipe["batch_size"] < spent <= left
+        assert any("all remaining samples" in text for text in found.notes)
+        assert "shorter run" in found.predicted.note
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
