@@ -145,7 +145,15 @@ def _grid(
 
 
 def _notes(found: Any, checkpoints: bool) -> list[str]:
+    from experiments.measure.twins.estimates import FEW
+
     notes = ["Theorem 2 with gaps of the exchanged pairs at x_0 and x_K and kappa = 0; cap is sqrt(2) times the drift."]
+    fewest = min(each.stability.epsilon.count for each in found)
+    if fewest < FEW:
+        notes.append(
+            f"{fewest} twins are few: intervals fall short of 95 % or say next to nothing; give --twins {FEW} or more "
+            "(16 to 32 where a figure matters)"
+        )
     left = [float((each.twins.starts >= 0).mean()) for each in found]
     if min(left) < 1:
         notes.append(f"{min(left):.0%} or more of the exchanged samples were in a batch; the others move nothing")

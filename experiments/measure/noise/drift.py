@@ -71,7 +71,7 @@ def drift_table(subject: Subject, constants: Constants) -> pd.DataFrame:
 def log_table(subject: Subject) -> pd.DataFrame:
     """The rows of :func:`drift_table` that need no constants: 6(d) from the gradient log, part by part.
 
-    Columns as there; the tier is that of a statement about this run, whose log and checkpoints are all that it needs.
+    Columns as there, without ``seed``: nothing is drawn, the run's log and checkpoints are all that it needs.
     """
     rows = [
         _from_log(subject, j, name, lengths(subject, j), part) for j, name in enumerate(subject.names) for part in PARTS

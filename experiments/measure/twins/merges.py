@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from experiments.measure.twins.estimates import Quantity, summary
+from experiments.measure.twins.estimates import Quantity, log_interval, summary
 from merging.flat import FlatSpace
 from merging.merge import merge_flat
 from merging.partition import Partition
@@ -122,11 +122,7 @@ class MergeTwins:
         rng = np.random.default_rng([self.seed, _BOOTSTRAP])
         total = float((own**2).sum())
         value = float(np.sqrt((moved**2).sum() / total)) if total else float("nan")
-        rows = rng.integers(0, len(own), (1000, len(own)))
-        above, below = (moved**2)[rows].sum(1), (own**2)[rows].sum(1)
-        draws = np.sqrt(above[below > 0] / below[below > 0])
-        low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) > 1 else (np.nan, np.nan)
-        error = float(draws.std(ddof=1)) if len(draws) > 1 else float("nan")
+        low, high, error = _ratio_interval(own**2, moved**2, value, rng)
         there = own > 0
         theory, guarantee, reason = self._theory(choice)
         return MethodStability(
@@ -198,3 +194,20 @@ def merges_frame(results: Sequence[MethodStability]) -> pd.DataFrame:
             for each in results
         ]
     )  # fmt: skip
+
+
+def _ratio_interval(
+    own: np.ndarray, moved: np.ndarray, value: float, rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """95 % interval of the root of sum moved / sum own, (T,) each, and its standard error: on the logarithm, the wider
+    of Student's t (delta method) and the studentised bootstrap of pairs."""
+    T = len(own)
+    if T < 2 or not value > 0:
+        return float("nan"), float("nan"), float("nan")
+    from scipy.stats import t
+
+    influence = 0.5 * (moved / moved.mean() - own / own.mean())
+    error = float(influence.std(ddof=1) / np.sqrt(T))
+    half = float(t.ppf(0.975, T - 1)) * error
+    low, high = log_interval(moved / moved.mean(), rng, below=own / own.mean())
+    return value * float(np.exp(min(low / 2, -half))), value * float(np.exp(max(high / 2, half))), value * error
