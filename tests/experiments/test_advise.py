@@ -334,7 +334,7 @@ def test_the_recommended_recipe_is_close_to_the_best_of_the_law() -> None:
 
 
 def test_a_response_that_cannot_rank_falls_back_to_the_pilot() -> None:
-    pilot = made_pilot(flat=True)
+    pilot = made_pilot(flat=True, count=5)
     found = advise_training(("a", "b", "c", "d"), BASE, 25_600.0, Path("nowhere"), made=pilot, theory=False)
     whole = pilot.rows[pilot.rows["experts"] == 4]
     assert found.source == "best of the pilot"
@@ -362,7 +362,7 @@ def test_a_pilot_spends_its_share_and_refuses_too_little() -> None:
 
 def test_a_pilot_that_was_too_short_says_so_and_the_rest_of_the_budget_is_used() -> None:
     """Merges that improve until the end, in an order that no response can rank."""
-    pilot = made_pilot(flat=True)
+    pilot = made_pilot(flat=True, count=5)
     rows = pilot.rows.copy()
     last = rows.groupby("recipe")["step"].transform("max") == rows["step"]
     rows.loc[~last, "risk"] = 2.2
@@ -371,10 +371,10 @@ def test_a_pilot_that_was_too_short_says_so_and_the_rest_of_the_budget_is_used()
     found = advise_training(("a", "b", "c", "d"), BASE, 25_600.0, Path("nowhere"), made=short, theory=False)
     spent = found.recipe["steps"] * found.recipe["batch_size"]
     left = 25_600 - pilot.samples
-    if found.source == "best of the pilot":
-        assert left - found.recipe["batch_size"] < spent <= left
-        assert any("all remaining samples" in text for text in found.notes)
-        assert "shorter run" in found.predicted.note
+    assert found.source == "best of the pilot"
+    assert left - found.recipe["batch_size"] < spent <= left
+    assert any("all remaining samples" in text for text in found.notes)
+    assert "shorter run" in found.predicted.note
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
