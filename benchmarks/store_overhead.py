@@ -13,12 +13,17 @@ time, which a busy machine stretches less.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # the packages first, not `merging.py` beside this file
+    here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
+    sys.path[:] = [str(root), *(entry for entry in sys.path if not entry or Path(entry).resolve() != here)]
 
 import torch
 
