@@ -2,7 +2,8 @@
 
 ``python benchmarks/drift.py --store mild=FOLDER --store harsh=FOLDER --root DATA --out docs/results/drift``.  6(d) from
 the gradient log needs no constants and is taken of every expert; the forms that need constants of ``--sampled`` experts
-for each network and regime, drawn by seed before anything is measured.  ``--log-only`` leaves those out.
+for each network and regime, drawn by seed before anything is measured.  ``--log-only`` leaves those out.  What ``drift.csv`` in the folder holds
+already is not measured again.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 SAMPLE = 0xD21F7
 """Names the draw of the experts whose constants are measured."""
 SETTINGS = {
-    "samples": 64, "pairs": 16, "curvature_samples": 4, "curvature_iterations": 6, "lanczos": 10, "batches": 2,
-    "distances": (0.01, 0.3),
+    "samples": 32, "pairs": 8, "curvature_samples": 2, "curvature_iterations": 5, "lanczos": 8, "batches": 1,
+    "distances": (0.01,),
 }  # fmt: skip
-"""Of :func:`experiments.measure.noise.constants.constants_of`: fixed before anything was measured."""
-IMAGES = 64
+"""Of :func:`experiments.measure.noise.constants.constants_of`: fixed before any constant was seen."""
+IMAGES = 32
 RECIPE = ("learning_rate", "steps", "batch_size", "momentum", "weight_decay", "sampling")
 
 
@@ -44,12 +45,15 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.tables_only:
-        frames: list[Any] = []
-        for text in given.store:
-            regime, folder = text.split("=", 1)
-            for frame in measure(regime, Path(folder), given.root, given.seed, given.sampled * (not given.log_only)):
-                frames.append(frame)
-                pd.concat(frames, ignore_index=True).to_csv(given.out / "drift.csv", index=False)
+        there = given.out / "drift.csv"
+        frames: list[Any] = [pd.read_csv(there)] if there.exists() else []
+        done = {(r, d) for f in frames for r, d in zip(f["regime"] + " " + f["form"].str[:12], f["run"], strict=True)}
+        stores = [(text.split("=", 1)[0], Path(text.split("=", 1)[1])) for text in given.store]
+        for turn in range(1 if given.log_only else given.sampled + 1):  # logs of all, then one expert of each at a time
+            for regime, folder in stores:
+                for frame in measure(regime, folder, given.root, given.seed, turn, given.sampled, done):
+                    frames.append(frame)
+                    pd.concat(frames, ignore_index=True).to_csv(there, index=False)
     table = pd.read_csv(given.out / "drift.csv")
     found = summary(table)
     found.to_csv(given.out / "summary.csv", index=False)
@@ -58,8 +62,11 @@ def main() -> int:
     return 0
 
 
-def measure(regime: str, folder: Path, root: Path | None, seed: int, sampled: int) -> Any:
-    """Frames of rows: first 6(d) from the log of every expert, then all forms of the sampled ones."""
+def measure(
+    regime: str, folder: Path, root: Path | None, seed: int, turn: int, sampled: int, done: set[tuple[str, str]]
+) -> Any:
+    """Frames of rows that are not done: turn 0 gives 6(d) from the log of every expert, turn k all forms that need
+    constants for the k-th of the experts that the seed draws of each network."""
     import numpy as np
 
     from experiments.engines.workplace import Workplace
@@ -73,23 +80,21 @@ def measure(regime: str, folder: Path, root: Path | None, seed: int, sampled: in
         runs = store.query("", final=True)
         runs = runs[runs["outcome"] == "finished"].drop_duplicates("digest").set_index("digest").sort_index()
         place = Workplace(store.base, root)
-        chosen: dict[str, list[str]] = {}
         for architecture, part in runs.groupby("architecture"):
-            rng = np.random.default_rng([seed, SAMPLE])
-            count = min(sampled, len(part))
-            chosen[str(architecture)] = sorted(part.index[rng.choice(len(part), count, replace=False)]) if count else []
-            for first in range(0, len(part), 8):
-                digests = list(part.index[first : first + 8])
-                subject = from_store(store, digests, images=1, seed=seed, workplace=place)
-                log.info("%s %s: logs %d to %d of %d", regime, architecture, first, first + len(digests), len(part))
-                yield _named(log_table(subject), subject, digests, runs, regime)
-        for architecture, digests in chosen.items():
-            for digest in digests:
-                subject = from_store(store, [digest], images=IMAGES, seed=seed, workplace=place)
-                constants = constants_of(subject, seed=seed, **SETTINGS)  # type: ignore[arg-type]
-                table = drift_table(subject, constants)
-                log.info("%s %s: constants of %s", regime, architecture, digest[:8])
-                yield _named(table[table["form"] != "6(d) gradient log"], subject, [digest], runs, regime)
+            drawn = part.index[np.random.default_rng([seed, SAMPLE]).choice(len(part), min(sampled, len(part)), False)]
+            form = "6(d) gradient log" if turn == 0 else "6(b) noise at the base"
+            wanted = list(part.index) if turn == 0 else list(drawn[turn - 1 : turn])
+            wanted = [digest for digest in wanted if (f"{regime} {form[:12]}", digest[:8]) not in done]
+            size = 8 if turn == 0 else 1
+            for digests in (wanted[k : k + size] for k in range(0, len(wanted), size)):
+                subject = from_store(store, digests, images=1 if turn == 0 else IMAGES, seed=seed, workplace=place)
+                if turn == 0:
+                    table = log_table(subject)
+                else:
+                    table = drift_table(subject, constants_of(subject, seed=seed, **SETTINGS))  # type: ignore[arg-type]
+                    table = table[table["form"] != "6(d) gradient log"]
+                log.info("%s %s: %s of %s", regime, architecture, form, ", ".join(d[:8] for d in digests))
+                yield _named(table, subject, digests, runs, regime)
 
 
 def _named(table: Any, subject: Any, digests: list[str], runs: Any, regime: str) -> Any:
