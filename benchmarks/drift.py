@@ -2,8 +2,8 @@
 
 ``python benchmarks/drift.py --store mild=FOLDER --store harsh=FOLDER --root DATA --out docs/results/drift``.  6(d) from
 the gradient log needs no constants and is taken of every expert; the forms that need constants of ``--sampled`` experts
-for each network and regime, drawn by seed before anything is measured.  ``--log-only`` leaves those out.  What ``drift.csv`` in the folder holds
-already is not measured again.
+for each network and regime, drawn by seed before anything is measured.  ``--log-only`` leaves those out.  What
+``drift.csv`` in the folder holds already is not measured again.
 """
 
 from __future__ import annotations
