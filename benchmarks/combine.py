@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -20,6 +21,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # the packages first, not `merging.py` beside this file
+    here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
+    sys.path[:] = [str(root), *(entry for entry in sys.path if not entry or Path(entry).resolve() != here)]
 
 import numpy as np
 import torch

@@ -7,9 +7,15 @@ turns (A B C A B C ...), one thread, medians.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":  # the packages first, not `merging.py` beside this file
+    here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
+    sys.path[:] = [str(root), *(entry for entry in sys.path if not entry or Path(entry).resolve() != here)]
 
 import numpy as np
 import torch

@@ -21,6 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # the packages first, not `merging.py` beside this file
+    here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
+    sys.path[:] = [str(root), *(entry for entry in sys.path if not entry or Path(entry).resolve() != here)]
+
 import numpy as np
 import torch
 from torch import Tensor
