@@ -22,6 +22,8 @@ SETTINGS = {
 }  # fmt: skip
 """Of :func:`experiments.measure.noise.constants.constants_of`: fixed before any constant was seen."""
 IMAGES = 32
+FLOOR = 1e-3
+"""Smallest ratio that the figure shows."""
 RECIPE = ("learning_rate", "steps", "batch_size", "momentum", "weight_decay", "sampling")
 
 
@@ -143,7 +145,8 @@ def summary(table: Any) -> Any:
 
 
 def figure(table: Any, path: Path) -> None:
-    """Ratios measured over bound by form, one panel for each network, colours for regimes."""
+    """Ratios measured over bound by form, one panel for each network, colours for regimes; smaller ones than FLOOR are
+    triangles there."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,7 +164,11 @@ def figure(table: Any, path: Path) -> None:
             rows = table[(table["architecture"] == network) & (table["regime"] == regime) & table["applies"]]
             rows = rows[(rows["part"] == "all") & (rows["ratio"] > 0)]
             x = [forms.index(f) + 0.24 * (k - 0.5) + 0.06 * rng.standard_normal() for f in rows["form"]]
-            ax.scatter(x, rows["ratio"], s=12, alpha=0.6, color=("#0072b2", "#d55e00")[k % 2], label=regime)
+            colour = ("#0072b2", "#d55e00")[k % 2]
+            shown = rows["ratio"].clip(lower=FLOOR).to_numpy()
+            off = shown <= FLOOR
+            ax.scatter(np.array(x)[~off], shown[~off], s=12, alpha=0.6, color=colour, label=regime)
+            ax.scatter(np.array(x)[off], shown[off], s=20, alpha=0.6, color=colour, marker="v")
         ax.axhline(1.0, color="black", linewidth=0.8)
         ax.set_yscale("log")
         ax.set_title(network)
