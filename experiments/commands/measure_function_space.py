@@ -130,8 +130,8 @@ def function_space(
     broken = frame[frame["clamped"] > 0.0].drop_duplicates("merge")
     if len(broken):
         notes.append(
-            f"{', '.join(broken['merge'])}: running variances of BatchNorm become negative, so nothing is predicted; keep "
-            "the coefficients' sum at most 1"
+            f"{', '.join(broken['merge'])}: running variances of BatchNorm become negative, so nothing is predicted; "
+            "keep the coefficients' sum at most 1"
         )
     tables: dict[str, pd.DataFrame] = {
         "predictions": frame.sort_values(["merge", "risk"], kind="stable").reset_index(drop=True),

@@ -93,8 +93,8 @@ def predict_merge(
         the base's risk, or every end above it), ``certificate_output``, ``certificate_remainder`` (estimated upper
         bounds; remainders are distances to two of :data:`REFERENCES`), ``explained`` (share of the merge on the task
         vectors), ``clamped`` (share of BatchNorm's running variances that become negative: above 0 nothing is
-        predicted, ``flag`` is raised and the numbers are missing), ``tier``, ``cost`` (forward passes of the collection),
-        ``seconds`` (for this merge, after the collection), ``images``, ``seed``.
+        predicted, ``flag`` is raised and the numbers are missing), ``tier``, ``cost`` (forward passes of the
+        collection), ``seconds`` (for this merge, after the collection), ``images``, ``seed``.
 
     Raises:
         MergeboundError: no merges, statistics of other experts, or what predictors and methods refuse.
