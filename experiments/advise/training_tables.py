@@ -86,15 +86,15 @@ def single_changes(
         options.append(("merge one expert fewer", start | {"experts": size - 1}))
     options.append(("everything as recommended", {name: row[name] for name in start}))
     points = features(pd.DataFrame([start, *(one for _, one in options)]))
-    priced, low, high = risk.predict(points)
-    inside = np.all((points >= risk.low - 1e-9) & (points <= risk.high + 1e-9), axis=1)
+    priced, lows, highs = risk.predict(points)
+    inside = np.asarray(np.all((points >= risk.low - 1e-9) & (points <= risk.high + 1e-9), axis=1))
     found = pd.DataFrame(
         {
             "what": [what for what, _ in options],
             "gain": priced[0] - priced[1:],
             "predicted": priced[1:],
-            "low": low[1:],
-            "high": high[1:],
+            "low": lows[1:],
+            "high": highs[1:],
             "inside": np.logical_and(inside[1:], inside[0]),
             "tier": "calibrated",
             "seed": pilot.spec.seed,
