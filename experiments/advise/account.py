@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from experiments.advise.candidates import convex_surface
-from experiments.advise.domain import Domain
 from experiments.measure.backbone import Readout, smoothness
 from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.subject import Subject
@@ -159,7 +158,7 @@ class Change:
 
 
 def changes(
-    found: Account, base: float, average: float, chosen: float, own: float, label: str, domain: Domain
+    found: Account, base: float, average: float, chosen: float, own: float, label: str, tier: str
 ) -> tuple[Change, ...]:
     """What could be changed, by predicted gain over averaging everything; the first is what to change first.
 
@@ -168,10 +167,10 @@ def changes(
         base, average, chosen: joint risks of base, average and the recommended merge, in nats.
         own: mean risk of the experts alone.
         label: of the recommended merge.
-        domain: of coefficients.
+        tier: of the joint risks.
     """
     rows = found.per_expert
-    options = [Change(f"merge by {label} in place of averaging", average - chosen, "estimated", "predicted risks")]
+    options = [Change(f"merge by {label} in place of averaging", average - chosen, tier, f"{tier} risks")]
     worst = rows.iloc[int(np.nanargmax(rows["own_risk"].to_numpy(dtype=float)))]
     excess = float(worst["own_risk"] - rows["own_risk"].median()) / len(rows)
     options.append(
@@ -203,8 +202,6 @@ def changes(
             )
         )  # fmt: skip
     if chosen >= base:
-        options.append(
-            Change("do not merge these experts: the base is no worse", chosen - base, "estimated", "predicted risks")
-        )
+        options.append(Change("do not merge these experts: the base is no worse", chosen - base, tier, f"{tier} risks"))
     priced = sorted((c for c in options if np.isfinite(c.gain)), key=lambda c: -c.gain)
     return (*priced, *(c for c in options if not np.isfinite(c.gain)))

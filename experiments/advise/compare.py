@@ -240,7 +240,8 @@ def _merging(
     spec: CompareSpec, unit: Unit, tasks: Sequence[str], folder: Path, root: str | Path | None, say: Say
 ) -> list[Row]:
     """Groups of pilot experts with recipes of their own: `advise merge` beside usual methods, on test images."""
-    from experiments.advise.merging import advise_merge, with_merge
+    from experiments.advise.making import with_merge
+    from experiments.advise.merging import advise_merge
     from experiments.measure.opening import from_store
 
     rows: list[Row] = []

@@ -169,7 +169,7 @@ def differences_figure(table: pd.DataFrame, what: str, seed: int) -> plots.Pictu
     ax.tick_params(labelsize=8)
     ax.grid(axis="x", color=FAINT, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=7, frameon=False)
+    figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=5)
     caption = (
         f"{what} Paired differences of joint test loss with 95 % intervals (judged tasks or experts resampled; losses "
         f"cut at {COLLAPSED:g} nats). Tier: measured; seed {seed}."
@@ -200,6 +200,11 @@ def words(
     if len(advice):
         counted = advice["theory"].value_counts()
         lines.append("Theory: " + ", ".join(f"{name} {count}" for name, count in counted.items()) + ".")
+        used = (advice["training_samples"] + advice["pilot_samples"]) / advice["samples"]
+        lines.append(
+            f"Samples used by the advice, pilot included: {used.median():.0%} of the budget in the median; customary "
+            "recipes use all of it."
+        )
         lines.append("Source: " + ", ".join(f"{n} {c}" for n, c in advice["source"].value_counts().items()) + ".")
     better = int((usual["difference_high"] < 0).sum())
     worse = int((usual["difference_low"] > 0).sum())
@@ -282,7 +287,10 @@ def _readme(spec: CompareSpec, first: str, lines: list[str], command: str, pictu
         f"Specification `{spec.name}` ({spec.digest()}), seed {spec.seed}, fixed before any result. `training.csv`: "
         "every merge of judged tasks; `differences.csv`: paired; `merging.csv` and `merging_differences.csv`: "
         "groups of experts with recipes of their own; `coverage.csv`; `advice.csv`: what was advised. Losses and "
-        "accuracies: measured on test images; predictions: calibrated (pilot) or estimated (calibration images).",
+        "accuracies: measured on test images; predictions: calibrated (pilot) or estimated (calibration images). "
+        "Customary recipes: "
+        + "; ".join(f"{n} ({', '.join(f'{k} {v}' for k, v in fields.items())})" for n, fields in spec.recipes.items())
+        + ".",
         *(f"![{name}](figures/{name}.png)\n\n{caption}" for name, caption in pictures.items()),
     ]
     return "\n\n".join(parts) + "\n"

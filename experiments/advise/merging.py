@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from experiments.advise.candidates import Candidate, candidates, judge_of, subse
 from experiments.advise.collecting import MergeBudget, Progress, collect_within, halves
 from experiments.advise.domain import Domain, domain_of
 from experiments.advise.numbers import Number, around, simultaneous
-from experiments.measure.predictors.merges import Merge, form, merged_vector
+from experiments.measure.predictors.merges import form, merged_vector
 from experiments.measure.predictors.predict import predict_merge
 from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.predictors.zoo import ZOO
@@ -43,7 +43,7 @@ class MergeAdvice:
         measured: the same merge evaluated on these images, with an interval that holds for all evaluated merges at
             once; ``None`` where nothing was evaluated.
         accuracy: predicted, or measured where it was.
-        average, base, own: joint risks of the average (predicted by the judge), of the base, and of the experts alone.
+        average, base, own: joint risks of the average (measured where it was evaluated), the base, the experts alone.
         judge: the predictor that decided.
         account: the theory's terms.
         changes: what could be changed, the first first.
@@ -161,10 +161,15 @@ def advise_merge(
     average = table[table["label"] == "average"].iloc[0]
     average_number = Number(
         float(average["predicted"]), float(average["low"]), float(average["high"]), "estimated", seed
-    )
-    comparable = float(average["measured"]) if real is not None else average_number.value
+    )  # fmt: skip
+    if np.isfinite(average["measured"]):
+        average_number = around(
+            float(average["measured"]), float(average["measured_error"]), "measured", seed, "images",
+            simultaneous(checked, _LEVEL),
+        )  # fmt: skip
+    risk = real or predicted
     todo = changes(
-        account_found, base.value, comparable, (real or predicted).value, own.value, winner.label, domain
+        account_found, base.value, average_number.value, risk.value, own.value, winner.label, risk.tier
     )  # fmt: skip
     order = ["measured", "predicted"] if checked else ["predicted"]
     kept = tuple(n for n, a in zip(subject.names, alpha, strict=True) if abs(a) > 1e-3)
@@ -311,26 +316,3 @@ def _notes(
     if len(set(subject.tasks)) < subject.size:
         notes.append("several experts belong to the same task: each counts as a task of its own in the joint risk")
     return tuple(notes)
-
-
-def merge_arguments(advice: MergeAdvice) -> list[str]:
-    """Arguments of ``mergebound merge`` that make the recommended merge, without files."""
-    parts = ["--method", advice.method]
-    if advice.method == "risk_optimal":
-        parts.append("--alpha=" + ",".join(repr(round(a, 6)) for a in advice.alpha))
-    for name, value in advice.settings.items():
-        parts += ["--set", f"{name}={value:g}"]
-    return parts
-
-
-def with_merge(advice: MergeAdvice, label: str) -> Merge:
-    """The merge behind a row of ``candidates`` whose method is linear (for evaluation elsewhere).
-
-    Raises:
-        MergeboundError: no such linear row.
-    """
-    rows = advice.candidates[(advice.candidates["label"] == label) & (advice.candidates["coefficients"] != "")]
-    if rows.empty:
-        raise MergeboundError(f"{label!r}: is no linear candidate; see the column label of candidates")
-    alpha = [float(v) for v in str(rows.iloc[0]["coefficients"]).split(";")]
-    return replace(Merge("given", alpha=alpha), label=label)

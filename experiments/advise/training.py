@@ -148,9 +148,8 @@ def advise_training(
     trusted = risk.quality.spearman >= TRUSTED and len(table) > 0
     row = table.iloc[0] if trusted else _of_pilot(good)
     extended = _still_falling(good, row, trusted)
-    if extended:
-        row = _longer(row, left)
-    recipe, scale = _recipe(row), float(row["scale"])
+    # predictions stay with what the pilot saw: of a longer run the response knows nothing
+    recipe, scale = _recipe(_longer(row, left) if extended else row), float(row["scale"])
     point = features(pd.DataFrame([row]))
     plainly = features(pd.DataFrame([row.to_dict() | {"scale": 1.0, "experts": len(found.tasks)}]))
     training = fit_response(once[once["training_risk"] > 0], "training_risk", seed=found.spec.seed)
@@ -247,6 +246,8 @@ def _number(
         )  # fmt: skip
     value, low, high = (float(v[0]) for v in response.predict(point))
     note = "90 % of left-out pilot recipes lie inside with all their merges"
+    if extended:
+        note += "; of the shorter run that the pilot covers"
     return Number(value, low, high, "calibrated", pilot.spec.seed, note)
 
 

@@ -111,7 +111,7 @@ def merge(
 
 def merge_command(advice: MergeAdvice, base: Path | None, experts: Sequence[Path]) -> str:
     """The command that makes the merge from checkpoints; empty for experts of a grid."""
-    from experiments.advise.merging import merge_arguments
+    from experiments.advise.making import merge_arguments
 
     if base is None:
         return ""

@@ -18,8 +18,9 @@ from experiments.advise.compare import splits, units
 from experiments.advise.compare_page import COLLAPSED, coverage, training_differences
 from experiments.advise.compare_spec import comparison_sizes, read_comparison
 from experiments.advise.domain import domain_of
+from experiments.advise.making import merge_arguments
 from experiments.advise.merge_page import merge_page, plain, write_merge_advice
-from experiments.advise.merging import advise_merge, merge_arguments
+from experiments.advise.merging import advise_merge
 from experiments.advise.numbers import around, simultaneous
 from experiments.advise.pilot import Pilot, coordinates
 from experiments.advise.pilot_spec import PilotSpec, pilot_of, recipes
