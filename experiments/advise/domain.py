@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.measure.subject import Subject
-from merging.partition import is_variance
+from merging.variances import stays_in_hull
 from theory.constrained import Polytope, coefficient_box
 from theory.errors import MergeboundError
 
@@ -66,5 +66,5 @@ def domain_of(subject: Subject, bounds: tuple[float, float] = (0.0, 1.0)) -> Dom
     low, high = float(bounds[0]), float(bounds[1])
     if not (np.isfinite([low, high]).all() and low <= 0.0 < high):
         raise MergeboundError(f"bounds = {bounds}: give a lower bound of at most 0 and an upper bound above it")
-    hull = any(is_variance(name) for name in subject.networks[0].space.names)
+    hull = stays_in_hull(subject.networks[0].space.names)
     return Domain(subject.size, (low, high), hull)
