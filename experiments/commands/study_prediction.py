@@ -55,7 +55,10 @@ def prediction(
     ] = None,
     stage: Annotated[
         list[str] | None,
-        typer.Option("--stage", help="Only one of merges, variances, prices, comparison, simplex, curve. Repeatable."),
+        typer.Option(
+            "--stage",
+            help="Only one of merges, variances, accuracies, prices, comparison, hull, hull_layers, curve. Repeatable.",
+        ),
     ] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Tables of what is finished; run nothing.")

@@ -206,41 +206,6 @@ def compare_rows(
     return rows
 
 
-def hull_rows(spec: StudySpec, pool: Pool, bank: Bank, group: StudyGroup) -> list[Row]:
-    """``risk_optimal`` with nonnegative coefficients of sum at most one: between base and experts, where running
-    variances cannot become negative.  Added to the comparison after its first results had been looked at."""
-    assert spec.comparison is not None
-    material, members = bank.material, list(group.members)
-    stats = bank.fields(members)
-    rows: list[Row] = []
-    for name in spec.comparison.objectives:
-        started = time.process_time()
-        optimum = minimise_risk(ZOO[name].fields(stats), hull=True)
-        spent = time.process_time() - started + bank_seconds(bank, name, len(members))
-        weights = Coefficients(tuple(float(v) for v in optimum.alpha))
-        formed = form(material, members, MethodSpec(name="risk_optimal"), spec.seed, **weights.settings())
-        found = measure_sets(material, formed.vector, members, [material.test])[0]
-        rows.append(
-            {
-                "regime": pool.key.regime,
-                "architecture": pool.key.architecture,
-                "half": pool.key.half,
-                "seed": spec.seed,
-                "group": f"{pool.key.folder}-{group.number}",
-                "N": len(members),
-                "experts": ";".join(material.names[j] for j in members),
-                "method": f"risk_optimal_{name}_hull",
-                "measured_loss": found.loss,
-                "measured_accuracy": found.accuracy,
-                "predicted": optimum.risk,
-                "alpha": ";".join(f"{v:.4f}" for v in optimum.alpha),
-                "seconds": spent + formed.seconds,
-                "tier": "measured",
-            }
-        )
-    return rows
-
-
 def bank_seconds(bank: Bank, name: str, size: int) -> float:
     """Processor seconds of collecting what a predictor needs for one group alone."""
     seconds = bank.group_seconds(size)

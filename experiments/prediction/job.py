@@ -12,19 +12,20 @@ from experiments.measure.opening import from_store
 from experiments.measured import Measured
 from experiments.pipeline import read_finished
 from experiments.prediction.accuracies import accuracy_rows
-from experiments.prediction.bank import Bank, Material, Progress, build_bank
-from experiments.prediction.compare import Collected, compare_rows, hull_rows
+from experiments.prediction.bank import Material, Progress, build_bank
+from experiments.prediction.compare import Collected, compare_rows
 from experiments.prediction.curve import curve_rows, price_rows
 from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.hull import hull_layer_rows, hull_rows
 from experiments.prediction.measuring import linear_coefficients
 from experiments.prediction.opening import open_pool
 from experiments.prediction.rows import merge_rows
-from experiments.prediction.spec import StudySpec, label
+from experiments.prediction.spec import ComparisonSpec, StudySpec, label
 from experiments.store import Store
 from merging.variances import clamped_share
 
 Row = dict[str, Any]
-STAGES = ("merges", "variances", "accuracies", "prices", "comparison", "hull", "curve")
+STAGES = ("merges", "variances", "accuracies", "prices", "comparison", "hull", "hull_layers", "curve")
 """Files of a pool, ``<stage>.jsonl``, one line per group."""
 
 
@@ -35,7 +36,7 @@ def stage_groups(spec: StudySpec, pool: Pool, stage: str) -> list[StudyGroup]:
         return groups
     if stage == "prices":
         return _first(groups, list(spec.groups), 1)
-    if stage in ("comparison", "hull"):
+    if stage in ("comparison", "hull", "hull_layers"):
         return [] if spec.comparison is None else [g for g in groups if len(g.members) in spec.comparison.sizes]
     return [] if spec.curve is None else _first(groups, spec.curve.sizes, spec.curve.groups)
 
@@ -89,13 +90,17 @@ def run_pool(
         )
         bank = build_bank(material, pool, folder, tell, spec.own_tangents)
         known: dict[int, Measured] = {}
+        collected = Collected(bank.material, spec.comparison or ComparisonSpec(), spec.seed)
         makers: dict[str, Callable[[StudyGroup], list[Row]]] = {
             "merges": lambda group: merge_rows(spec, pool, bank, group, known),
             "variances": lambda group: variance_rows(spec, pool, bank.material, group),
             "prices": lambda group: price_rows(spec, pool, bank, group),
-            "comparison": _comparison(spec, pool, bank, kept),
+            "comparison": lambda group: compare_rows(
+                spec, pool, bank, group, collected, kept["merges"].get(str(group.number), [])
+            ),
             "accuracies": lambda group: accuracy_rows(spec, pool, bank, group),
             "hull": lambda group: hull_rows(spec, pool, bank, group),
+            "hull_layers": lambda group: hull_layer_rows(spec, pool, bank, group, collected),
             "curve": _curve(spec, pool, material, opened, kept, root),
         }
         for stage in STAGES:
@@ -119,20 +124,6 @@ def variance_rows(spec: StudySpec, pool: Pool, material: Material, group: StudyG
             name = f"{pool.key.folder}-{group.number}"
             rows.append({"group": name, "settings": label(method), "clamped": share, "tier": "measured"})
     return rows
-
-
-def _comparison(
-    spec: StudySpec, pool: Pool, bank: Bank, kept: dict[str, dict[str, list[Row]]]
-) -> Callable[[StudyGroup], list[Row]]:
-    collected: list[Collected] = []
-
-    def make(group: StudyGroup) -> list[Row]:
-        assert spec.comparison is not None
-        if not collected:
-            collected.append(Collected(bank.material, spec.comparison, spec.seed))
-        return compare_rows(spec, pool, bank, group, collected[0], kept["merges"].get(str(group.number), []))
-
-    return make
 
 
 def _curve(

@@ -194,8 +194,8 @@ def read_frames(spec: StudySpec, plan: Sequence[tuple[Pool, Path]], place: Path)
         if len(merges) and len(later):
             found = later.drop(columns="tier")
             merges = merges.merge(found, on=["group", "settings"], how="left", validate="one_to_one")
-    parts = [tables[stage] for stage in ("comparison", "hull") if len(tables[stage])]
+    parts = [tables[stage] for stage in ("comparison", "hull", "hull_layers") if len(tables[stage])]
     comparison = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    if len(tables["hull"]) and len(tables["comparison"]):  # methods are paired by group
+    if len(tables["comparison"]):  # methods are paired by group
         comparison = comparison[comparison["group"].isin(set(tables["comparison"]["group"]))]
     return Frames(merges, comparison, tables["prices"], tables["curve"], gone)

@@ -16,6 +16,7 @@ from experiments.prediction.bank import STRIDE, Bank, Material, build_bank, plai
 from experiments.prediction.compare import Collected, coarse, compare_rows
 from experiments.prediction.curve import price_rows
 from experiments.prediction.draws import Pool, PoolKey, StudyExpert, StudyGroup, draw_groups, recipe_numbers
+from experiments.prediction.hull import hull_layer_rows, hull_rows
 from experiments.prediction.judged import flag_table, honest, interval_table, with_choices
 from experiments.prediction.rows import merge_rows
 from experiments.prediction.spec import StudySpec, read_study
@@ -244,6 +245,45 @@ def test_the_comparison_takes_its_choices_from_calibration_images(material: Mate
     alpha = torch.tensor([float(v) for v in rows["risk_optimal_secant"]["alpha"].split(";")])
     merged = material.origin + alpha @ material.deltas
     assert rows["risk_optimal_secant"]["measured_loss"] == pytest.approx(loss(merged, material.test), abs=1e-3)
+
+
+def test_coefficients_in_the_hull_of_every_block_are_merged(material: Material, pool: Pool, bank: Bank) -> None:
+    study, group = spec(), pool.groups[2]
+    assert study.comparison is not None
+    collected = Collected(material, study.comparison, study.seed)
+    (row,) = hull_layer_rows(study, pool, bank, group, collected)
+    (whole,) = hull_rows(study, pool, bank, group)
+    assert (row["method"], whole["method"]) == ("risk_optimal_layers_hull", "risk_optimal_secant_hull")
+    alpha = np.array([float(v) for v in row["alpha"].split(";")]).reshape(3, 2)  # expert by expert, two blocks
+    assert alpha.min() >= 0
+    assert alpha.sum(axis=0).max() <= 1 + 1e-3
+    count = study.comparison.layer_images
+    places, moves = dict(material.backbone.space.segments()), torch.zeros(3, 2, len(material.origin))
+    for l, block in enumerate(collected.groups):
+        for name in block.tensors:
+            moves[:, l, places[name]] = material.deltas[:, places[name]]
+
+    def tangent_risk(coefficients: np.ndarray) -> float:
+        """Mean cross-entropy of h(x_0) plus central differences, on the first images."""
+        step = torch.einsum("il,ilp->p", torch.from_numpy(coefficients).float(), moves)
+        found = []
+        for j, task in enumerate(TASKS):
+            images = material.calibration[task].images[:count]
+            ends = [dense(material, material.origin + t * step, j, images) for t in (0.0, 0.01, -0.01)]
+            labels = material.calibration[task].labels[: len(images)]
+            found.append(F.cross_entropy(ends[0] + (ends[1] - ends[2]) / 0.02, labels).item())
+        return float(np.mean(found))
+
+    assert row["predicted"] == pytest.approx(tangent_risk(alpha), abs=1e-3)
+    rng = np.random.default_rng(0)
+    others = [rng.dirichlet(np.ones(4), 2)[:, :3].T for _ in range(5)]
+    assert all(row["predicted"] <= tangent_risk(other) + 1e-3 for other in others)
+    merged = material.origin + torch.einsum("il,ilp->p", torch.from_numpy(alpha).float(), moves)
+    losses = [
+        F.cross_entropy(dense(material, merged, j, material.test[t].images), material.test[t].labels).item()
+        for j, t in enumerate(TASKS)
+    ]
+    assert row["measured_loss"] == pytest.approx(float(np.mean(losses)), abs=1e-3)
 
 
 def test_running_variances_below_zero_are_counted_from_the_checkpoints() -> None:
