@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -54,13 +55,19 @@ def verify(
         found = store.verify(_rerun(store, root) if sample else None, sample=sample, seed=seed, deep=deep)
         forgotten = store.forget(found.damaged) if repair else 0
         merges = store.forget_merges(found.merges) if repair else 0
+        if repair and found.lost:
+            store.accept_losses()
     if as_json:
         content = asdict(found) | {"forgotten": forgotten, "merges_forgotten": merges}
         typer.echo(json.dumps(content, indent=2))
     else:
-        _report(found, forgotten, merges)
+        _report(found, forgotten, merges, repair)
     if not found.good:
         raise typer.Exit(DAMAGED)
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _rerun(store: Store, root: Path | None) -> Callable[[str, RunSpec], RunResult]:
@@ -81,7 +88,7 @@ def _rerun(store: Store, root: Path | None) -> Callable[[str, RunSpec], RunResul
     return again
 
 
-def _report(found: Verification, forgotten: int, merges: int) -> None:
+def _report(found: Verification, forgotten: int, merges: int, repair: bool) -> None:
     for problem in found.problems:
         typer.echo(problem)
     for digest, what in found.unequal:
@@ -97,6 +104,12 @@ def _report(found: Verification, forgotten: int, merges: int) -> None:
             f"hashes of the numbers of {' and '.join(old)} were not recorded (written by an older version): whether "
             "they were altered cannot be said"
         )
+    if found.counted_since is not None or not found.counted:
+        when = f"before {_day(found.counted_since)} " if found.counted_since is not None else ""
+        typer.echo(
+            "rows were not counted by the older version that wrote this store: whether rows were lost "
+            f"{when}cannot be said"
+        )
     if found.rerun:
         measured = f", metrics of {found.remeasured:,} measured again" if found.remeasured else ""
         typer.echo(f"{len(found.rerun):,} runs done again{measured}, {len(found.unequal):,} differ")
@@ -105,7 +118,12 @@ def _report(found: Verification, forgotten: int, merges: int) -> None:
             f"{forgotten:,} runs and {merges:,} merges are absent now; `mergebound grid resume` and `grid merge` do "
             "them again"
         )
-    elif found.damaged or found.merges:
+    if found.lost and repair:
         typer.echo(
-            "`mergebound grid verify --forget-damaged` makes these runs and merges absent, so that they are done again"
+            f"the rows of {', '.join(found.lost)} were counted anew; what is lost is absent, and is done again by the "
+            "command that made it"
+        )
+    if (found.damaged or found.merges or found.lost) and not repair:
+        typer.echo(
+            "`mergebound grid verify --forget-damaged` makes what is damaged or lost absent, so that it is done again"
         )

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from experiments.bases.base import Base, read_base, save_base
+from experiments.store import tallies
 from experiments.store.blobs import FOLDER, TEMPORARY, blob_path, disk_error, put_blob, remove
 from experiments.store.columns import OTHER
 from experiments.store.database import Database
@@ -44,10 +45,9 @@ def add_base(database: Database, folder: Path, base: Base) -> str:
     finally:
         remove(temporary)
     with database.writing() as connection:
-        connection.execute(
-            "INSERT INTO bases VALUES (?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
-            (name, base.architecture, base.classes, blob, json.dumps(described, default=str)),
-        )
+        row = (name, base.architecture, base.classes, blob, json.dumps(described, default=str))
+        if connection.execute("INSERT INTO bases VALUES (?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING", row).rowcount:
+            tallies.add(connection, "bases", [row])
     return name
 
 

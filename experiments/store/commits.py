@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from experiments.grid.result import RunResult
+from experiments.store import tallies
 from experiments.store.blobs import has_blob, put_blob
 from experiments.store.content import Packed, TaskVectors, bundle, pack
 from experiments.store.database import Database
@@ -89,11 +90,14 @@ def commit(
                     raise StoreError(f"run {item.digest[:12]}: was removed while it was committed; commit it again")
                 new.append(item)
             elif kept != item.packed.content:
-                connection.execute(
+                row = (item.run, owner, item.packed.content, kept)
+                added = connection.execute(
                     "INSERT INTO conflicts (run, owner, content, kept, seen) VALUES (?, ?, ?, ?, ?) "
                     "ON CONFLICT DO NOTHING",
-                    (item.run, owner, item.packed.content, kept, now()),
+                    (*row, now()),
                 )
+                if added.rowcount:
+                    tallies.add(connection, "conflicts", [row])
                 refused.append(item.digest)
         for name in dict.fromkeys(lies[item.digest] for item in new):
             if not has_blob(folder, name):  # gc may have taken it while we waited for the lock; now it waits
@@ -190,6 +194,7 @@ def _insert(connection: sqlite3.Connection, items: Sequence[_Ready], lies: Mappi
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         results,
     )
+    tallies.add(connection, "results", [(item.digest,) for item in items])
     connection.executemany("INSERT INTO checkpoints (id, run, step, digest, final) VALUES (?, ?, ?, ?, ?)", points)
     connection.executemany(
         "INSERT INTO metrics (checkpoint, part, name, value, low, high, nan, n, tier) "

@@ -73,6 +73,20 @@ class Database:
         return self._patiently(fetch)
 
     @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Several questions about one moment, whatever others write meanwhile."""
+        connection = self.connection
+        self._patiently(lambda: connection.execute("BEGIN"))
+        try:
+            self._patiently(lambda: connection.execute("SELECT count(*) FROM sqlite_schema").fetchone())
+            yield connection
+        except sqlite3.Error as error:
+            raise explained(error, self.file) from error
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+    @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction that holds the write lock from its start; undone as a whole by any exception.
 

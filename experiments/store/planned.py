@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.grid.result import Cohort, Plan
 from experiments.grid.run_spec import RunSpec
+from experiments.store import tallies
 from experiments.store.columns import OTHER, RUN_COLUMNS, run_row, spec_of
 from experiments.store.database import Database
 from experiments.store.errors import StoreError
@@ -40,12 +41,23 @@ def add_runs(
         rows.append(run_row(digest, run, of_base, of_split))
     columns, marks = ", ".join(RUN_COLUMNS), ", ".join("?" * len(RUN_COLUMNS))
     with database.writing() as connection:
-        before = connection.total_changes
-        connection.executemany(f"INSERT INTO runs ({columns}) VALUES ({marks}) ON CONFLICT (digest) DO NOTHING", rows)
-        added = connection.total_changes - before
-        if added:
+        there = _there(connection, list(runs))
+        new = [row for row in rows if row[0] not in there]
+        connection.executemany(f"INSERT INTO runs ({columns}) VALUES ({marks})", new)
+        if new:
+            tallies.add(connection, "runs", [row[:1] for row in new])
             connection.execute("ANALYZE runs")
-    return added
+    return len(new)
+
+
+def _there(connection: sqlite3.Connection, digests: Sequence[str]) -> set[str]:
+    """Those of some runs that are known."""
+    found: set[str] = set()
+    for start in range(0, len(digests), 500):
+        part = digests[start : start + 500]
+        marks = ", ".join("?" * len(part))
+        found |= {row[0] for row in connection.execute(f"SELECT digest FROM runs WHERE digest IN ({marks})", part)}
+    return found
 
 
 def known(database: Database, digests: Iterable[str]) -> dict[str, tuple[RunSpec, str, str]]:
@@ -151,6 +163,7 @@ def _add_cohort(connection: sqlite3.Connection, cohort: Cohort) -> None:
         "WHERE runs.cohort = cohorts.id AND results.run IS NULL) WHERE id = ?",
         (number,),
     )
+    tallies.add(connection, "cohorts", tallies.rows_of(connection, "cohorts", "WHERE c.id = ?", (number,)))
 
 
 def unplanned(database: Database) -> tuple[str, ...]:

@@ -82,14 +82,23 @@ ALTER TABLE merges ADD COLUMN seal TEXT;
 """
 """See :mod:`experiments.store.seals`; NULL in rows that are older."""
 
+_FOURTH = """
+CREATE TABLE tallies (
+    name TEXT PRIMARY KEY, count INTEGER NOT NULL, digest TEXT NOT NULL, since REAL
+) WITHOUT ROWID;
+"""
+"""See :mod:`experiments.store.tallies`; the rows that are there are counted at the end of the migration."""
+
 MIGRATIONS: tuple[str, ...] = (
     _FIRST + "".join(f"CREATE INDEX runs_{name} ON runs({name});\n" for name in INDEXED),
     _SECOND,
     _THIRD,
+    _FOURTH,
 )
 VERSION = len(MIGRATIONS)
 READABLE = 2
-"""The oldest schema that is read as it is: what came later are columns that only ``verify`` asks for."""
+"""The oldest schema that is read as it is: what came later are columns and tables that only ``verify`` asks for."""
+_TALLIED = 4
 
 
 def migrate(connection: sqlite3.Connection, file: Path, *, writable: bool = True) -> None:
@@ -113,16 +122,26 @@ def migrate(connection: sqlite3.Connection, file: Path, *, writable: bool = True
         )
     connection.execute("BEGIN IMMEDIATE")
     try:
-        for number in range(_version(connection, file), VERSION):  # read again: another process may have been faster
+        before = _version(connection, file)  # read again: another process may have been faster
+        for number in range(before, VERSION):
             for statement in MIGRATIONS[number].split(";\n"):
                 if statement.strip():
                     connection.execute(statement)
+        if before < _TALLIED:
+            _count(connection, new=before == 0)
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _count(connection: sqlite3.Connection, *, new: bool) -> None:
+    from experiments.store.leases import now
+    from experiments.store.tallies import recount
+
+    recount(connection, since=None if new else now())
 
 
 def _version(connection: sqlite3.Connection, file: Path) -> int:

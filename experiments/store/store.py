@@ -15,7 +15,7 @@ from experiments.bases.base import Base
 from experiments.finetune.loop import TrainingLog
 from experiments.grid.result import Cohort, Plan, RunResult
 from experiments.grid.run_spec import RunSpec
-from experiments.store import bases, creating, leases, planned, reading, table
+from experiments.store import bases, creating, leases, planned, reading, table, tallies
 from experiments.store.columns import spec_of
 from experiments.store.commits import commit
 from experiments.store.content import TaskVectors
@@ -46,7 +46,7 @@ class Store(Tables):
         super().__init__(folder, database)
         self._states = bases.BaseStates(database, folder)
         self._kept = {row["key"]: row["value"] for row in database.read("SELECT key, value FROM meta")}
-        if "task_vectors" not in self._kept:
+        if not {"meta", "task_vectors", "durable"} <= set(self._kept):
             raise StoreError(f"{database.file}: is not a complete store; create it again with Store.create")
 
     @classmethod
@@ -296,6 +296,10 @@ class Store(Tables):
     def forget_merges(self, keys: Iterable[str]) -> int:
         """Make rows about merges absent, so that they are measured again; returns how many were there."""
         return forget_merges(self._database, keys)
+
+    def accept_losses(self) -> None:
+        """Count what is there anew: what is lost can then be done again; see :mod:`experiments.store.tallies`."""
+        tallies.repair(self._database)
 
     def _run(self, digest: str) -> sqlite3.Row:
         return reading.run_row(self._database, self.folder, digest)

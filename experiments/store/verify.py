@@ -11,12 +11,14 @@ import numpy as np
 from experiments.bases.base import tensors_digest
 from experiments.grid.result import RunResult
 from experiments.grid.run_spec import RunSpec
+from experiments.store import tallies
 from experiments.store.blobs import blob_path, check_blob
 from experiments.store.content import pack
 from experiments.store.database import Database
 from experiments.store.errors import StoreError
 from experiments.store.recorded import check_recorded
 from experiments.store.table import metric_rows
+from experiments.store.tallies import check_tallies
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ class Verification:
         merges: keys of the rows about merges that were altered.
         unsealed_runs, unsealed_merges: rows that older versions wrote, without a seal to compare with.
         remeasured: of the runs that were done again, those whose metrics were compared.
+        lost: tables that lack rows that were written, or have others (:mod:`experiments.store.tallies`).
+        counted_since: when the rows of a store of an older version were counted, in seconds since 1970: losses before
+            cannot be seen; ``None`` where they were counted from the start.
+        counted: whether rows were counted at all.
     """
 
     blobs: int
@@ -51,6 +57,9 @@ class Verification:
     unsealed_runs: int = 0
     unsealed_merges: int = 0
     remeasured: int = 0
+    lost: tuple[str, ...] = ()
+    counted_since: float | None = None
+    counted: bool = True
 
     @property
     def good(self) -> bool:
@@ -70,7 +79,8 @@ def verify(
     """Hash every file, check the database row by row, and do a random sample of the runs again.
 
     Specifications are compared with the digests that name the runs; metrics, scalars of logs and rows about merges with
-    the seals that were stored with them (:mod:`experiments.store.seals`).
+    the seals that were stored with them (:mod:`experiments.store.seals`); which rows there are with the tallies
+    (:mod:`experiments.store.tallies`).
 
     Args:
         store: to verify.
@@ -89,6 +99,8 @@ def verify(
     ]
     recorded = check_recorded(database, store.meta.get("numerics"))
     problems += recorded.problems
+    tallied = check_tallies(database)
+    problems += tallied.problems
     rows = database.read(
         "SELECT r.digest, s.blob, r.base_digest, s.run FROM results s JOIN runs r ON r.id = s.run ORDER BY s.run"
     )
@@ -141,6 +153,9 @@ def verify(
         recorded.unsealed_runs,
         recorded.unsealed_merges,
         remeasured,
+        tallied.lost,
+        tallied.since,
+        tallied.known,
     )
 
 
@@ -159,8 +174,10 @@ def forget(database: Database, digests: Iterable[str]) -> int:
                 "DELETE FROM metrics WHERE checkpoint IN (SELECT id FROM checkpoints WHERE run = ?)", number
             )
             connection.execute("DELETE FROM checkpoints WHERE run = ?", number)
+            tallies.take(connection, "conflicts", tallies.rows_of(connection, "conflicts", "WHERE run = ?", number))
             connection.execute("DELETE FROM conflicts WHERE run = ?", number)
             connection.execute("DELETE FROM results WHERE run = ?", number)
+            tallies.take(connection, "results", [(digest,)])
             connection.execute("UPDATE cohorts SET missing = missing + 1 WHERE id = ?", (row["cohort"],))
             count += 1
     return count

@@ -199,8 +199,8 @@ def test_an_old_file_is_migrated_and_a_newer_one_refused(tmp_path: Path) -> None
         store.commit(first, result(0))
     file = tmp_path / "s" / database.DATABASE
     raw = sqlite3.connect(file)
-    for statement in ("DROP TABLE conflicts", "DROP TABLE merges", "DROP TABLE measures", "DROP INDEX metrics_nan"):
-        raw.execute(statement)
+    for thing in ("TABLE conflicts", "TABLE merges", "TABLE measures", "TABLE tallies", "INDEX metrics_nan"):
+        raw.execute(f"DROP {thing}")
     raw.execute("ALTER TABLE results DROP COLUMN seals")
     raw.execute("PRAGMA user_version = 1")
     raw.commit()

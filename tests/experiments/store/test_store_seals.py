@@ -109,6 +109,7 @@ def test_rows_of_older_versions_are_reported_as_not_recorded(store: Store) -> No
     raw = sqlite3.connect(file)
     raw.execute("ALTER TABLE results DROP COLUMN seals")
     raw.execute("ALTER TABLE merges DROP COLUMN seal")
+    raw.execute("DROP TABLE tallies")
     raw.execute("PRAGMA user_version = 2")
     raw.commit()
     raw.close()
