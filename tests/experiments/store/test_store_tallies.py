@@ -125,7 +125,7 @@ def test_the_tally_is_a_sum_over_the_rows_in_any_order(store: Store) -> None:
     """Against its definition; what is forgotten and done again leaves it as it was."""
 
     def tally(name: str) -> tuple[int, str]:
-        return store._database.read_tuples("SELECT count, digest FROM tallies WHERE name = ?", (name,))[0]  # type: ignore[return-value]
+        return store._database.read_tuples("SELECT count, digest FROM tallies WHERE name = ?", (name,))[0]
 
     def defined(names: list[str]) -> tuple[int, str]:
         hashes = [int(hashlib.sha256(json.dumps([name]).encode()).hexdigest(), 16) for name in names]
