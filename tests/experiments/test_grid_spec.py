@@ -303,6 +303,7 @@ PAPER = {
     "paper-vit": (3 * 8 * 27, 2592),
     "digits-small": (1000, 1000),
     "digits-full": (2048, 3680),
+    "digits8-independent": (48, 48),
     "local-npz": (288, 1152),
     "one-gpu-30min": (432, 1728),
     "npz8-mild": (56, 56),
