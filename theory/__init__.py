@@ -18,7 +18,8 @@ from theory.assumptions import Assumption
 from theory.certificate import output_bound, output_bound_everywhere, output_bound_labelled, remainder_bound
 from theory.clocks import Clock, clock
 from theory.comparison import Comparison
-from theory.constrained import Polytope, coefficient_box, coefficient_simplex, coefficients_summing_to, minimise_over
+from theory.constrained import Polytope, coefficient_box, coefficient_hull, coefficient_simplex, coefficients_summing_to
+from theory.convex import minimise_over
 from theory.curvature import CurvatureModel, minimise_curvature, predict_curvature
 from theory.derivations import Derivation, derive
 from theory.enclosure import Enclosure, enclose
@@ -148,6 +149,7 @@ __all__ = [
     "bound_to_python",
     "clock",
     "coefficient_box",
+    "coefficient_hull",
     "coefficient_simplex",
     "coefficients_summing_to",
     "compare",

@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from theory.arguments import advised_fields
 from theory.certificate import curvature_risk
-from theory.convex import minimise
+from theory.constrained import coefficient_domain
+from theory.convex import minimise_over
 from theory.errors import MergeboundError
 from theory.function_space import Array, Optimum, uniform_weights
 
@@ -142,20 +143,14 @@ def minimise_curvature(
     if any(len(model.centre) != size for model in models):
         raise MergeboundError("the models have different numbers of coefficients: collect them for one group")
     p = uniform_weights(len(models)) if weights is None else np.asarray(weights, dtype=np.float64)
-    alpha = np.full(size, layers / size if simplex or hull else np.clip(layers / size, *bounds))
+    domain = coefficient_domain(size, bounds, simplex=simplex, hull=hull, layers=layers)
+    alpha = np.clip(np.full(size, layers / size), domain.lower, domain.upper)
     best, lowest, steps = alpha, -np.inf, 0
     value = float(predict_curvature(models, alpha, p))
     for smoothing, power in zip(_SMOOTHING, _POWERS, strict=True):
         smooth = [_Smooth.of(model, smoothing, power) for model in models]
-        found = minimise(
-            partial(_joint, smooth, p),
-            alpha,
-            bounds=bounds,
-            simplex=simplex,
-            hull=hull,
-            layers=layers,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
+        found = minimise_over(
+            partial(_joint, smooth, p), domain, alpha, tolerance=tolerance, max_iterations=max_iterations, planes=0
         )
         alpha, steps = found.point, steps + found.iterations
         lowest = max(lowest, found.value - found.gap)

@@ -22,7 +22,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from theory.convex import minimise
+from theory.constrained import coefficient_domain
+from theory.convex import minimise_over
 from theory.errors import MergeboundError
 
 Array = npt.NDArray[np.float64]
@@ -362,7 +363,7 @@ class Optimum:
         risk: R~(alpha).
         gap: Frank-Wolfe gap.  For fields affine in alpha R~ is convex and exceeds its minimum by at most this; for a
             :class:`QuadraticField` it only measures how far alpha is from stationary.
-        iterations: solver iterations.
+        iterations: evaluations by the solver.
     """
 
     alpha: Array
@@ -409,16 +410,13 @@ def minimise_risk(
     """
     p = _task_weights(weights, len(fields))
     size = len(fields[0].slopes)
-    low, high = (0.0, 1.0) if simplex or hull else bounds
-    first = np.full(size, layers / size) if start is None else np.asarray(start, dtype=np.float64)
-    found = minimise(
+    domain = coefficient_domain(size, bounds, simplex=simplex, hull=hull, layers=layers)
+    found = minimise_over(
         lambda alpha: risk_gradient(fields, alpha, p),
-        np.clip(first, low, high),
-        bounds=bounds,
-        simplex=simplex,
-        hull=hull,
-        layers=layers,
+        domain,
+        np.full(size, layers / size) if start is None else start,
         tolerance=tolerance,
         max_iterations=max_iterations,
+        planes=0,
     )
     return Optimum(found.point, found.value, found.gap, found.iterations)

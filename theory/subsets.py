@@ -13,8 +13,8 @@ from math import comb, factorial
 
 import numpy as np
 
-from theory.constrained import Objective, coefficients_summing_to, minimise_over
-from theory.convex import Minimum
+from theory.constrained import coefficients_summing_to
+from theory.convex import Minimum, Objective, minimise_over
 from theory.errors import MergeboundError
 from theory.function_space import Array
 from theory.surfaces import (

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from theory.arguments import advised_fields
-from theory.constrained import Polytope, coefficient_box, coefficient_simplex, minimise_over
-from theory.convex import Minimum
+from theory.constrained import Polytope, coefficient_domain
+from theory.convex import Minimum, minimise_over
 from theory.curvature import CurvatureModel
 from theory.errors import MergeboundError
 from theory.function_space import Array, Field, LogitField, cross_entropy, risk_gradient, uniform_weights
@@ -145,9 +145,7 @@ class MergingRule:
 
     def domain(self, surface: Surface) -> Polytope:
         """Where the rule ``optimal`` looks for coefficients."""
-        if self.on_simplex:
-            return coefficient_simplex(surface.size, surface.layers)
-        return coefficient_box(surface.size, *self.bounds)
+        return coefficient_domain(surface.size, self.bounds, simplex=self.on_simplex, layers=surface.layers)
 
     def shared(self, members: int) -> float:
         """The coefficient of each of ``members`` experts under a rule that gives all the same."""
@@ -245,7 +243,7 @@ def minimise_on(
         surface: function-space or curvature prediction, global or per layer.
         domain: over the K coefficients (:func:`theory.coefficient_box`, ``with_at_most`` and others).
         start: (K,).
-        tolerance, max_iterations: see :func:`theory.constrained.minimise_over`.
+        tolerance, max_iterations: see :func:`theory.convex.minimise_over`.
 
     Returns:
         ``value - gap`` is a proven lower bound of the prediction on the domain.

@@ -15,8 +15,7 @@ from experiments.advise.domain import Domain
 from experiments.measure.predictors.merges import Merge
 from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.predictors.zoo import ZOO
-from theory.constrained import minimise_over
-from theory.convex import Minimum
+from theory.convex import Minimum, minimise_over
 from theory.function_space import AnyField, Array, LogitField, risk_gradient, uniform_weights
 from theory.subsets import best_subset
 from theory.surfaces import MergingRule, PredictedMerge, Surface, averaging, optimal_coefficients, risk_surface

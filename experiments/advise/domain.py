@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from experiments.measure.subject import Subject
 from merging.variances import stays_in_hull
-from theory.constrained import Polytope, coefficient_box
+from theory.constrained import Polytope, coefficient_box, coefficient_hull
 from theory.errors import MergeboundError
 
 _SLACK = 1e-6
@@ -38,8 +38,7 @@ class Domain:
         """Where coefficients are looked for; with layers, coefficient ``i * layers + l`` is expert i's in layer l."""
         if not self.hull:
             return coefficient_box(self.size * layers, *self.bounds)
-        box = coefficient_box(self.size * layers, 0.0, min(self.bounds[1], 1.0))
-        return box.with_at_most(np.tile(np.eye(layers), self.size), np.ones(layers))
+        return coefficient_hull(self.size * layers, layers, min(self.bounds[1], 1.0))
 
     def allows(self, alpha: npt.ArrayLike) -> bool:
         """Whether coefficients (N,) lie inside."""

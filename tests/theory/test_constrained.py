@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,11 +15,11 @@ from theory.constrained import (
     Array,
     Polytope,
     coefficient_box,
+    coefficient_domain,
     coefficient_simplex,
     coefficients_summing_to,
-    minimise_over,
 )
-from theory.convex import minimise
+from theory.convex import minimise_over
 from theory.errors import MergeboundError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -51,26 +55,66 @@ def test_projection_onto_the_simplex_in_closed_form(seed: int, size: int) -> Non
     assert found.gap <= 1e-6 * max(1, found.value)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(SEEDS)
-def test_box_and_layered_simplex_agree_with_the_other_solver(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    factor, goal = rng.standard_normal((8, 6)), rng.standard_normal(6)
+def lowest_of_all_faces(form: Array, goal: Array, domain: Polytope) -> float:
+    """Minimum of a positive definite quadratic over 0 <= a <= 1 and sums: the best stationary point of any face."""
+    best = np.inf
+    sums = np.vstack([domain.equal.reshape(-1, domain.size), domain.at_most.reshape(-1, domain.size)])
+    for states in itertools.product((0.0, 1.0, None), repeat=domain.size):
+        free = np.array([state is None for state in states])
+        held = np.array([state or 0.0 for state in states])
+        for tight in itertools.product((False, True), repeat=len(sums)):
+            rows = sums[list(tight)]
+            k, m = int(free.sum()), len(rows)
+            system = np.zeros((k + m, k + m))
+            system[:k, :k] = form[np.ix_(free, free)]
+            system[k:, :k] = rows[:, free]
+            system[:k, k:] = rows[:, free].T
+            right = np.concatenate([form[free] @ goal - form[np.ix_(free, ~free)] @ held[~free], 1.0 - rows @ held])
+            point = held.copy()
+            point[free] = np.linalg.lstsq(system, right, rcond=None)[0][:k]
+            if domain.violation(point) <= 1e-12:
+                best = min(best, float((point - goal) @ form @ (point - goal)))
+    return best
+
+
+@pytest.mark.parametrize("planes", [0, None])
+@pytest.mark.parametrize(("size", "layers"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("kind", [{}, {"simplex": True}, {"hull": True}])
+def test_box_simplex_and_hull_against_every_face(
+    kind: dict[str, bool], size: int, layers: int, planes: int | None
+) -> None:
+    rng = np.random.default_rng([size, layers])
+    factor, goal = rng.standard_normal((8, size)), 0.5 + rng.standard_normal(size)
+    form = factor.T @ factor
+    domain = coefficient_domain(size, (0.0, 1.0), layers=layers, **kind)
 
     def objective(a: Array) -> tuple[float, Array]:
-        r = factor @ (a - goal)
-        return float(r @ r), 2 * factor.T @ r
+        return float((a - goal) @ form @ (a - goal)), 2 * form @ (a - goal)
 
-    for domain, options in (
-        (coefficient_box(6, -0.5, 0.8), {"bounds": (-0.5, 0.8)}),
-        (coefficient_simplex(6, layers=2), {"bounds": (0.0, 1.0), "simplex": True, "layers": 2}),
-    ):
-        ours = minimise_over(objective, domain)
-        theirs = minimise(objective, np.full(6, 1 / 3), **options)  # type: ignore[arg-type]
-        assert ours.value <= theirs.value + 1e-6
-        assert ours.value - ours.gap <= theirs.value + 1e-9
-        assert theirs.value - theirs.gap <= ours.value + 1e-9
-        assert domain.violation(ours.point) <= 1e-8
+    found = minimise_over(objective, domain, tolerance=1e-10, planes=planes)
+    exact = lowest_of_all_faces(form, goal, domain)
+    assert abs(found.value - exact) <= 1e-10
+    assert found.value - found.gap <= exact + 1e-12
+    assert found.gap <= (1e-5 if planes == 0 else 1e-10 * max(1.0, exact))
+    assert domain.violation(found.point) <= 1e-14
+
+
+def test_a_corner_in_closed_form_is_the_linear_program() -> None:
+    """Sums over disjoint groups, with bounds of their own: linprog finds the same lowest value."""
+    linprog: Any = scipy.optimize.linprog
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        lower = rng.uniform(-1.0, 0.0, 7)
+        domain = Polytope(lower, lower + rng.uniform(0.1, 1.5, 7))
+        rows = np.repeat(np.eye(3), [3, 2, 2], axis=0).T
+        middle = rows @ (0.5 * (domain.lower + domain.upper))
+        domain = domain.with_equal(rows[:1], middle[:1] + 0.2).with_at_most(rows[1:], middle[1:] - 0.1)
+        slope, bounds = rng.standard_normal(7), np.column_stack([domain.lower, domain.upper])
+        right = {"A_ub": domain.at_most, "b_ub": domain.limit, "A_eq": domain.equal, "b_eq": domain.equal_to}
+        theirs = linprog(slope, bounds=bounds, **right).fun
+        found = minimise_over(steepest(slope[None], np.zeros(1)), domain, planes=0)
+        assert found.value - found.gap == pytest.approx(theirs, abs=1e-12)
+        assert found.value == pytest.approx(theirs, abs=1e-7)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)

@@ -90,7 +90,8 @@ WITHOUT: dict[str, str] = {
         (
             *("bound_interval", "compare", "design", "design_number", "enclose", "derive", "statements", "glossary"),
             *("scaling_table", "bound_to_python", "formula_to_python", "latex_document", "minimise_over"),
-            *("coefficient_box", "coefficient_simplex", "coefficients_summing_to", "consistency", "random_batch"),
+            *("coefficient_box", "coefficient_hull", "coefficient_simplex", "coefficients_summing_to", "consistency"),
+            "random_batch",
         ),
         _TOOL,
     ),
