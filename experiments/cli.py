@@ -9,7 +9,8 @@ import importlib.metadata
 import logging
 import sys
 import warnings
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -51,6 +52,12 @@ def build_app() -> typer.Typer:
     return app
 
 
+@cache
+def _command() -> Any:
+    """The application as click runs it, built once: that takes a tenth of a second, and programs call :func:`main`."""
+    return typer.main.get_command(build_app())
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"mergebound {importlib.metadata.version('mergebound')}")
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # timm scripts functions at import
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_OneLine(errors)])
     try:
-        build_app()(args=argv, prog_name="mergebound")
+        _command()(args=argv, prog_name="mergebound")
     except MergeboundError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
