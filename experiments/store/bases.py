@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from experiments.bases.base import Base, read_base, save_base
 from experiments.store import tallies
 from experiments.store.blobs import FOLDER, TEMPORARY, blob_path, disk_error, put_blob, remove
 from experiments.store.columns import OTHER
 from experiments.store.database import Database
 from experiments.store.errors import StoreError
+from experiments.store.joined import Reference
 
 _FEW = 2
 
@@ -68,16 +67,16 @@ class BaseStates:
 
     def __init__(self, database: Database, folder: Path) -> None:
         self._database, self._folder = database, folder
-        self._kept: dict[str, Mapping[str, Tensor]] = {}
+        self._kept: dict[str, Reference] = {}
 
-    def __call__(self, name: str) -> Mapping[str, Tensor]:
+    def __call__(self, name: str) -> Reference:
         """Tensors of a base; none if the store does not have it (its runs are then stored as they are)."""
         if name not in self._kept:
             if not self._database.read("SELECT 1 FROM bases WHERE digest = ?", (name,)):
-                return {}
+                return Reference()
             while len(self._kept) >= _FEW:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[name] = open_base(self._database, self._folder, name).state
+            self._kept[name] = Reference(open_base(self._database, self._folder, name).state)
         return self._kept[name]
 
 

@@ -22,6 +22,7 @@ from experiments.store.blobs import has_blob, put_blob
 from experiments.store.content import Packed, TaskVectors, bundle, pack
 from experiments.store.database import Database
 from experiments.store.errors import StoreConflict, StoreError
+from experiments.store.joined import Reference
 from experiments.store.leases import now
 from experiments.store.seals import run_seals
 
@@ -128,12 +129,13 @@ def _prepared(
         )
     }
     ready = []
+    nothing = Reference()
     for digest, result in results.items():
         if digest not in rows:
             raise StoreError(f"run {digest[:12]}: is not in this store; add it with add_runs before its result")
         _check_metrics(digest, result)
         row = rows[digest]
-        packed = pack(result, base_of(row["base_digest"]), vectors)
+        packed = pack(result, base_of(row["base_digest"]), vectors, nothing=nothing)
         ready.append(_Ready(row["id"], digest, result, packed, (row["task"], row["base"])))
     return ready, _stored(database.connection, [item.run for item in ready])
 

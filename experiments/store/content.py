@@ -94,7 +94,13 @@ def _lengthened(short: Any, layouts: list[Mapping[str, Any]]) -> dict[str, Any]:
     return {**layout, "packed": packed}
 
 
-def pack(result: RunResult, base: Mapping[str, Tensor], vectors: TaskVectors = "lossless") -> Packed:
+def pack(
+    result: RunResult,
+    base: Mapping[str, Tensor],
+    vectors: TaskVectors = "lossless",
+    *,
+    nothing: Mapping[str, Tensor] | None = None,
+) -> Packed:
     """A result as what a file of tensors can hold.
 
     Args:
@@ -102,6 +108,7 @@ def pack(result: RunResult, base: Mapping[str, Tensor], vectors: TaskVectors = "
         base: tensors of x_0 (:mod:`experiments.store.codec` takes what matches).
         vectors: ``bfloat16`` rounds x - x_0 of the backbone's parameters to that type; head, statistics and counters
             stay exact.
+        nothing: an empty :class:`~experiments.store.joined.Reference` that many logs share, where there are many.
 
     Raises:
         StoreError: there is no state.
@@ -122,7 +129,7 @@ def pack(result: RunResult, base: Mapping[str, Tensor], vectors: TaskVectors = "
         record["steps"][str(step)] = header | {"names": list(state), "rounded": list(rounded)}
         digests[step] = tensors_digest(_restored(state, rounded, base)) if rounded else given[step]
     columns, scalars = _split_log(result.log)
-    stored, record["log"] = encode(columns, {}, "log")
+    stored, record["log"] = encode(columns, {} if nothing is None else nothing, "log")
     tensors |= stored
     identity = {"outcome": result.outcome, "states": given, "log": tensors_digest(columns)}
     content = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -68,8 +68,13 @@ def merge_seal(key: str, record: str) -> str:
 
 def _plain(row: Sequence[Any]) -> str:
     """A row as text; SQLite keeps no sign of zero, and knows booleans as numbers."""
-    values = [int(v) if isinstance(v, bool) else v + 0.0 if isinstance(v, float) else v for v in row]
-    return json.dumps([None if isinstance(v, float) and v != v else v for v in values])
+    return json.dumps([_value(value) for value in row])
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, float):
+        return None if value != value else value + 0.0
+    return int(value) if isinstance(value, bool) else value
 
 
 def _hash(content: Any) -> str:

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as npst
 from experiments.bases.base import tensors_digest
 from experiments.store import Store, StoreError
 from experiments.store.codec import decode, encode
+from experiments.store.joined import Reference
 from tests.experiments.store.samples import BASE, result, specs
 
 BITS = {torch.float32: np.int32, torch.float64: np.int64, torch.bfloat16: np.int16, torch.float16: np.int16}
@@ -31,6 +32,29 @@ def test_every_pattern_of_bits_comes_back(data: st.DataObject, dtype: torch.dtyp
     assert list(again) == list(state)
     assert tensors_digest(again) == tensors_digest(state)
     assert "y" in header["same"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.sampled_from([*BITS, torch.bool]), st.booleans())
+def test_joined_states_are_packed_to_the_same_bits(data: st.DataObject, dtype: torch.dtype, alike: bool) -> None:
+    """A reference is only quicker: for tensors that the base has, has not, has in another shape or with these bits."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+
+    def draw(rows: int) -> torch.Tensor:
+        bits = torch.from_numpy(rng.integers(0, 256, (rows, 16), dtype=np.uint8))
+        return bits.view(dtype) if dtype in BITS else bits > 99
+
+    names = data.draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6, unique=True))
+    base = {name: draw(8) for name in "abc"} | {"d": draw(4), "n": torch.tensor(0)}
+    state = {name: draw(8).T.contiguous().T for name in names} | {"n": torch.tensor(3)}
+    state |= {"a": base["a"].clone()} if alike else {}
+    known = Reference(base)
+    for _ in range(2):  # the second time with what the first has made
+        (stored, header), (quick, same) = encode(state, base, "k"), encode(state, known, "k")
+        assert (same, list(same["packed"])) == (header, list(header["packed"]))
+        assert quick.keys() == stored.keys()
+        assert all(torch.equal(quick[name].view(torch.uint8), stored[name].view(torch.uint8)) for name in stored)
+        assert tensors_digest(decode(quick, same, base, "k")) == tensors_digest(state)
 
 
 def test_large_tensors_are_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
