@@ -129,13 +129,16 @@ def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
     print(f"{path.name}: {len(rows)} rows")
 
 
+SCALING = "# Exponents of every term per hyperparameter and regime"
+
+
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "tightness.csv", theorems())
     write(folder / "tightness_published.csv", published())
     write(folder / "labels.csv", labels())
-    (folder / "scaling.md").write_text(scaling_markdown(scaling_table()) + "\n")
+    (folder / "scaling.md").write_text(f"{SCALING}\n\n{scaling_markdown(scaling_table())}\n")
     print("scaling.md")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from docs.building.docstrings import setup_docstrings  # noqa: E402
 from docs.building.generate import write_pages  # noqa: E402
 from docs.building.mathml import setup_math  # noqa: E402
 
@@ -20,6 +21,7 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["building", "gallery/README.rst"]
 templates_path: list[str] = []
 nitpicky = False
+smartquotes = False  # options such as --out stay as they are typed
 
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 4
@@ -57,6 +59,7 @@ html_copy_source = False
 
 
 def setup(app: object) -> None:
-    """Formulas, and the pages that are made from the code."""
+    """Formulas, docstrings as they are written, and the pages that are made from the code."""
     setup_math(app)
+    setup_docstrings(app)
     write_pages(ROOT / "docs" / "generated")

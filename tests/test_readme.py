@@ -10,9 +10,12 @@ from typer.testing import CliRunner
 
 import theory
 from docs.building import fixtures
+from docs.building.api_pages import PACKAGES
 from docs.building.blocks import blocks_of, commands, faults, pages
+from docs.building.command_pages import cell, command_pages
+from docs.building.docstrings import escape_bars
 from docs.building.run_pages import Failed, run_block
-from experiments.cli import build_app
+from experiments.cli import build_app, main
 from experiments.commands.methods import markdown_table
 from experiments.grid.expand import expand
 from experiments.grid.yaml_source import parse_grid
@@ -176,8 +179,8 @@ def test_the_tutorials_bound_passes_the_tutorials_tests(tmp_path: Path) -> None:
         tests[f"test_{name}"]()  # type: ignore[operator]
 
 
-def test_commands_and_options_exist() -> None:
-    runner, app = CliRunner(), build_app()
+def test_commands_and_options_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     text = "\n".join((ROOT / page).read_text() for page in ALL)
     found = re.findall(rf"mergebound ((?:{'|'.join(GROUPS)}) [a-z-]+|[a-z]+)([^`\n]*)", text)
     used: dict[str, set[str]] = {}
@@ -185,9 +188,11 @@ def test_commands_and_options_exist() -> None:
         used.setdefault(command, set()).update(re.findall(r"(?<!\S)(--[\w-]+)", rest))
     assert {"demo", "predict", "bound", "merge", "methods", "finetune", "data get", "models show"} <= set(used)
     for command, options in used.items():
-        result = runner.invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"})
-        assert result.exit_code == 0, command
-        assert all(option in result.output for option in options), (command, options)
+        with pytest.raises(SystemExit) as stop:
+            main([*command.split(), "--help"])
+        assert stop.value.code == 0, command
+        shown = capsys.readouterr().out
+        assert all(option in shown for option in options), (command, options)
 
 
 def test_figures_and_links_exist() -> None:
@@ -196,3 +201,40 @@ def test_figures_and_links_exist() -> None:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
             made = "generated/" in target
             assert target.startswith("http") or made or ((ROOT / page).parent / target).exists(), (page, target)
+
+
+DOCUMENTED = {name for package, groups in PACKAGES.items() for _, modules in groups
+              for name in (package, *(f"{package}.{module}" for module in modules))}  # fmt: skip
+"""Modules that have a page of the programming interface."""
+
+
+def test_modules_that_pages_import_are_documented() -> None:
+    for page in ALL:
+        code = "\n".join(block.code for block in blocks_of(page) if block.language == "python")
+        used = set(re.findall(r"^(?:from|import) ((?:theory|merging|experiments)[\w.]*)", code, flags=re.MULTILINE))
+        assert used <= DOCUMENTED, (page, sorted(used - DOCUMENTED))
+
+
+def test_documented_modules_exist() -> None:
+    for name in DOCUMENTED:
+        path = ROOT.joinpath(*name.split("."))
+        assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), name
+
+
+def test_every_command_has_its_page_with_every_option() -> None:
+    found = command_pages()
+    for command, option in (("merge", "--coef"), ("study", "--report-only"), ("grid", "--forget-damaged")):
+        assert option in found[f"{command}.md"]
+    for group in GROUPS:
+        help_of_group = CliRunner().invoke(build_app(), [group, "--help"], env={"COLUMNS": "200"}).output
+        for name in re.findall(r"^│ ([a-z][a-z-]*)  ", help_of_group, flags=re.MULTILINE):
+            assert f"## `mergebound {group} {name}`" in found[f"{group}.md"], (group, name)
+
+
+def test_text_of_the_code_survives_markup() -> None:
+    """Norms in docstrings and options in help are shown as they are written."""
+    assert escape_bars(["|x| and ``|y|``", "so::", "", "    a | b", "", "and |z|"]) == [
+        "\\|x\\| and ``|y|``", "so::", "", "    a | b", "", "and \\|z\\|",
+    ]  # fmt: skip
+    assert escape_bars([]) == []
+    assert cell("as `a|b` or --out [x*y]") == "as `a\\|b` or --out \\[x\\*y\\]"

@@ -8,31 +8,63 @@ PACKAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "theory": (
         ("Recipes and bounds", ("recipe", "schedules", "bound", "assumptions", "risk", "master", "generalization")),
         ("Terms of the bound", ("clocks", "stability", "drift", "dispersion", "training", "heads", "laws", "lemma")),
-        ("Predictions", ("function_space", "per_layer", "linearization_error", "certificate", "curvature", "surfaces")),
+        ("Predictions", (
+            "function_space", "interpolation", "per_layer", "linearization_error", "certificate", "curvature",
+            "surfaces",
+        )),
         ("Questions", ("what_if", "subsets", "resampling", "scaling", "scaling_law", "inverse_design", "unknown")),
-        ("Merging operators, networks", ("operators", "sensitivity", "network", "enclosure")),
+        ("Merging operators, networks", ("operators", "sensitivity", "smoothness", "network", "enclosure")),
         ("Exact ground truth", ("quadratic", "regression", "one_pass", "fixed_inputs", "logistic", "simulation")),
-        ("Published bounds", ("published", "side_by_side", "comparison")),
-        ("Proofs and exports", ("derivations", "statement_labels", "tightness", "export", "symbols", "errors")),
+        ("Published bounds", ("published", "published.common", "side_by_side", "comparison")),
+        ("Formulas, proofs, exports", (
+            "symbols", "symbolic", "elasticity", "derivations", "statement_labels", "tightness", "export", "errors",
+        )),
     ),
     "merging": (
         ("Merging", ("merge", "many", "settings", "method", "registry", "partition", "keys", "layers", "tied")),
-        ("Checkpoints", ("checkpoint", "save", "lora", "remote", "config", "mergekit_config", "statistics", "flat")),
-        ("Before and after", ("geometry", "alignment", "permutations", "barrier", "batchnorm", "repair")),
+        ("Checkpoints", (
+            "checkpoint", "save", "lora", "remote", "config", "mergekit_config", "statistics", "flat", "types",
+            "errors",
+        )),
+        ("Before and after", (
+            "compatible", "geometry", "alignment", "permutations", "barrier", "batchnorm", "variances", "repair",
+        )),
         ("Sensitivity", ("sensitivity",)),
     ),
     "experiments": (
-        ("Tasks, models, bases", ("tasks", "models", "models.families", "models.parts", "bases.base")),
+        ("Predictions of checkpoints", ("predict", "recipe_file", "bounds", "merge_job")),
+        ("Advice", (
+            "advise.merging", "advise.collecting", "advise.making", "advise.training", "advise.pilot_spec",
+            "advise.compare", "advise.compare_spec", "advise.numbers",
+        )),
+        ("Studies", (
+            "studies.hyperparameters.run", "studies.hyperparameters.spec", "studies.hyperparameters.trends",
+            "studies.scale.runner", "studies.scale.spec", "studies.scale.findings", "studies.scale.laws",
+        )),
+        ("The prediction study", (
+            "prediction.runner", "prediction.spec", "prediction.judged", "prediction.compare", "prediction.tables",
+        )),
+        ("The validation run", ("demo", "spec", "validation")),
+        ("Tasks, models, bases", (
+            "tasks", "tasks.named", "tasks.images", "tasks.catalogue", "models", "models.families", "models.parts",
+            "models.form", "models.norms", "models.extraction", "bases", "bases.base",
+        )),
         ("Pretraining", ("bases.pretraining", "bases.training")),
         ("Fine-tuning", ("finetune.task_expert", "finetune.reference", "inputs.resident", "inputs.shares")),
-        ("Grids", ("grid.spec", "grid.expand", "grid.yaml_source", "engines.prepare", "engines.local", "store")),
+        ("Grids", (
+            "grid.spec", "grid.expand", "grid.yaml_source", "grid.estimate", "engines.prepare", "engines.local",
+            "engines.ray", "store",
+        )),
         ("Merges of a grid", ("combine.api", "combine.designs", "combine.effects", "combine.recipe")),
         ("Evaluation", ("evaluate.evaluate", "evaluate.results", "evaluate.transfer", "evaluate.normalised")),
         ("Measuring", (
-            "measure.subject", "measure.opening", "measure.predictors", "measure.curvature.report",
-            "measure.noise.constants", "measure.twins.study", "measure.landscape.lines", "measure.landscape.planes",
-            "measure.landscape.flatness", "measure.verdicts.report",
+            "measure.subject", "measure.opening", "measure.predictors", "measure.function_space",
+            "measure.curvature.report", "measure.noise.constants", "measure.noise.expert_constants",
+            "measure.noise.drift", "measure.noise.bounds", "measure.noise.report", "measure.twins.study",
+            "measure.landscape.lines", "measure.landscape.planes", "measure.landscape.flatness",
+            "measure.verdicts.report", "measure.verdicts.result",
         )),
+        ("Statistics that methods need", ("measure.fisher", "measure.grams", "measure.entropy", "measure.layerwise")),
         ("Reports", ("page", "plots", "statistics")),
     ),
 }  # fmt: skip

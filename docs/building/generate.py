@@ -1,10 +1,11 @@
-"""Pages that are made from the code when the site is built: formulas and proofs, methods, the programming interface."""
+"""Pages that are made from the code when the site is built: formulas, proofs, methods, commands, the interface."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from docs.building.api_pages import api_pages
+from docs.building.command_pages import command_pages
 from docs.building.method_pages import method_pages
 from docs.building.theory_pages import theory_pages
 
@@ -12,7 +13,8 @@ from docs.building.theory_pages import theory_pages
 def write_pages(folder: Path) -> list[Path]:
     """Write all pages below ``folder`` and remove older ones there; files whose text is the same are left alone."""
     wanted: dict[Path, str] = {}
-    for name, make in (("theory", theory_pages), ("methods", method_pages), ("api", api_pages)):
+    made = {"theory": theory_pages, "methods": method_pages, "commands": command_pages, "api": api_pages}
+    for name, make in made.items():
         wanted |= {folder / name / path: text for path, text in make().items()}
     for path in sorted(folder.rglob("*.md")):
         if path not in wanted and "gallery" not in path.relative_to(folder).parts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from docs.building.theory_pages import prose
+from docs.building.theory_pages import plain, prose
 
 
 def method_pages() -> dict[str, str]:
@@ -22,14 +22,17 @@ def method_pages() -> dict[str, str]:
         "of the experts changes the merge by at most a constant times as much. Settings, file handling and where",
         "tools depart from the papers: [Merging checkpoints](../../merging.md).",
         "",
+        "````{container} ticks",
         "| method | what it does | " + " | ".join(flags) + " | source |",
         "|---" * (len(flags) + 3) + "|",
     ]
     for method in found.values():
         held = properties(method)
         ticks = " | ".join("✓" if flag in held else "" for flag in flags)
-        lines.append(f"| [`{method.name}`](#{anchor(method)}) | {method.summary} | {ticks} | {linked(method.paper)} |")
-    lines.append("")
+        lines.append(
+            f"| [`{method.name}`](#{anchor(method)}) | {plain(method.summary)} | {ticks} | {linked(method.paper)} |"
+        )
+    lines += ["````", ""]
     for method in found.values():
         lines += section(method)
     return {"index.md": "\n".join(lines)}
@@ -40,7 +43,7 @@ def section(method: Any) -> list[str]:
     from experiments.commands.methods import documentation, example
     from merging.config_values import shown
 
-    lines = [f"## `{method.name}`", "", f"{sentence(method.summary)} Source: {linked(method.paper)}.", ""]
+    lines = [f"## `{method.name}`", "", f"{plain(sentence(method.summary))} Source: {linked(method.paper)}.", ""]
     lines += ["```text", documentation(method), "```", ""]
     if method.parameters:
         lines += ["| setting | default | domain | meaning |", "|---|---|---|---|"]

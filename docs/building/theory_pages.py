@@ -87,7 +87,7 @@ def formulas_page() -> str:
         where = f"{make.__module__}.{make.__name__}"
         symbols = ", ".join(f"${known[key].latex}$ {prose(known[key].meaning)}" for key in formula.keys)
         lines += [
-            f"## {number}. {prose(formula.source)}",
+            f"## {number}. {prose(formula.source[:1].upper() + formula.source[1:])}",
             "",
             f"`{where}`, named `{formula.name}`:",
             "",
@@ -158,5 +158,10 @@ def prose(text: str) -> str:
     """Text for Markdown: what is between dollars stays LaTeX, the rest loses its special characters."""
     parts = str(text).split("$")
     for index in range(0, len(parts), 2):
-        parts[index] = _SPECIAL.sub(r"\\\1", parts[index]).replace("--", "–")
+        parts[index] = plain(parts[index]).replace("--", "–")
     return "$".join(parts)
+
+
+def plain(text: str) -> str:
+    """Text for Markdown that loses its special characters and nothing else."""
+    return _SPECIAL.sub(r"\\\1", text)

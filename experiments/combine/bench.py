@@ -70,7 +70,7 @@ class Bench:
         if not any(name not in names and tensor.is_floating_point() for name, tensor in base.state.items()):
             raise MergeboundError(
                 f"{base.architecture}: has no layers before its head, which stays private to its task: nothing is left "
-                "to merge; run the grid with a network that has hidden layers"
+                "to merge; take another network (--fix architecture=NAME), or run the grid with one with hidden layers"
             )
         self.partition: Partition = partition(base.state, private=[glob.escape(name) for name in names])
         like = {name: tensor.double() for name, tensor in base.state.items() if tensor.is_floating_point()}

@@ -1,0 +1,34 @@
+"""Docstrings on the pages of the programming interface: a bar in them is a norm or a condition."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_LITERAL = re.compile(r"(``.*?``)", re.S)
+
+
+def setup_docstrings(app: Any) -> None:
+    """Have every docstring pass through :func:`escape_bars` before it is read as reStructuredText."""
+    app.connect("autodoc-process-docstring", _process)
+
+
+def _process(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = escape_bars(lines)
+
+
+def escape_bars(lines: list[str]) -> list[str]:
+    """``|x|`` as it stands in plain text; what is in double backticks or indented below a ``::`` is left alone."""
+    prose, literal, block = [], [], None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if block is not None and line.strip() and indent <= block:
+            block = None
+        prose.append("" if block is not None else line)
+        literal.append(line if block is not None else "")
+        if block is None and line.rstrip().endswith("::"):
+            block = indent
+    parts = _LITERAL.split("\n".join(prose))
+    parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+    escaped_lines = "".join(parts).split("\n") if lines else []
+    return [kept or escaped for kept, escaped in zip(literal, escaped_lines, strict=True)]
