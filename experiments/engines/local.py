@@ -41,6 +41,8 @@ SILENCE = 900.0
 """Seconds without a result and without processor time after which a worker counts as stuck."""
 GRACE = 10.0
 """Seconds that workers have to stop before they are killed."""
+_ASK = 0.5
+"""Seconds between two requests to stop: a process that was just forked may lose the first one."""
 _TICK = 0.5
 _START_LIMIT = 300.0
 _MOVING = 0.5
@@ -143,13 +145,15 @@ class _Crew:
         return outcome
 
     def end(self) -> None:
-        """Stop every worker: asked first, killed after :data:`GRACE` seconds."""
-        for worker in self._workers:
-            if worker.process.is_alive():
-                worker.process.terminate()
+        """Stop every worker: asked, again and again, and killed after :data:`GRACE` seconds."""
         until = time.monotonic() + GRACE
+        alive = [worker.process for worker in self._workers if worker.process.is_alive()]
+        while alive and time.monotonic() < until:
+            for process in alive:
+                process.terminate()
+            wait([process.sentinel for process in alive], timeout=_ASK)
+            alive = [process for process in alive if process.is_alive()]
         for worker in self._workers:
-            worker.process.join(timeout=max(0.0, until - time.monotonic()))
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join(timeout=GRACE)

@@ -172,4 +172,5 @@ def _pulse(channel: Channel, parent: int) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # it may be asked again while it ends
     raise _Stopped

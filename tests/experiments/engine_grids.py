@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ HEAVY = [
     *("torch", "torch.func", "timm", "sklearn.datasets", "scipy.stats", "experiments.inputs.kernels"),
     *("experiments.engines.local", "experiments.engines.cohort_job", "experiments.engines.worker"),
     *("experiments.finetune.reference", "experiments.finetune.cohort.vmapped", "experiments.models.build"),
-    "tests.experiments.warmed",
 ]
 
 
@@ -73,7 +73,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def warm() -> Any:
-    """Processes that have everything imported when they start."""
+    """Processes that have everything imported when they start: forks of this one, where torch has one thread."""
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        from tests.experiments import warmed
+
+        warmed.once()
+        return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     return context
@@ -82,13 +87,15 @@ def warm() -> Any:
 def run_in_group(folder: str, options: Mapping[str, Any], channel: Any, trap: str = "") -> None:
     """A runner in a process group of its own; tells how it ended."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     import torch
 
-    from experiments.engines import cohort_job
+    from experiments.engines import cohort_job, waiting
     from experiments.engines.local import run_local
     from theory.errors import MergeboundError
 
     torch.set_num_threads(1)
+    waiting.LOOK = 0.3
     plain = cohort_job.run_cohort
 
     def trapped(store: Any, cohort: Cohort, *rest: Any, **more: Any) -> int:

@@ -1,8 +1,7 @@
-"""Imported by the process that workers of tests are forked from: what every worker does first is done once here."""
+"""Called in the process that workers of tests are forked from: what every worker does first is done once here."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -24,7 +23,3 @@ def once() -> None:
                 plan = store.plan()
                 assert plan is not None
                 run_cohort(store, plan.cohorts[0])
-
-
-if os.environ.get("OMP_NUM_THREADS") == "1":
-    once()
