@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import threading
 import time
 from functools import cache
@@ -31,20 +29,6 @@ from experiments.tasks.types import Split
 from theory.errors import MergeboundError
 
 SPEC = PretrainSpec(steps=12, share=0.5, batch_size=16, learning_rate=2e-3, warm_up=0.2)
-CHILD = """
-import sys, time
-from pathlib import Path
-import numpy as np
-import torch
-torch.set_num_threads(1)
-from experiments.bases.pretraining import pretrain_base
-from experiments.bases.training import PretrainSpec
-from experiments.tasks.types import Split
-stored = np.load(sys.argv[1])
-data = Split(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]), np.arange(len(stored["labels"])))
-spec = PretrainSpec.model_validate_json(sys.argv[3])
-pretrain_base("resnet_bn", data, spec, seed=5, cache=Path(sys.argv[2]), every=0.0, report=lambda *_: time.sleep(0.1))
-"""
 
 
 @cache
@@ -154,26 +138,30 @@ def test_the_generator_of_the_process_is_left_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def _slowly(data: Split, place: Path) -> None:
+    """In a process that is killed."""
+    torch.set_num_threads(1)
+    pretrain_base("resnet_bn", data, SPEC, seed=5, cache=place, every=0.0, report=lambda *_: time.sleep(0.1))
+
+
 def test_killed_pretraining_leaves_nothing_complete_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     data, _ = sample()
     truth = pretrain_base("resnet_bn", data, SPEC, seed=5)
-    np.savez(tmp_path / "data.npz", images=data.images.numpy(), labels=data.labels.numpy())
     place = tmp_path / "cache"
-    arguments = [str(tmp_path / "data.npz"), str(place), SPEC.model_dump_json()]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment)
+    child = multiprocessing.get_context("fork").Process(target=_slowly, args=(data, place))
+    child.start()
     stop = int(np.random.default_rng([5, 0x51C]).integers(1, 6))
     try:
         until = time.monotonic() + 120
-        while time.monotonic() < until and child.poll() is None:
+        while time.monotonic() < until and child.is_alive():
             found = list(place.glob(".*.partial.safetensors")) if place.exists() else []
             if found and _step(found[0]) >= stop:
                 break
             time.sleep(0.01)
-        assert child.poll() is None, "the child ended before it could be killed"
-        os.kill(child.pid, signal.SIGKILL)
     finally:
-        child.wait(timeout=30)
+        child.kill()
+        child.join(30)
+    assert child.exitcode == -signal.SIGKILL, "the child ended before it could be killed"
     assert not [path for path in place.iterdir() if not path.name.startswith(".")]
     base = pretrain_base("resnet_bn", data, SPEC, seed=5, cache=place)
     assert base.digest == truth.digest

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,31 +106,52 @@ def test_a_new_head_is_seeded_and_the_backbone_is_the_base(base: Base) -> None:
     assert any(not torch.equal(first[name], other[name]) for name in head)
 
 
-def test_command_line_makes_experts_in_workers_and_keeps_finished_ones(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, out = random_base("resnet_bn", classes=10, seed=3), tmp_path / "experts"
-    files = [str(folder / "upright.npz"), str(folder / "turned.npz")]
-    options = ["--steps", "12", "--batch-size", "16", "--augment", "none", "--data-share", "0.5", "--seed", "3"]
-    command = ["finetune", *files, "--model", "resnet_bn", *options, "--workers", "2", "--out", str(out)]
+OPTIONS = ["--steps", "12", "--batch-size", "16", "--augment", "none", "--data-share", "0.5", "--seed", "3"]
+
+
+def by_command(out: Path, files: list[str], workers: int) -> pd.DataFrame:
+    """The table of the experts that ``mergebound finetune`` makes; they have the bits of those made in this process."""
+    command = ["finetune", *files, "--model", "resnet_bn", *OPTIONS, "--workers", str(workers), "--out", str(out)]
     result = CliRunner().invoke(build_app(), command)
     assert result.exit_code == 0, result.output
     assert "kept from before" not in result.output
     table = pd.read_csv(out / "experts.csv")
-    assert list(table["task"]) == ["upright", "turned"]
-    assert set(table["tier"]) == {"measured"}
-    assert set(table["steps"]) == {12}
-    assert [len(digest) for digest in table["split_digest"]] == [64, 64]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name, accuracy in zip(files, table["accuracy"], strict=True):  # workers give the bits of this process
-            expert = finetune_task(base, open_task(name), SPEC, resamples=0)
+        for name, accuracy in zip(files, table["accuracy"], strict=True):
+            expert = finetune_task(random_base("resnet_bn", classes=10, seed=3), open_task(name), SPEC, resamples=0)
             stored = load_state_dict(out / f"{Path(name).stem}.safetensors")
             assert all(torch.equal(stored[key], tensor) for key, tensor in expert.state.items())
             assert expert.row["accuracy"] == pytest.approx(accuracy)
     finally:
         torch.set_num_threads(threads)
+    return table
+
+
+def test_command_line_makes_experts_in_a_fresh_process(folder: Path, tmp_path: Path) -> None:
+    assert list(by_command(tmp_path, [str(folder / "upright.npz")], 1)["task"]) == ["upright"]
+
+
+def test_command_line_makes_experts_in_workers_and_keeps_finished_ones(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = random_base("resnet_bn", classes=10, seed=3), tmp_path / "experts"
+    files = [str(folder / "upright.npz"), str(folder / "turned.npz")]
+    started: list[int] = []
+
+    def pool(count: int, mp_context: object) -> ProcessPoolExecutor:
+        started.append(count)  # forked here: the test above has a worker that imports everything anew
+        return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(many_tasks, "ProcessPoolExecutor", pool)
+        table = by_command(out, files, 2)
+    assert started == [2]
+    assert list(table["task"]) == ["upright", "turned"]
+    assert set(table["tier"]) == {"measured"}
+    assert set(table["steps"]) == {12}
+    assert [len(digest) for digest in table["split_digest"]] == [64, 64]
 
     bits = {name: (out / f"{name}.safetensors").read_bytes() for name in ("upright", "turned")}
     made: list[str] = []
