@@ -19,6 +19,11 @@ from experiments.prediction.tables import CHOSEN, Tables, compute_tables
 from experiments.validation import Settings, format_number
 
 PAGE = "README.md"
+_HULL = (
+    "Entries that end in `_hull` keep coefficients nonnegative with sum at most one (`_layers_hull`: in every block of "
+    "layers). They were added after the results of the others had been looked at, `_layers_hull` last of all; their "
+    "images, blocks and objectives are those of the entries without the hull."
+)
 _TRIVIAL = ("expert_risk", "base_risk", "logit_mean", "V", "task_vector_norm", "cosine")
 
 
@@ -148,7 +153,10 @@ def page(
             markdown(shown, ["architecture", "predictor", "images", "images_used", "error", "distance", "spread"]),
         ]
     if len(tables.methods):
-        parts += ["## `risk_optimal` against other methods", winners(tables), _methods(tables.methods)]
+        parts += ["## `risk_optimal` against other methods"]
+        if tables.methods["method"].str.endswith("_hull").any():
+            parts.append(_HULL)
+        parts += [winners(tables), _methods(tables.methods)]
     if len(tables.reestimated):
         parts += [
             "## BatchNorm statistics re-estimated",
