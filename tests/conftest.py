@@ -3,6 +3,8 @@
 Files that take long come first, so that workers end together (`pytest -n 2 --dist loadfile --no-loadscope-reorder`).
 """
 
+import signal
+
 import pytest
 from hypothesis import settings
 
@@ -12,12 +14,24 @@ settings.load_profile("named_seeds")
 LONG = (
     "test_engines_local.py",
     "test_combine_store.py",
+    "test_finetune_tasks.py",
+    "test_bases_pretraining.py",
     "test_engines_ray.py",
     "test_pipeline.py",
-    "test_engines.py",
-    "test_finetune_tasks.py",
+    "test_predict.py",
+    "test_report.py",
+    "test_cohort_agreement.py",
+    "test_design.py",
+    "test_operators_shipped.py",
     "test_merge_command_streaming.py",
 )
+"""The first four fork this process, and do so before others have threads in it."""
+
+
+def pytest_configure() -> None:
+    """Jobs in the background ignore Ctrl-C; processes that tests interrupt would inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -41,10 +41,14 @@ def median() -> Method:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    write_states(tmp_path)
+    return tmp_path
+
+
+def write_states(place: Path) -> None:
     for index, name in enumerate(("base", *EXPERTS)):
         generator = torch.Generator().manual_seed(index)
-        save_file({"body.weight": torch.randn(4, 3, generator=generator)}, f"{name}.safetensors")
-    return tmp_path
+        save_file({"body.weight": torch.randn(4, 3, generator=generator)}, place / f"{name}.safetensors")
 
 
 def states() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -88,43 +92,56 @@ def test_the_guides_command(folder: Path) -> None:
     torch.testing.assert_close(load_file("merged.safetensors")["body.weight"], literal(0.9))
 
 
-@pytest.fixture
-def announced(folder: Path) -> dict[str, str]:
-    """The environment of processes for which a distribution that announces the method is installed."""
+BY_NAME = """
+import json, sys
+from merging.registry import get, methods
+from merging.merge import merge_state_dicts
+from safetensors.torch import load_file, save_file
+
+base, *experts = (load_file(f"{name}.safetensors") for name in ("base", "a", "b", "c"))
+merged = merge_state_dicts("median", base, dict(zip("abc", experts)), coefficient=0.9)
+save_file(merged, "merged.safetensors")
+print(json.dumps([list(methods()), get("median").name]), flush=True)
+import pytest, os
+os.chdir(sys.argv[1])
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def announced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """In one process for which a distribution that announces the method is installed: a merge, and the conformance."""
     (table,) = re.findall(r'```toml\n\[project.entry-points."(.*)"\]\n(.*)\n```', PAGE)
-    site = folder / "site"
+    (command,) = re.findall(r"```sh\n(pytest .*)\n```", PAGE)
+    place = tmp_path_factory.mktemp("announced")
+    write_states(place)
+    site = place / "site"
     metadata = site / "own_merging-1.0.dist-info"
     metadata.mkdir(parents=True)
     (site / "own_method.py").write_text(FILE.read_text())
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own-merging\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(f"[{table[0]}]\n{table[1].replace(chr(34), '')}\n")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
-
-
-def test_by_entry_point(folder: Path, announced: dict[str, str]) -> None:
-    script = (
-        "import json; from merging.registry import get, methods; from merging.merge import merge_state_dicts\n"
-        "from safetensors.torch import load_file, save_file\n"
-        "base, *experts = (load_file(f'{name}.safetensors') for name in ('base', 'a', 'b', 'c'))\n"
-        "merged = merge_state_dicts('median', base, dict(zip('abc', experts)), coefficient=0.9)\n"
-        "save_file(merged, 'merged.safetensors'); print(json.dumps([list(methods()), get('median').name]))\n"
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
     done = subprocess.run(
-        [sys.executable, "-c", script], env=announced, capture_output=True, text=True, timeout=120, check=True
-    )
-    listed, name = json.loads(done.stdout)
+        [sys.executable, "-c", BY_NAME, str(ROOT), *shlex.split(command)[1:], "-q", "-p", "no:cacheprovider"],
+        cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return place, done
+
+
+def test_by_entry_point(announced: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    place, done = announced
+    assert done.stdout, done.stderr
+    monkeypatch.chdir(place)
+    listed, name = json.loads(done.stdout.splitlines()[0])
     assert {"median", "ties", "average"} <= set(listed)
     assert name == "median"
     torch.testing.assert_close(load_file("merged.safetensors")["body.weight"], literal(0.9))
 
 
-def test_conformance(announced: dict[str, str]) -> None:
-    (command,) = re.findall(r"```sh\n(pytest .*)\n```", PAGE)
-    done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(command), "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT, env=announced, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+def test_conformance(announced: tuple[Path, Any]) -> None:
+    _, done = announced
+    assert done.returncode == 0, done.stdout + done.stderr
     (passed,) = re.findall(r"(\d+) passed", done.stdout)
     assert int(passed) >= sum(name.startswith("test_") for name in vars(conformance)) >= 14
 
