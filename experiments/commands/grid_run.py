@@ -63,6 +63,14 @@ MirrorEvery = Annotated[
     float, typer.Option("--mirror-every", min=0.0, help="Minutes between two copies; 0: only at start and end.")
 ]
 
+MirrorReplace = Annotated[
+    bool,
+    typer.Option(
+        "--mirror-replace",
+        help="Let the copy replace what is there: another grid's, or one with results that this store lacks.",
+    ),
+]
+
 
 def register(group: typer.Typer) -> None:
     """Add the commands to the group ``grid``."""
@@ -103,6 +111,7 @@ def run(
     resamples: Resamples = 200,
     mirror: Mirror = None,
     mirror_every: MirrorEvery = 5.0,
+    mirror_replace: MirrorReplace = False,
 ) -> None:
     """Run a grid: check it, make its bases, measure and freeze the plan, train, evaluate and store every run.
 
@@ -126,6 +135,7 @@ def run(
     runs = spread(read_runs(file).runs, limit_runs)
     console = Console(stderr=True)
     _refuse(check_grid(file, root, store, device, download=download, runs=runs), console)
+    _check_mirror(store, mirror, mirror_replace, file.spec.digest())
     meta: dict[str, Any] = {"grid": file.spec.content(), "digest": file.spec.digest(), "source": Path(source).name}
     meta |= {"limit_runs": limit_runs, "device": device}
     found = prepare(
@@ -134,7 +144,7 @@ def run(
     )  # fmt: skip
     console.print(f"{found.runs} runs in {len(found.plan.cohorts)} cohorts; the plan is in {store}", highlight=False)
     options = _options(engine, address, workers, cpus, gpus, memory, collect, attempts, resamples)
-    work(store, root, device, engine, options, console, mirror, mirror_every)
+    work(store, root, device, engine, options, console, mirror, mirror_every, mirror_replace)
 
 
 def resume(
@@ -152,6 +162,7 @@ def resume(
     resamples: Resamples = 200,
     mirror: Mirror = None,
     mirror_every: MirrorEvery = 5.0,
+    mirror_replace: MirrorReplace = False,
 ) -> None:
     """Go on with a grid from its store alone, with the plan that was frozen when it began."""
     from experiments.engines.prepare import check_same_grid, prepare, spread
@@ -161,6 +172,7 @@ def resume(
 
     _check_engine(engine, address)
     console = Console(stderr=True)
+    _check_mirror(store, mirror, mirror_replace)
     with Kept.open(store) as kept:
         meta, plan = kept.meta, kept.plan()
         if "grid" not in meta:
@@ -176,7 +188,7 @@ def resume(
             report=lambda line: console.print(line, highlight=False),
         )  # fmt: skip
     options = _options(engine, address, workers, cpus, gpus, memory, collect, attempts, resamples)
-    work(store, where, device, engine, options, console, mirror, mirror_every)
+    work(store, where, device, engine, options, console, mirror, mirror_every, mirror_replace)
 
 
 def _check_engine(engine: str, address: str | None) -> None:
@@ -188,6 +200,18 @@ def _check_engine(engine: str, address: str | None) -> None:
         from experiments.engines.ray import imported
 
         imported()
+
+
+def _check_mirror(store: Path, mirror: str | None, replaced: bool, digest: str | None = None) -> None:
+    """Refuse a place for copies before anything is trained."""
+    if mirror is None:
+        if replaced:
+            raise MergeboundError("--mirror-replace: is about a copy; give --mirror PLACE too")
+        return
+    if not replaced:
+        from experiments.engines.mirror import check_mirror
+
+        check_mirror(store, mirror, digest)
 
 
 def _refuse(problems: list[Any], console: Console) -> None:

@@ -27,6 +27,7 @@ def work(
     console: Console,
     mirror: str | None = None,
     mirror_every: float = 5.0,
+    mirror_replace: bool = False,
 ) -> None:
     """Do what is missing, and say what there is then.
 
@@ -39,6 +40,7 @@ def work(
         console: for people.
         mirror: where a copy of the store is kept.
         mirror_every: minutes between two copies.
+        mirror_replace: whether the first copy may replace what is there, whatever it is.
 
     Raises:
         typer.Exit: some cohorts were given up.
@@ -55,7 +57,11 @@ def work(
         if mirror is not None:
             stack.enter_context(stoppable())  # a copy is made on SIGTERM too
             copy = Mirror(
-                store, mirror, every=60.0 * mirror_every, tell=lambda line: console.print(line, highlight=False)
+                store,
+                mirror,
+                every=60.0 * mirror_every,
+                tell=lambda line: console.print(line, highlight=False),
+                replace=mirror_replace,
             )
             stack.enter_context(copy)
         with Display(console) as display:
