@@ -1,9 +1,10 @@
 """Measured drift against every form of Theorem 3 on the experts of finished grids: docs/results/drift.
 
-``python benchmarks/drift.py --store mild=FOLDER --store harsh=FOLDER --root DATA --out docs/results/drift``.  6(d) from
-the gradient log needs no constants and is taken of every expert; the forms that need constants of ``--sampled`` experts
-for each network and regime, drawn by seed before anything is measured.  ``--log-only`` leaves those out.  What
-``drift.csv`` in the folder holds already is not measured again.
+``python benchmarks/drift.py --store mild=FOLDER --store harsh=FOLDER --root DATA --out docs/results/drift``;
+grids of embedded data need no ``--root``.  6(d) from the gradient log needs no constants and is taken of every
+expert; the forms that need constants of ``--sampled`` experts for each network and regime, drawn by seed before
+anything is measured.  ``--log-only`` leaves those out.  What ``drift.csv`` in the folder holds already is not measured
+again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 SAMPLE = 0xD21F7
@@ -172,7 +174,7 @@ def figure(table: Any, path: Path) -> None:
         ax.axhline(1.0, color="black", linewidth=0.8)
         ax.set_yscale("log")
         ax.set_title(network)
-        ax.set_xticks(range(len(forms)), [f.replace(" ", "\n", 1) for f in forms], fontsize=8)
+        ax.set_xticks(range(len(forms)), [fill(f, 10) for f in forms], fontsize=8)
         ax.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("measured length over bound")
     axes[0][0].legend(frameon=False)
