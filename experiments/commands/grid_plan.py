@@ -18,6 +18,7 @@ from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
     from experiments.grid.estimate import Estimate, Row
+    from experiments.grid.pretraining_time import Pretraining
     from experiments.grid.run_spec import RunSpec
 
 NOT_HERE = 1
@@ -236,8 +237,10 @@ def _show(found: Estimate, stored: bool) -> None:
         typer.echo(
             f"time: about {time_text(found.seconds)} with {found.workers} worker{plural} on {found.machine} "
             f"({found.device}), {time_text(found.low)} to {time_text(found.high)} where nothing else runs; without "
-            "reading the data and pretraining"
+            "reading the data"
         )
+        for each in found.pretraining:
+            typer.echo(f"      {_pretraining_text(each)}")
         for row in found.rows:
             typer.echo(f"      {row.architecture}: {_way_text(row)}")
         for row in found.rows:
@@ -257,6 +260,17 @@ def _show(found: Estimate, stored: bool) -> None:
         typer.echo(f"\nthis grid cannot be run here: {len(found.problems)} problem(s)")
         for error in found.problems:
             typer.echo(f"- {error}")
+
+
+def _pretraining_text(each: Pretraining) -> str:
+    """What making bases costs, which the total has in it."""
+    bases = f"{each.bases} bases" if each.bases > 1 else "the base"
+    return (
+        f"of which pretraining {bases} {each.architecture} ({each.quality}) on {each.data}: "
+        f"about {time_text(each.seconds or 0.0)} ({each.steps:,} steps{' each' * (each.bases > 1)}, batches of "
+        f"{each.batch_size}, before the first run, unless the store has "
+        f"{'them' if each.bases > 1 else 'it'})"
+    )
 
 
 def _way_text(row: Row) -> str:

@@ -105,7 +105,7 @@ def calibrate_cohorts(
         found, spent = {}, 0.0
         for size in sizes:
             run = typical([one for one in runs if one.batch_size == size])
-            opened = (network, network.state_dict(), _images(facts, size, run, classes, device, seed))
+            opened = (network, network.state_dict(), random_images(facts, size, run, classes, device, seed))
             began = _now(on_cpu)
             found[size] = choose(
                 run, opened, most_together(run, runs), memory=memory_of(device), budget=each, seed=seed
@@ -147,7 +147,10 @@ def _now(on_cpu: bool) -> float:
     return time.process_time() if on_cpu else time.perf_counter()
 
 
-def _images(facts: NetworkFacts, size: int, run: RunSpec | None, classes: int, device: str, seed: int) -> Resident:
+def random_images(
+    facts: NetworkFacts, size: int, run: RunSpec | None, classes: int, device: str, seed: int
+) -> Resident:
+    """Noise for a network, two batches or more, resident on the device; augmented and in the precision of a run."""
     from experiments.inputs.augment import NOTHING, augmentation
     from experiments.inputs.resident_data import Resident
 
@@ -178,7 +181,9 @@ def _evaluation(
     times = {}
     network = network.float()
     for count in dict.fromkeys((few, many)):
-        data = EvaluationSet("random", _images(facts, count, None, classes, device, seed).take(np.arange(count)), "", 0)
+        data = EvaluationSet(
+            "random", random_images(facts, count, None, classes, device, seed).take(np.arange(count)), "", 0
+        )
         tries = []
         for _ in range(2):
             began = _now(on_cpu)

@@ -29,9 +29,11 @@ from experiments.grid.preflight import (
     open_tasks,
     said_by,
 )
+from experiments.grid.pretraining_time import Pretraining, pretrained, pretraining
 from experiments.grid.run_spec import RunSpec
-from experiments.grid.wall_time import Work, wall_clock, work_of
+from experiments.grid.wall_time import Work, storing, wall_clock, work_of
 from experiments.grid.yaml_source import GridFile, read_runs
+from experiments.tasks.dataset import ImageTask
 from theory.errors import MergeboundError
 
 PLAIN = 0.25
@@ -86,8 +88,9 @@ class Estimate:
         device, machine: what was timed.
         workers: that the time is divided by.
         free_bytes: on the disk of the store.
-        seconds, low, high: wall clock from the command to its end with all workers, reading data and pretraining left
-            out; ``None`` without calibration.
+        seconds, low, high: wall clock from the command to its end with all workers, pretraining included, reading data
+            left out; ``None`` without calibration.
+        pretraining: of the bases, which are made before the first run.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Estimate:
     seconds: float | None
     low: float | None
     high: float | None
+    pretraining: tuple[Pretraining, ...] = ()
 
 
 def estimate(
@@ -143,19 +147,27 @@ def estimate(
     index = {id(base): k for k, base in enumerate(bases)}
     numbers = [index[id(run.base)] if id(run.base) in index else bases.index(run.base) for run in runs]
     networks = {k: _network(file, bases[k]) for k in dict.fromkeys(numbers)}
+    alike = pretrained([bases[k] for k in sorted(networks)])
+    sources = _sources([some[0].data for some in alike.values()], root, opened, bool(problems))
     summed = costs(runs, networks, numbers, tasks)
     total = sum(summed.values(), Cost())
     usable = device if device == "cpu" or torch.cuda.is_available() else "cpu"
     count = workers or (1 if usable != "cpu" else len(os.sched_getaffinity(0)))
+    share = seconds / max(1, len(networks) + len(alike))
     rows = []
     for k in sorted(networks):
         own = [run for run, number in zip(runs, numbers, strict=True) if number == k]
-        rows.append(_row(bases[k], networks[k], summed[k], own, tasks, usable, seconds / len(networks)))
+        rows.append(_row(bases[k], networks[k], summed[k], own, tasks, usable, share))
+    before = tuple(
+        pretraining(some, networks[bases.index(some[0])], sources, device=usable, seconds=share)
+        for some in alike.values()
+        if some[0].data in sources
+    )
     where = existing(store if store is not None else Path.cwd())
     if store is not None and check and not check_store(store):
         found = [said_by(file.spec, "store", store, each) for each in check_disk(store, total.bytes)]
         problems = [*problems, *(file.error(each) if each.place else each for each in found)]
-    wall = _wall(rows, count)
+    wall = _wall(rows, before, count)
     return Estimate(
         file.spec.name,
         len(runs),
@@ -170,10 +182,27 @@ def estimate(
         count,
         shutil.disk_usage(where).free,
         *wall,
+        before,
     )
 
 
-def _wall(rows: Sequence[Row], workers: int) -> tuple[float | None, float | None, float | None]:
+def _sources(
+    names: Sequence[str], root: str | Path | None, opened: Mapping[tuple[str, int], ImageTask], troubled: bool
+) -> dict[str, TaskFacts]:
+    """Sizes of the tasks that bases are pretrained on; what is wrong with one is among the problems already."""
+    found: dict[str, TaskFacts] = {}
+    for name in dict.fromkeys(names):
+        try:
+            found |= facts_without_data([name], root, opened)
+        except MergeboundError:
+            if not troubled:
+                raise
+    return found
+
+
+def _wall(
+    rows: Sequence[Row], before: Sequence[Pretraining], workers: int
+) -> tuple[float | None, float | None, float | None]:
     """Seconds with all workers, and between which they should lie; planned networks and plain ones added up."""
     times = [(row.seconds, row.low, row.high) for row in rows]
     if not rows or any(each[0] is None for each in times):
@@ -182,7 +211,8 @@ def _wall(rows: Sequence[Row], workers: int) -> tuple[float | None, float | None
     found = wall_clock(work, workers)
     busy = sum(each[0] or 0.0 for each in times)
     low, high = (sum(each[k] or 0.0 for each in times) / busy if busy else 1.0 for k in (1, 2))
-    return found, found * low, found * high
+    made = [sum(getattr(each, name) or 0.0 for each in before) for name in ("seconds", "low", "high")]
+    return found + made[0], found * low + made[1], found * high + made[2]
 
 
 def _network(file: GridFile, base: BaseSpec) -> NetworkFacts:
@@ -222,7 +252,7 @@ def _row(
     timing = calibrate(base, network, sizes, device=device, precision=precision, seconds=rest, classes=classes)
     rate = timing.per_sample / 3.0  # a forward pass is a third of a step
     odd = min(max(passes / 3.0, 1 / 3), 2.0) if _odd(runs) else 1.0
-    guess = timing.seconds(cost.steps, cost.samples * odd) + rate * cost.evaluated
+    guess = timing.seconds(cost.steps, cost.samples * odd) + rate * cost.evaluated + storing(cost)
     return replace(row, timing=timing, seconds=guess, low=guess * timing.low, high=guess * timing.high)
 
 

@@ -51,7 +51,7 @@ def work_of(
     factor = passes / timing.passes
     images = [sum(len(run.checkpoints) * getattr(tasks[run.task], part) for run in runs) for part in _PARTS]
     busy = factor * timing.training(cost.steps, cost.samples) + timing.evaluation(cost.checkpoints, *images)
-    busy += PER_RUN * cost.runs + PER_BYTE * cost.bytes
+    busy += storing(cost)
     groups: dict[tuple[str, int], list[RunSpec]] = {}
     for run in runs:
         groups.setdefault((kind_of(run), tasks[run.task].classes), []).append(run)
@@ -64,6 +64,11 @@ def work_of(
     )
     kinds = len({kind for kind, _ in groups})
     return Work(timing.choosing * kinds, busy + timing.opening * len(seeds), cohorts, longest)
+
+
+def storing(cost: Cost) -> float:
+    """Seconds in which runs are stored."""
+    return PER_RUN * cost.runs + PER_BYTE * cost.bytes
 
 
 _PARTS = ("validation", "test")

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from experiments.bases.spec import BaseSpec
+from experiments.bases.training import PretrainSpec, train
 from experiments.grid.calibrate import Timing
-from experiments.grid.calibrate_cohorts import CohortTiming, _images, calibrate_cohorts, typical
+from experiments.grid.calibrate_cohorts import CohortTiming, calibrate_cohorts, random_images, typical
 from experiments.grid.cost import Cost, network_facts
 from experiments.grid.estimate import estimate
 from experiments.grid.facts import TaskFacts
+from experiments.grid.pretraining_time import pretrained, pretraining
 from experiments.grid.run_spec import RunSpec
 from experiments.grid.wall_time import PER_BYTE, PER_RUN, START, Work, wall_clock, work_of
 from experiments.grid.yaml_source import parse_grid
@@ -66,7 +68,7 @@ def test_the_planners_way_takes_about_as_long_as_it_is_said_to() -> None:
 
     network, one = build_model("mlp_16", classes=10), typical(runs)
     together = [one.model_copy(update={"seed": seed}) for seed in range(found.chunk)]
-    data = _images(facts, 8, one, 10, "cpu", 0)
+    data = random_images(facts, 8, one, 10, "cpu", 0)
     cohort = Cohort("c", tuple(map(str, together)), "written", found.chunk, {"engine": "compiled"})
     times = []
     for _ in range(3):
@@ -76,6 +78,43 @@ def test_the_planners_way_takes_about_as_long_as_it_is_said_to() -> None:
     assert min(times) == pytest.approx(found.training(400 * found.chunk, 3200 * found.chunk), rel=2.0)
     assert min(times) > found.training(400 * found.chunk, 3200 * found.chunk) / 3
     assert torch.get_num_threads() >= 1
+
+
+def test_pretraining_is_counted_and_takes_about_as_long_as_it_is_said_to() -> None:
+    numbers = {"steps": 60, "share": 0.5, "batch_size": 32}
+    base = dict(kind="pretrain", architecture="mlp_16", classes=10, data="a", quality=numbers)
+    specs = [BaseSpec.model_validate(base | {"seed": seed}) for seed in (0, 1)]
+    others = [BASE, BaseSpec.model_validate(base | {"quality": "none"})]
+    ((_, alike),) = pretrained([*specs, *others]).items()
+    assert alike == specs
+    tasks = {"a": TaskFacts("a", 10, 100, 64, 0)}
+    facts = network_facts(BASE)
+    plain = pretraining(alike, facts, tasks, seconds=0)
+    assert (plain.bases, plain.steps, plain.batch_size, plain.samples) == (2, 60, 32, 2 * 60 * 32)
+    assert plain.seconds is None
+    found = pretraining(alike, facts, tasks, seconds=0.1)
+    assert found.seconds is not None
+    images = random_images(facts, 32, None, 10, "cpu", 1)
+    began = time.process_time()
+    for seed in (0, 1):
+        made = train(
+            build_model("mlp_16", classes=10), images, PretrainSpec.model_validate(numbers | {"share": 1}), seed
+        )
+        assert [step.step for step in made] == list(range(1, 61))
+    assert found.seconds == pytest.approx(time.process_time() - began, rel=2.0)
+    assert found.seconds > (time.process_time() - began) / 3
+
+
+def test_the_total_has_the_pretraining_in_it() -> None:
+    text = "name: t\ntasks: [digits8:flip]\nlearning_rate: 0.1\nbatch_size: 8\nsteps: 15\n"
+    text += "base: {kind: pretrain, architecture: logistic, data: 'digits8:pretraining', quality: [weak, strong]}\n"
+    found = estimate(parse_grid(text), seconds=0.4, workers=2, check=False)
+    assert [(each.quality, each.steps) for each in found.pretraining] == [("weak", 300), ("strong", 3000)]
+    weak, strong = (each.seconds or 0.0 for each in found.pretraining)
+    assert strong > 3 * weak > 0
+    assert found.seconds == pytest.approx(wall_clock([row.work for row in found.rows if row.work], 2) + weak + strong)
+    assert found.high is not None
+    assert found.high > found.seconds
 
 
 def test_steps_that_take_too_long_are_not_tried() -> None:
