@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from docs.building.captions import setup_captions  # noqa: E402
 from docs.building.docstrings import setup_docstrings  # noqa: E402
 from docs.building.generate import write_pages  # noqa: E402
 from docs.building.mathml import setup_math  # noqa: E402
@@ -59,7 +60,8 @@ html_copy_source = False
 
 
 def setup(app: object) -> None:
-    """Formulas, docstrings as they are written, and the pages that are made from the code."""
+    """Formulas, names of files, docstrings as they are written, and the pages that are made from the code."""
     setup_math(app)
+    setup_captions(app)
     setup_docstrings(app)
     write_pages(ROOT / "docs" / "generated")

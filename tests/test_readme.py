@@ -12,6 +12,7 @@ import theory
 from docs.building import fixtures
 from docs.building.api_pages import PACKAGES
 from docs.building.blocks import blocks_of, commands, faults, pages
+from docs.building.captions import captioned
 from docs.building.command_pages import cell, command_pages
 from docs.building.docstrings import escape_bars
 from docs.building.run_pages import Failed, run_block
@@ -236,5 +237,8 @@ def test_text_of_the_code_survives_markup() -> None:
     assert escape_bars(["|x| and ``|y|``", "so::", "", "    a | b", "", "and |z|"]) == [
         "\\|x\\| and ``|y|``", "so::", "", "    a | b", "", "and \\|z\\|",
     ]  # fmt: skip
-    assert escape_bars([]) == []
+    assert escape_bars([]) == [] and escape_bars(["|a\nb|", ""]) == ["\\|a", "b\\|", ""]
     assert cell("as `a|b` or --out [x*y]") == "as `a\\|b` or --out \\[x\\*y\\]"
+    named = "<!-- file: a.py -->\n<!-- prints: x -->\n```python\npass\n```"
+    assert captioned(named) == "<!-- prints: x -->\n```{code-block} python\n:caption: a.py\n\npass\n```"
+    assert captioned("```python\npass\n```") == "```python\npass\n```"

@@ -19,8 +19,10 @@ def _process(app: Any, what: str, name: str, found: Any, options: Any, lines: li
 
 def escape_bars(lines: list[str]) -> list[str]:
     """``|x|`` as it stands in plain text; what is in double backticks or indented below a ``::`` is left alone."""
+    if not lines:
+        return []
     prose, literal, block = [], [], None
-    for line in lines:
+    for line in "\n".join(lines).split("\n"):  # an entry may hold several lines
         indent = len(line) - len(line.lstrip())
         if block is not None and line.strip() and indent <= block:
             block = None
@@ -30,5 +32,4 @@ def escape_bars(lines: list[str]) -> list[str]:
             block = indent
     parts = _LITERAL.split("\n".join(prose))
     parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
-    escaped_lines = "".join(parts).split("\n") if lines else []
-    return [kept or escaped for kept, escaped in zip(literal, escaped_lines, strict=True)]
+    return [kept or escaped for kept, escaped in zip(literal, "".join(parts).split("\n"), strict=True)]

@@ -13,21 +13,31 @@ def method_pages() -> dict[str, str]:
     from merging.registry import builtin_methods
 
     found = builtin_methods()
-    flags = ("linear", "elementwise", "tensorwise", "idempotent", "lipschitz", "deterministic", "needs data")
+    flags = (
+        "linear",
+        "elementwise",
+        "tensorwise",
+        "idempotent",
+        "lipschitz",
+        "deterministic",
+        "needs data",
+        "without base",
+    )
     lines = [
         "# Merging methods",
         "",
         "Made from the registry. A tick is a promise that `tests/conformance` enforces, and a missing one is",
         "enforced too: there is a counterexample. *Lipschitz* is what generalization bounds need: a small change",
-        "of the experts changes the merge by at most a constant times as much. Settings, file handling and where",
-        "tools depart from the papers: [Merging checkpoints](../../merging.md).",
+        "of the experts changes the merge by at most a constant times as much. *Without base*: with its default",
+        "settings the method merges experts whose base is not at hand. Settings, file handling and where tools",
+        "depart from the papers: [Merging checkpoints](../../merging.md).",
         "",
         "````{container} ticks",
         "| method | what it does | " + " | ".join(flags) + " | source |",
         "|---" * (len(flags) + 3) + "|",
     ]
     for method in found.values():
-        held = properties(method)
+        held = [*properties(method), *without_base(method)]
         ticks = " | ".join("✓" if flag in held else "" for flag in flags)
         lines.append(
             f"| [`{method.name}`](#{anchor(method)}) | {plain(method.summary)} | {ticks} | {linked(method.paper)} |"
@@ -73,6 +83,12 @@ def properties(method: Any) -> list[str]:
     from experiments.commands.methods import properties as declared
 
     return declared(method)
+
+
+def without_base(method: Any) -> tuple[str, ...]:
+    """The mark of a method whose merged model does not depend on the base, with its default settings."""
+    free = method.base_free({p.name: p.default for p in method.parameters})
+    return ("without base",) if free else ()
 
 
 def anchor(method: Any) -> str:
