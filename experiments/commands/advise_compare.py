@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from experiments.commands.options import DataRoot, ReportFolder, Work, Workers, typed_command
 
 
 def register(group: typer.Typer) -> None:
@@ -17,15 +16,11 @@ def register(group: typer.Typer) -> None:
 
 
 def compare(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the report, tables (CSV) and figures.")],
+    out: ReportFolder,
     size: Annotated[str, typer.Option("--size", help="tiny, or a YAML file of one's own.")] = "tiny",
-    work: Annotated[
-        Path | None, typer.Option("--work", help="Folder of what is finished; default: `work` in --out.")
-    ] = None,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).")
-    ] = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes (default: one per core).")] = None,
+    work: Work = None,
+    root: DataRoot = None,
+    workers: Workers = None,
 ) -> None:
     """Advise on some tasks, fine-tune and merge the others by it, and compare with customary recipes and methods.
 
@@ -41,10 +36,9 @@ def compare(
         spec, work or out / "work", root=root, workers=workers,
         say=lambda line: console.print(line, highlight=False),
     )  # fmt: skip
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     total = len(units(spec))
     page = write_comparison(
-        spec, frames(found), out, command=shlex.join(["mergebound", *words]), planned=total, done=total
+        spec, frames(found), out, command=typed_command(), planned=total, done=total
     )  # fmt: skip
     typer.echo((out / "README.md").read_text().partition("Specification")[0])
     typer.echo(f"report: {page}")

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.commands.measure import (
-    AsJson,
-    Base,
-    Data,
-    Experts,
-    Images,
-    Model,
-    Query,
-    Root,
-    Runs,
-    Seed,
-    SeveralValues,
-    StoreFolder,
-    Threads,
-    open_subject,
-    telling,
-)
+from experiments.commands.about_experts import Chosen, ExpertsCommand, about_experts, telling
+from experiments.commands.options import AsJson, typed_command
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
@@ -38,19 +22,12 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder for the page, ta
 
 def register(group: typer.Typer) -> None:
     """Add the command to the group ``advise``."""
-    group.command("merge", cls=SeveralValues)(merge)
+    group.command("merge", cls=ExpertsCommand)(merge)
 
 
+@about_experts(images=128)
 def merge(
-    store: StoreFolder = None,
-    runs: Runs = None,
-    query: Query = None,
-    base: Base = None,
-    experts: Experts = None,
-    data: Data = None,
-    model: Model = None,
-    root: Root = None,
-    images: Images = 128,
+    about: Chosen,
     minutes: Annotated[
         float | None, typer.Option("--minutes", help="Budget: minutes of one core (measured speed).")
     ] = None,
@@ -63,8 +40,6 @@ def merge(
     ] = None,
     verify: Annotated[int, typer.Option("--verify", min=0, help="Merges to evaluate before deciding; 0: none.")] = 4,
     bounds: Annotated[str, typer.Option("--bounds", help="Lowest and highest coefficient.")] = "0,1",
-    seed: Seed = 0,
-    threads: Threads = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -85,19 +60,15 @@ def merge(
     chosen = None if kinds is None else tuple(k.strip() for k in kinds.split(",") if k.strip())
     if chosen is not None and (minutes is not None or samples is not None):
         raise MergeboundError("--kinds: says what is collected; leave --minutes and --samples out")
-    subject = open_subject(
-        store=store, runs=runs, query=query, base=base, experts=experts, data=data, model=model, root=root,
-        images=images, seed=seed, threads=threads, at_least=2,
-    )  # fmt: skip
+    subject = about.open(at_least=2)
     with telling() as tell:
         advice = advise_merge(
             subject, budget=MergeBudget(samples, minutes), kinds=chosen, bounds=(limits[0], limits[1]), verify=verify,
-            seed=seed, progress=tell,
+            seed=about.seed, progress=tell,
         )  # fmt: skip
-    command = merge_command(advice, base, experts or ())
+    command = merge_command(advice, about.base, about.experts or ())
     if out is not None:
-        words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-        page = write_merge_advice(out, advice, command=shlex.join(["mergebound", *words]), merge=command)
+        page = write_merge_advice(out, advice, command=typed_command(), merge=command)
     if as_json:
         typer.echo(json.dumps(plain(advice, command), indent=2, allow_nan=False))
         return

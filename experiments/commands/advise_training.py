@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +10,15 @@ import typer
 import yaml
 from rich.console import Console
 
+from experiments.commands.options import (
+    AsJson,
+    BaseCheckpoint,
+    BaseClasses,
+    DataRoot,
+    NetworkName,
+    Workers,
+    typed_command,
+)
 from theory.errors import MergeboundError
 
 LARGEST = 1 << 16
@@ -25,15 +32,13 @@ def register(group: typer.Typer) -> None:
 def training(
     tasks: Annotated[list[str], typer.Argument(help="Two or more data sets, as `mergebound finetune` takes them.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the page, tables (CSV) and the pilot's runs.")],
-    model: Annotated[str, typer.Option("--model", help="Network: see `mergebound models list`.")] = "cifar_resnet20",
-    base: Annotated[
-        Path | None, typer.Option("--base", help="Checkpoint of the base; without it, seeded random weights.")
-    ] = None,
+    model: NetworkName = "cifar_resnet20",
+    base: BaseCheckpoint = None,
     pretrain: Annotated[
         str | None,
         typer.Option("--pretrain", help="Data set on which the base is made, in place of --base."),
     ] = None,
-    classes: Annotated[int, typer.Option("--classes", help="Classes of the base's own head.")] = 10,
+    classes: BaseClasses = 10,
     samples: Annotated[
         float | None,
         typer.Option("--samples", help="Budget of each expert: gradients of samples, pilot included."),
@@ -44,12 +49,10 @@ def training(
     pilot: Annotated[Path | None, typer.Option("--pilot", help="YAML with settings of the pilot.")] = None,
     keep: Annotated[float, typer.Option("--keep", help="Share of the experts' accuracy that a merge must keep.")] = 0.5,
     theory: Annotated[bool, typer.Option("--theory/--no-theory", help="Measure constants and ask the bound.")] = True,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).")
-    ] = None,
+    root: DataRoot = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Names the pilot's draws, and the base's weights.")] = 0,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes (default: one per core).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, and nothing else.")] = False,
+    workers: Workers = None,
+    as_json: AsJson = False,
 ) -> None:
     """A short pilot (a quarter of the budget by default), then a recipe for the rest: learning rate, batch size, steps,
     momentum, decay, how to merge, and how many experts, with the predicted risk.
@@ -77,8 +80,7 @@ def training(
         names, spec, count, folder, pilot=settings, keep=keep, theory=theory, root=root, workers=workers, say=say
     )
     command = finetune_command(advice, "" if base is None else str(base))
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    page = write_training_advice(out, advice, command=shlex.join(["mergebound", *words]), finetune=command)
+    page = write_training_advice(out, advice, command=typed_command(), finetune=command)
     if as_json:
         typer.echo(json.dumps(plain(advice, command), indent=2, allow_nan=False))
         return

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from experiments.commands.options import BaseCheckpoint, BaseClasses, DataRoot, NetworkName
 from theory.errors import MergeboundError
 
 
@@ -22,17 +23,13 @@ def run(
         list[str], typer.Argument(help="Data sets of `mergebound data list`, npz8, npz8:NAME, .npz files or folders.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for base, experts and the table.")],
-    model: Annotated[str, typer.Option("--model", help="Network: see `mergebound models list`.")] = "cifar_resnet20",
-    base: Annotated[
-        Path | None, typer.Option("--base", help="Checkpoint of the base; without it, seeded random weights.")
-    ] = None,
-    classes: Annotated[int, typer.Option("--classes", help="Classes of the base's own head.")] = 10,
+    model: NetworkName = "cifar_resnet20",
+    base: BaseCheckpoint = None,
+    classes: BaseClasses = 10,
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Pixels, where the network takes them.")
     ] = None,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).")
-    ] = None,
+    root: DataRoot = None,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="eta.")] = 0.05,
     batch_size: Annotated[int, typer.Option("--batch-size", help="b.")] = 64,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the training images.")] = 8.0,

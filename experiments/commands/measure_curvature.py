@@ -6,24 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.commands.measure import (
-    AsJson,
-    Base,
-    Data,
-    Experts,
-    Images,
-    Model,
-    Out,
-    Query,
-    Root,
-    Runs,
-    Seed,
-    SeveralValues,
-    StoreFolder,
-    Threads,
-    open_subject,
-    show,
-)
+from experiments.commands.about_experts import Chosen, ExpertsCommand, about_experts
+from experiments.commands.options import AsJson, Out
+from experiments.commands.showing import show
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
@@ -47,21 +32,12 @@ _LONG = 40
 
 def register(group: typer.Typer) -> None:
     """Add ``curvature`` to the group."""
-    group.command("curvature", cls=SeveralValues)(curvature)
+    group.command("curvature", cls=ExpertsCommand)(curvature)
 
 
+@about_experts(images=128, seed_first=True)
 def curvature(
-    store: StoreFolder = None,
-    runs: Runs = None,
-    query: Query = None,
-    base: Base = None,
-    experts: Experts = None,
-    data: Data = None,
-    model: Model = None,
-    root: Root = None,
-    images: Images = 128,
-    seed: Seed = 0,
-    threads: Threads = None,
+    about: Chosen,
     parts: Annotated[
         str,
         typer.Option(
@@ -117,27 +93,15 @@ def curvature(
         batches=batches,
         batch_size=batch_size,
         head=head,
-        seed=seed,
+        seed=about.seed,
         **chosen,
     )
-    subject = open_subject(
-        store=store,
-        runs=runs,
-        query=query,
-        base=base,
-        experts=experts,
-        data=data,
-        model=model,
-        root=root,
-        images=images,
-        seed=seed,
-        threads=threads,
-    )
+    subject = about.open()
     report = measure_curvature(subject, options)
     count = len(subject.calibration[0])
     headline = (
         f"{subject.architecture}: {subject.size} experts, {subject.base.numel():,} merged coordinates, {count} images "
-        f"per task, seed {seed}; losses in nats, tier {report.tier}, intervals 95 %"
+        f"per task, seed {about.seed}; losses in nats, tier {report.tier}, intervals 95 %"
     )
     shown = {name: columns for name, columns in _SHOWN.items() if name in report.tables}
     if "gram" in report.tables and len(report.tables["gram"]) > _LONG:
@@ -156,7 +120,7 @@ def curvature(
 
         path = out / "curvature_optimal.safetensors"
         try:
-            save_coefficients(path, report.coefficients, method="curvature_optimal", images=count, seed=seed)
+            save_coefficients(path, report.coefficients, method="curvature_optimal", images=count, seed=about.seed)
         except OSError as error:
             raise MergeboundError(f"--out {out}: cannot be written ({error.strerror or error})") from error
         if not as_json:

@@ -9,25 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.commands.measure import (
-    AsJson,
-    Base,
-    Data,
-    Experts,
-    Images,
-    Model,
-    Out,
-    Query,
-    Root,
-    Runs,
-    Seed,
-    SeveralValues,
-    StoreFolder,
-    Threads,
-    open_subject,
-    show,
-    telling,
-)
+from experiments.commands.about_experts import Chosen, ExpertsCommand, about_experts, telling
+from experiments.commands.options import AsJson, Out
+from experiments.commands.showing import show
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
@@ -41,19 +25,12 @@ USUAL = ("average", "task_arithmetic", "ties", "dare")
 
 def register(group: typer.Typer) -> None:
     """Add the command to the group ``measure``."""
-    group.command("function-space", cls=SeveralValues)(function_space)
+    group.command("function-space", cls=ExpertsCommand)(function_space)
 
 
+@about_experts()
 def function_space(
-    store: StoreFolder = None,
-    runs: Runs = None,
-    query: Query = None,
-    base: Base = None,
-    experts: Experts = None,
-    data: Data = None,
-    model: Model = None,
-    root: Root = None,
-    images: Images = 256,
+    about: Chosen,
     predictors: Annotated[
         str | None,
         typer.Option("--predictors", help="Comma-separated, or `all`. Default: what needs few passes and one product."),
@@ -86,16 +63,11 @@ def function_space(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images per pass at most.")] = 256,
     memory: Annotated[int, typer.Option("--memory", min=1, help="MiB of temporary tensors at most.")] = 1024,
     save: Annotated[Path | None, typer.Option("--save", help="Keep what was collected in this `.npz` file.")] = None,
-    seed: Seed = 0,
-    threads: Threads = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
     """Predict the joint risk of merges from logits and Jacobian products, without forming or evaluating a merge."""
-    subject = open_subject(
-        store=store, runs=runs, query=query, base=base, experts=experts, data=data, model=model, root=root,
-        images=images, seed=seed, threads=threads, at_least=2,
-    )  # fmt: skip
+    subject = about.open(at_least=2)
     import pandas as pd
 
     from experiments.measure.predictors import ZOO, Loss, collect_fields, kinds_for, predict_merge
@@ -111,7 +83,7 @@ def function_space(
         kinds = (*kinds, "tangent_base")
     with telling() as tell:
         statistics = collect_fields(
-            subject, kinds=kinds, by=by, batch=batch, memory=memory << 20, seed=seed, progress=tell
+            subject, kinds=kinds, by=by, batch=batch, memory=memory << 20, seed=about.seed, progress=tell
         )
     if save is not None:
         try:
@@ -125,7 +97,7 @@ def function_space(
     if target != "labels":
         notes.append("risks without labels are biased: compare with --target labels where there are some")
     frame = predict_merge(
-        subject, wanted, statistics, names=names, residual=residual, loss=loss, seed=seed  # type: ignore[arg-type]
+        subject, wanted, statistics, names=names, residual=residual, loss=loss, seed=about.seed  # type: ignore[arg-type]
     )  # fmt: skip
     broken = frame[frame["clamped"] > 0.0].drop_duplicates("merge")
     if len(broken):
@@ -148,13 +120,13 @@ def function_space(
         ),
     }
     if times:
-        tables["break_even"] = to_frame(break_even(subject, statistics, names, batch=batch, seed=seed))
+        tables["break_even"] = to_frame(break_even(subject, statistics, names, batch=batch, seed=about.seed))
     show(
         tables,
         headline=f"{subject.architecture}: {subject.size} experts, {min(statistics.images)} images per task, "
-        f"{statistics.depth} layer{'s' if statistics.depth > 1 else ''}, seed {seed}",
+        f"{statistics.depth} layer{'s' if statistics.depth > 1 else ''}, seed {about.seed}",
         notes=notes,
-        facts={"seed": seed, "by": by, "target": target, "kinds": list(statistics.kinds)},
+        facts={"seed": about.seed, "by": by, "target": target, "kinds": list(statistics.kinds)},
         shown={"predictions": _SHOWN, "passes": ("kind", "meaning", "passes", "seconds", "error")},
         as_json=as_json,
         out=out,

@@ -8,25 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.commands.measure import (
-    AsJson,
-    Base,
-    Data,
-    Experts,
-    Images,
-    Model,
-    Out,
-    Query,
-    Root,
-    Runs,
-    Seed,
-    SeveralValues,
-    StoreFolder,
-    Threads,
-    open_subject,
-    show,
-    telling,
-)
+from experiments.commands.about_experts import Chosen, ExpertsCommand, about_experts, telling
+from experiments.commands.options import AsJson, Out
+from experiments.commands.showing import show
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
@@ -38,19 +22,12 @@ if TYPE_CHECKING:
 
 def register(group: typer.Typer) -> None:
     """Add the command to the group ``measure``."""
-    group.command("landscape", cls=SeveralValues)(landscape)
+    group.command("landscape", cls=ExpertsCommand)(landscape)
 
 
+@about_experts()
 def landscape(
-    store: StoreFolder = None,
-    runs: Runs = None,
-    query: Query = None,
-    base: Base = None,
-    experts: Experts = None,
-    data: Data = None,
-    model: Model = None,
-    root: Root = None,
-    images: Images = 256,
+    about: Chosen,
     part: Annotated[
         str | None,
         typer.Option("--part", help="Images that are scored: test, calibration or train. Default: test where known."),
@@ -87,8 +64,6 @@ def landscape(
         float, typer.Option("--tolerance", help="Rise in error up to which ends count as connected.")
     ] = 0.02,
     resamples: Annotated[int, typer.Option("--resamples", min=2, help="Of the images, for intervals.")] = 1000,
-    seed: Seed = 0,
-    threads: Threads = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -98,10 +73,7 @@ def landscape(
     """
     import dataclasses
 
-    subject = open_subject(
-        store=store, runs=runs, query=query, base=base, experts=experts, data=data, model=model, root=root,
-        images=images, seed=seed, threads=threads, at_least=2,
-    )  # fmt: skip
+    subject = about.open(at_least=2)
     import pandas as pd
 
     from experiments.measure.landscape.flatness import FlatnessOptions, flatness
@@ -119,12 +91,12 @@ def landscape(
     tables: dict[str, pd.DataFrame] = {}
     pictures: dict[str, Any] = {}
     with telling() as tell:
-        merges = merge_points(subject, chosen, seed=seed)
+        merges = merge_points(subject, chosen, seed=about.seed)
         made: dict[str, Tensor] = dict(merges.vectors)
         extra = [name for name in ends if name not in made]
-        made |= merge_points(subject, extra, seed=seed).vectors if extra else {}
+        made |= merge_points(subject, extra, seed=about.seed).vectors if extra else {}
         judge = evaluator(
-            subject, panel(subject, part, images, seed),
+            subject, panel(subject, part, about.images, about.seed),
             batchnorm=batchnorm, path="fast" if fast else "exact",  # type: ignore[arg-type]
         )  # fmt: skip
         if lines:
@@ -148,8 +120,8 @@ def landscape(
             around |= {name: made[name] for name in ends}
             own = {name: (i,) for i, name in enumerate(subject.names)}
             measured = flatness(
-                subject, panel(subject, part, flat_images, seed), around, tasks=own,
-                options=dataclasses.replace(FlatnessOptions(), radius=radius), seed=seed, progress=tell,
+                subject, panel(subject, part, flat_images, about.seed), around, tasks=own,
+                options=dataclasses.replace(FlatnessOptions(), radius=radius), seed=about.seed, progress=tell,
             )  # fmt: skip
             tables["flatness"], tables["rises"] = measured.to_frame(), measured.rises_frame()
             if drawn:
@@ -159,11 +131,11 @@ def landscape(
     show(
         tables,
         headline=f"{subject.architecture}: {subject.size} experts, {judge.panel.part} images, statistics {batchnorm}, "
-        f"network run as {judge.path}, seed {seed}",
+        f"network run as {judge.path}, seed {about.seed}",
         notes=[*left, *captions],
         figures={name: picture.figure for name, picture in pictures.items()},
         facts={"part": judge.panel.part, "images": list(judge.panel.sizes), "batchnorm": batchnorm, "path": judge.path,
-               "seed": seed},
+               "seed": about.seed},
         shown=_SHOWN,
         as_json=as_json,
         out=out,

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.commands.measure import (
-    AsJson,
-    Base,
-    Data,
-    Experts,
-    Images,
-    Model,
-    Out,
-    Query,
-    Root,
-    Runs,
-    Seed,
-    SeveralValues,
-    StoreFolder,
-    Threads,
-    choose_runs,
-    open_subject,
-    show,
-)
+from experiments.commands.about_experts import Chosen, ExpertsCommand, about_experts
+from experiments.commands.options import AsJson, Checkpoints, Out, TrainingSamples
+from experiments.commands.showing import show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,24 +24,15 @@ _TASKS = ("point", "task", "other", "norm", "other_norm", "cosine", "low", "high
 
 def register(group: typer.Typer) -> None:
     """Add the command."""
-    group.command("noise", cls=SeveralValues)(noise)
+    group.command("noise", cls=ExpertsCommand)(noise)
 
 
+@about_experts()
 def noise(
-    store: StoreFolder = None,
-    runs: Runs = None,
-    query: Query = None,
-    base: Base = None,
-    experts: Experts = None,
-    data: Data = None,
-    model: Model = None,
-    root: Root = None,
-    images: Images = 256,
-    samples: Annotated[int, typer.Option("--samples", min=2, help="Training samples per expert at most.")] = 256,
+    about: Chosen,
+    samples: TrainingSamples = 256,
     pairs: Annotated[int, typer.Option("--pairs", min=1, help="Samples of each side for the largest gap.")] = 64,
-    checkpoints: Annotated[
-        int, typer.Option("--checkpoints", min=0, help="Kept checkpoints of each run that are measured too, at most.")
-    ] = 3,
+    checkpoints: Checkpoints = 3,
     batches: Annotated[
         int, typer.Option("--batches", min=0, help="Batches at base and expert for the one-step factor; 0: none.")
     ] = 4,
@@ -72,29 +46,15 @@ def noise(
         int, typer.Option("--batch-size", min=1, help="Of the one-step factor, for checkpoints without a run.")
     ] = 32,
     memory: Annotated[int, typer.Option("--memory", min=1, help="Megabytes for per-sample gradients.")] = 256,
-    seed: Seed = 0,
-    threads: Threads = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
     """Gradients of every expert's loss at base, checkpoints and expert: norms, noise, gaps between samples, one-step
     factors, cosines between tasks; and every bound of the theory next to the constants that it is made of."""
-    subject = open_subject(
-        store=store,
-        runs=runs,
-        query=query,
-        base=base,
-        experts=experts,
-        data=data,
-        model=model,
-        root=root,
-        images=images,
-        seed=seed,
-        threads=threads,
-    )
+    subject = about.open()
     from experiments.measure.noise.constants import constants_of
 
-    path = _checkpoints(store, runs, query, subject, checkpoints)
+    path = about.checkpoints(subject, checkpoints)
     constants = constants_of(
         subject,
         samples=samples,
@@ -104,7 +64,7 @@ def noise(
         batches=batches,
         learning_rate=learning_rate,
         batch_size=batch_size,
-        seed=seed,
+        seed=about.seed,
         memory=memory * 2**20,
     )
     tables: dict[str, pd.DataFrame] = {"constants": constants.to_frame(), "points": constants.points_frame()}
@@ -115,7 +75,7 @@ def noise(
 
         tables["one_step"] = pd.concat(pairs_of, ignore_index=True)
         shown["one_step"] = ()
-    tables |= _tasks(subject, path, samples, seed, memory * 2**20, shown)
+    tables |= _tasks(subject, path, samples, about.seed, memory * 2**20, shown)
     notes = list(constants.notes)
     if all(run is not None for run in subject.runs):
         from experiments.measure.noise.bounds import bounds_table
@@ -132,29 +92,14 @@ def noise(
         notes.append("how the experts were trained is not known: no clock, hence no Theorems 2 and 3; open a store")
     show(
         tables,
-        headline=f"{subject.architecture}: gradients of {subject.size} experts, seed {seed}; tier estimated, 95 % "
-        "intervals",
+        headline=f"{subject.architecture}: gradients of {subject.size} experts, seed {about.seed}; tier estimated, "
+        "95 % intervals",
         notes=notes,
-        facts={"seed": seed, "tier": "estimated", "experts": list(subject.names)},
+        facts={"seed": about.seed, "tier": "estimated", "experts": list(subject.names)},
         shown=shown,
         as_json=as_json,
         out=out,
     )
-
-
-def _checkpoints(
-    store: Path | None, runs: list[str] | None, query: str | None, subject: Subject, most: int
-) -> list[tuple[Point, ...]]:
-    """Visited points between base and expert, from the store."""
-    if store is None or most == 0:
-        return []
-    from experiments.measure.noise.objective import checkpoint_points
-    from experiments.store import Store
-
-    with Store.open(store, "r") as opened:
-        names = choose_runs(opened, runs, query)
-        whole = [next(digest for digest in opened.runs() if digest.startswith(name)) for name in names]
-        return checkpoint_points(opened, whole, subject, most)
 
 
 def _tasks(

@@ -7,25 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.commands.measure import (
-    AsJson,
-    Base,
-    Data,
-    Experts,
-    Images,
-    Model,
-    Out,
-    Query,
-    Root,
-    Runs,
-    Seed,
-    SeveralValues,
-    StoreFolder,
-    Threads,
-    choose_runs,
-    open_subject,
-    show,
-)
+from experiments.commands.about_experts import Chosen, ExpertsCommand, about_experts
+from experiments.commands.options import AsJson, Out
+from experiments.commands.showing import show
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
@@ -39,19 +23,12 @@ _BOUNDS = ("expert", "form", "value", "measured", "ratio", "gap", "tau", "gamma"
 
 def register(group: typer.Typer) -> None:
     """Add the command."""
-    group.command("twins", cls=SeveralValues)(twins)
+    group.command("twins", cls=ExpertsCommand)(twins)
 
 
+@about_experts()
 def twins(
-    store: StoreFolder = None,
-    runs: Runs = None,
-    query: Query = None,
-    base: Base = None,
-    experts: Experts = None,
-    data: Data = None,
-    model: Model = None,
-    root: Root = None,
-    images: Images = 256,
+    about: Chosen,
     count: Annotated[int, typer.Option("--twins", min=1, help="Exchanged samples of each expert.")] = 16,
     replicates: Annotated[int, typer.Option("--replicates", min=1, help="Repetitions with other seeds.")] = 1,
     only: Annotated[str | None, typer.Option("--of", help="Only the twins of this expert; the others stay.")] = None,
@@ -68,8 +45,6 @@ def twins(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="With --base: batch size.")] = 32,
     momentum: Annotated[float, typer.Option("--momentum", help="With --base: momentum.")] = 0.0,
     optimizer: Annotated[str, typer.Option("--optimizer", help="With --base: sgd, adamw or sam.")] = "sgd",
-    seed: Seed = 0,
-    threads: Threads = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -80,18 +55,16 @@ def twins(
     from experiments.measure.twins.merges import MergeChoice, default_choices
     from experiments.measure.twins.study import frames, growth_figure, jobs_from_subject, measure_expert
 
-    shared: dict[str, Any] = {"images": images, "seed": seed, "threads": threads}
-    if store is not None:
-        subject, jobs = _grid(store, runs, query, root, **shared)
+    if about.store is not None:
+        subject, jobs = _grid(about, about.store)
     else:
         if learning_rate is None or steps is None:
             raise MergeboundError(
                 "twins train experts anew: give --learning-rate and --steps with --base, or runs of a grid by --store"
             )
-        subject = open_subject(base=base, experts=experts, data=data, model=model, runs=runs, query=query, root=root,
-                               store=store, **shared)  # fmt: skip
+        subject = about.open()
         recipe = {"learning_rate": learning_rate, "steps": steps, "batch_size": batch_size, "momentum": momentum,
-                  "optimizer": optimizer, "sampling": "without_replacement", "seed": seed}  # fmt: skip
+                  "optimizer": optimizer, "sampling": "without_replacement", "seed": about.seed}  # fmt: skip
         jobs = jobs_from_subject(subject, recipe)
     names = [job.name for job in jobs]
     chosen = [i for i, name in enumerate(names) if only is None or only in (name, subject.names[i])]
@@ -107,7 +80,7 @@ def twins(
             subject=subject if merge else None,
             expert=i,
             twins=count,
-            seed=seed,
+            seed=about.seed,
             choices=choices,
             chunk=chunk,
             memory=None if memory is None else memory << 20,
@@ -117,31 +90,27 @@ def twins(
     ]
     tables = frames(found)
     printed = tables["stability"]
-    notes = _notes(found, store is None)
+    notes = _notes(found, about.store is None)
     show(
         {**tables, "eps": printed[printed["statistic"] == "rms"]},
         headline=f"stability of {len(found)} of {subject.size} experts, {count} twins each (tier: estimated)",
         notes=notes,
         figures={"growth": growth_figure(found)} if out is not None else None,
-        facts={"seed": seed, "tier": "estimated"},
+        facts={"seed": about.seed, "tier": "estimated"},
         shown={"stability": (), "merges": _MERGES, "theorem2": _BOUNDS, "eps": _STABILITY},
         as_json=as_json,
         out=out,
     )
 
 
-def _grid(
-    folder: Path, runs: list[str] | None, query: str | None, root: Path | None, **shared: Any
-) -> tuple[Subject, tuple[TwinJob, ...]]:
+def _grid(about: Chosen, folder: Path) -> tuple[Subject, tuple[TwinJob, ...]]:
     from experiments.commands.grid_store import data_root
     from experiments.measure.twins.study import jobs_from_store
     from experiments.store import Store
 
-    subject = open_subject(store=folder, runs=runs, query=query, root=root, **shared)
+    subject = about.open()
     with Store.open(folder, "r") as opened:
-        named = choose_runs(opened, runs, query)
-        digests = [next(full for full in opened.runs() if full.startswith(each)) for each in named]
-        return subject, jobs_from_store(opened, digests, data_root(opened, root))
+        return subject, jobs_from_store(opened, about.digests(opened), data_root(opened, about.root))
 
 
 def _notes(found: Any, checkpoints: bool) -> list[str]:

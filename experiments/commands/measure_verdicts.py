@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.commands.measure import (
-    AsJson,
-    Base,
-    Data,
-    Experts,
-    Images,
-    Model,
-    Out,
-    Query,
-    Root,
-    Runs,
-    Seed,
-    SeveralValues,
-    StoreFolder,
-    Threads,
-    choose_runs,
-    open_subject,
-    show,
-    telling,
-)
+from experiments.commands.about_experts import Chosen, ExpertsCommand, about_experts, telling
+from experiments.commands.options import AsJson, Checkpoints, Out, TrainingSamples
+from experiments.commands.showing import show
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
-    from experiments.measure.noise.objective import Point
-    from experiments.measure.subject import Subject
+    pass
 
 _SHOWN: dict[str, tuple[str, ...]] = {
     "summary_of_statements": ("about", "statement", "standing", "tier", "broken", "open"),
@@ -45,23 +26,14 @@ _SHOWN: dict[str, tuple[str, ...]] = {
 
 def register(group: typer.Typer) -> None:
     """Add ``verdicts`` to the group."""
-    group.command("verdicts", cls=SeveralValues)(verdicts)
+    group.command("verdicts", cls=ExpertsCommand)(verdicts)
 
 
+@about_experts(images=128)
 def verdicts(
-    store: StoreFolder = None,
-    runs: Runs = None,
-    query: Query = None,
-    base: Base = None,
-    experts: Experts = None,
-    data: Data = None,
-    model: Model = None,
-    root: Root = None,
-    images: Images = 128,
-    samples: Annotated[int, typer.Option("--samples", min=2, help="Training samples per expert at most.")] = 128,
-    checkpoints: Annotated[
-        int, typer.Option("--checkpoints", min=0, help="Kept checkpoints of each run that are measured too, at most.")
-    ] = 2,
+    about: Chosen,
+    samples: TrainingSamples = 128,
+    checkpoints: Checkpoints = 2,
     batches: Annotated[
         int, typer.Option("--batches", min=0, help="Batches at base and expert for their curvature.")
     ] = 2,
@@ -91,8 +63,6 @@ def verdicts(
     least: Annotated[
         float | None, typer.Option("--least", help="F*, the smallest training objective, for the PL ratio.")
     ] = None,
-    seed: Seed = 0,
-    threads: Threads = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -104,19 +74,7 @@ def verdicts(
     from experiments.measure.verdicts.page import headline, lines_of, write
     from experiments.measure.verdicts.report import Options, Stated, verdicts_of
 
-    subject = open_subject(
-        store=store,
-        runs=runs,
-        query=query,
-        base=base,
-        experts=experts,
-        data=data,
-        model=model,
-        root=root,
-        images=images,
-        seed=seed,
-        threads=threads,
-    )
+    subject = about.open()
     options = Options(
         measure=not recipe_only,
         samples=samples,
@@ -127,11 +85,11 @@ def verdicts(
         coefficients=scale,
         chosen_on=chosen_on,
         learning_rate=learning_rate,
-        last_checkpoint=True if store is not None else None,
-        seed=seed,
+        last_checkpoint=True if about.store is not None else None,
+        seed=about.seed,
     )
     claims = Stated(L=smoothness, G=lipschitz, B=bound, sigma=sigma, mu=mu, least=least)
-    path = [] if recipe_only else _checkpoints(store, runs, query, subject, checkpoints)
+    path = [] if recipe_only else about.checkpoints(subject, checkpoints)
     with telling() as tell:
         found = verdicts_of(subject, options=options, stated=claims, checkpoints=path, progress=tell)
     tables = {
@@ -151,27 +109,12 @@ def verdicts(
             raise MergeboundError(f"--out {out}: cannot be written ({error.strerror or error})") from error
     show(
         tables,
-        headline=f"{subject.architecture}, {headline(found)}; seed {seed}",
+        headline=f"{subject.architecture}, {headline(found)}; seed {about.seed}",
         notes=[*lines_of(found), *found.notes],
-        facts={"seed": seed, "experts": list(found.names)},
+        facts={"seed": about.seed, "experts": list(found.names)},
         shown={name: columns for name, columns in _SHOWN.items() if name in tables},
         as_json=as_json,
         out=out,
     )
     if page is not None and not as_json:
         typer.echo(f"written: {page}")
-
-
-def _checkpoints(
-    store: Path | None, runs: list[str] | None, query: str | None, subject: Subject, most: int
-) -> list[tuple[Point, ...]]:
-    """Visited points between base and expert, from the store."""
-    if store is None or most == 0:
-        return []
-    from experiments.measure.noise.objective import checkpoint_points
-    from experiments.store import Store
-
-    with Store.open(store, "r") as opened:
-        names = choose_runs(opened, runs, query)
-        whole = [next(digest for digest in opened.runs() if digest.startswith(name)) for name in names]
-        return checkpoint_points(opened, whole, subject, most)

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from typer.core import TyperCommand
 
 from experiments.commands.merge import expert_names, read_settings
+from experiments.commands.options import AsJson, several_values
 from merging.errors import CheckpointError, MethodError
 from merging.registry import get
 from merging.writer import atomic_file
@@ -27,43 +27,11 @@ from theory.errors import MergeboundError
 if TYPE_CHECKING:
     from experiments.predict import Estimate, MethodPrediction, Options, Report
 
-SEVERAL = ("--experts", "--data")
+SeveralValues = several_values("--experts", "--data")
+"""The class of a command whose options ``--experts`` and ``--data`` take all values up to the next option."""
 WIDTH, NARROW = 118, 100
 """Columns where the output is not a terminal; terminals below NARROW do not see every method's bound."""
 _MARKS = {"narrow": "[green]narrow[/]", "medium": "[yellow]medium[/]", "wide": "[bold red]wide[/]", "unknown": "-"}
-
-
-class SeveralValues(TyperCommand):
-    """A command whose options ``--experts`` and ``--data`` take all values up to the next option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Write ``--experts A B`` as ``--experts A --experts B`` and parse as usual."""
-        return super().parse_args(ctx, spread(args))
-
-
-def spread(args: Sequence[str], several: Sequence[str] = SEVERAL) -> list[str]:
-    """Repeat ``--experts`` and ``--data`` (or other options that take several values) before each of their values.
-
-    >>> spread(["--experts", "a", "b", "--seed", "1"])
-    ['--experts', 'a', '--experts', 'b', '--seed', '1']
-    """
-    found: list[str] = []
-    option: str | None = None
-    fresh = False
-    for number, token in enumerate(args):
-        if token == "--":
-            return found + list(args[number:])
-        if token.startswith("-") and len(token) > 1:
-            name = token.partition("=")[0]
-            option = name if name in several else None
-            fresh = option is not None and "=" not in token
-            found.append(token)
-        elif option is not None and not fresh:
-            found += [option, token]
-        else:
-            found.append(token)
-            fresh = False
-    return found
 
 
 def register(app: typer.Typer) -> None:
@@ -149,7 +117,7 @@ def predict(
     out_coefficients: Annotated[
         Path | None, typer.Option("--out-coefficients", help="Write the best coefficients to this .yaml file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Predict the risk of merging: `mergebound predict --base B.safetensors --experts E1.safetensors E2.safetensors
     --data D1.npz D2.npz --model resnet18`.
@@ -491,4 +459,4 @@ def _print_bound(console: Console, row: MethodPrediction) -> None:
     )
 
 
-__all__ = ["predict", "read_options", "register", "spread"]
+__all__ = ["predict", "read_options", "register"]

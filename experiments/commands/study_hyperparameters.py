@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from experiments.commands.options import (
+    CountOnly,
+    DataRoot,
+    Download,
+    ReportFolder,
+    VerdictsAsJson,
+    Work,
+    Workers,
+    typed_command,
+)
 from theory.errors import MergeboundError
 
 
@@ -21,25 +28,21 @@ def register(group: typer.Typer) -> None:
 
 
 def hyperparameters(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the report, tables (CSV) and figures.")],
+    out: ReportFolder,
     size: Annotated[str, typer.Option("--size", help="tiny, small or paper, or a YAML file of one's own.")] = "tiny",
-    work: Annotated[
-        Path | None, typer.Option("--work", help="Folder of what is finished; default: `work` in --out.")
-    ] = None,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).")
-    ] = None,
+    work: Work = None,
+    root: DataRoot = None,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", help="A stage: grids, merges, constants, predictions or report. Repeatable."),
     ] = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes (default: one per core).")] = None,
+    workers: Workers = None,
     engine: Annotated[str, typer.Option("--engine", help="Of the grids: local, or ray (a cluster).")] = "local",
     address: Annotated[str | None, typer.Option("--address", help="Of the Ray cluster.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda: of the grids and of merging.")] = "cpu",
-    download: Annotated[bool, typer.Option("--download", help="Published weights may be downloaded.")] = False,
-    count: Annotated[bool, typer.Option("--count", help="Say what would be done, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+    download: Download = False,
+    count: CountOnly = False,
+    as_json: VerdictsAsJson = False,
 ) -> None:
     """Protocol A: fine-tune, merge matched and heterogeneous groups, predict them by every tier, and judge each factor.
 
@@ -75,7 +78,7 @@ def hyperparameters(
             merges=lambda p: meter.show(f"merges: {p.phase}", p.done, p.total),
             units=lambda stage: lambda done, total: meter.show(stage, done, total),
         )
-        run_study(spec, place, stages=stages, engine=where, workers=workers, hooks=hooks, command=_command())
+        run_study(spec, place, stages=stages, engine=where, workers=workers, hooks=hooks, command=typed_command())
     if "report" in stages:
         _show(place, as_json)
 
@@ -94,13 +97,6 @@ class _Meter:
         if now - self._last >= self._every or done == total:
             self._last = now
             self._console.print(f"{stage}: {done} of {total}", highlight=False)
-
-
-def _command() -> str:
-    """The command as it can be typed again, without folders of this machine."""
-    words = ["mergebound", *sys.argv[1:]]
-    hidden = [Path(word).name if Path(word).is_absolute() else word for word in words]
-    return shlex.join(hidden)
 
 
 def _count(spec: Any, place: Any, rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from experiments.commands.predict import spread
+from experiments.commands.options import CountOnly, DataRoot, OneThreadWorkers, Work, several_values
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
@@ -21,21 +21,10 @@ if TYPE_CHECKING:
     from experiments.prediction.runner import Status
     from experiments.prediction.spec import StudySpec
 
-SEVERAL = ("--stores",)
-"""Options that take all values up to the next option."""
-
-
-class _SeveralValues(typer.core.TyperCommand):
-    """A command whose option ``--stores`` takes all values up to the next option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Write ``--stores A B`` as ``--stores A --stores B`` and parse as usual."""
-        return super().parse_args(ctx, spread(args, SEVERAL))
-
 
 def register(group: typer.Typer) -> None:
     """Add the command to the group ``study``."""
-    group.command("prediction", cls=_SeveralValues)(prediction)
+    group.command("prediction", cls=several_values("--stores"))(prediction)
 
 
 def prediction(
@@ -44,15 +33,9 @@ def prediction(
         list[str], typer.Option("--stores", help="Folder of each regime's grid: `--stores mild=FOLDER harsh=FOLDER`.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for tables (CSV), figures (PNG) and a page.")],
-    work: Annotated[
-        Path | None, typer.Option("--work", help="Folder of what is finished; default: `work` in --out.")
-    ] = None,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes of one thread (default: one per core).")
-    ] = None,
+    work: Work = None,
+    root: DataRoot = None,
+    workers: OneThreadWorkers = None,
     stage: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,7 +46,7 @@ def prediction(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Tables of what is finished; run nothing.")
     ] = False,
-    count: Annotated[bool, typer.Option("--count", help="Say what would be done, and stop.")] = False,
+    count: CountOnly = False,
     resamples: Annotated[int, typer.Option("--resamples", min=50, help="Resamples of experts behind intervals.")] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ambitions as JSON.")] = False,
 ) -> None:

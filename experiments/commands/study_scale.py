@@ -12,6 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from experiments.commands.options import (
+    CountOnly,
+    DataRoot,
+    Download,
+    OneThreadWorkers,
+    ReportFolder,
+    VerdictsAsJson,
+    Work,
+)
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -26,25 +36,19 @@ def register(group: typer.Typer) -> None:
 
 
 def scale(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the report, tables (CSV) and figures.")],
+    out: ReportFolder,
     size: Annotated[str, typer.Option("--size", help="tiny, small, paper, or a YAML file.")] = "tiny",
-    work: Annotated[
-        Path | None, typer.Option("--work", help="Folder of what is finished; default: `work` in --out.")
-    ] = None,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes of one thread (default: one per core).")
-    ] = None,
+    work: Work = None,
+    root: DataRoot = None,
+    workers: OneThreadWorkers = None,
     device: Annotated[str, typer.Option("--device", help="Where experts are trained: cpu or cuda.")] = "cpu",
-    download: Annotated[bool, typer.Option("--download", help="Published weights may be downloaded.")] = False,
+    download: Download = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Report on what is finished; run nothing.")
     ] = False,
-    count: Annotated[bool, typer.Option("--count", help="Say what would be done, and stop.")] = False,
+    count: CountOnly = False,
     resamples: Annotated[int, typer.Option("--resamples", min=50, help="Resamples of test images.")] = 300,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+    as_json: VerdictsAsJson = False,
 ) -> None:
     """Model size, base quality, number of experts and method: five findings with effects, intervals and verdicts.
 

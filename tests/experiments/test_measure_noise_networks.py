@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from experiments.commands import measure_noise
+from experiments.commands import about_experts, measure_noise
 from experiments.finetune.reference import train_run
 from experiments.inputs.shares import nested_subset
 from experiments.measure.backbone import Backbone
@@ -273,7 +273,7 @@ def test_the_command_shows_constants_and_bounds(monkeypatch: pytest.MonkeyPatch)
     import typer
 
     subject = _subject(Net(), {"steps": 2}, {"steps": 2, "momentum": 0.5})
-    monkeypatch.setattr(measure_noise, "open_subject", lambda **_: subject)
+    monkeypatch.setattr(about_experts, "open_subject", lambda **_: subject)
     app = typer.Typer()
     measure_noise.register(app)
     app.callback()(lambda: None)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+import experiments.commands.about_experts as about_experts
 import experiments.commands.measure_function_space as command
 from experiments.measure.layerwise import LayerGroup
 from experiments.measure.predictors import (
@@ -157,7 +158,7 @@ def test_break_even_counts_candidates() -> None:
 def test_the_command_shows_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     import typer
 
-    monkeypatch.setattr(command, "open_subject", lambda **options: subject(True))
+    monkeypatch.setattr(about_experts, "open_subject", lambda **options: subject(True))
     app = typer.Typer()
     app.callback()(lambda: None)
     command.register(app)

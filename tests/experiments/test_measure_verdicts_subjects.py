@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from experiments.commands import measure_verdicts
+from experiments.commands import about_experts, measure_verdicts
 from experiments.finetune.reference import train_run
 from experiments.inputs.shares import nested_subset
 from experiments.measure.backbone import Backbone
@@ -209,7 +209,7 @@ def test_tables_page_and_command(regression: tuple[Subject, Verdicts], monkeypat
     assert found.get("smooth", "e0").assumption.statement in page
     import typer
 
-    monkeypatch.setattr(measure_verdicts, "open_subject", lambda **options: subject)
+    monkeypatch.setattr(about_experts, "open_subject", lambda **options: subject)
     app = typer.Typer()
     app.callback()(lambda: None)
     measure_verdicts.register(app)

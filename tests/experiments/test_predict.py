@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from experiments.cli import main
-from experiments.commands.predict import spread
+from experiments.commands.options import spread
 from experiments.models import build_model
 from experiments.predict import Group, Options, Report, load_group, measured_smoothness, predict
 from merging.checkpoint import save_state_dict
@@ -306,11 +306,12 @@ def test_merges_that_clamp_running_variances_are_flagged_and_never_advised(extra
 
 
 def test_several_values_after_one_option() -> None:
-    assert spread(["--experts", "a", "b", "--data", "c", "--seed", "1"]) == [
+    several = ("--experts", "--data")
+    assert spread(["--experts", "a", "b", "--data", "c", "--seed", "1"], several) == [
         *("--experts", "a", "--experts", "b", "--data", "c", "--seed", "1")
     ]
-    assert spread(["--experts", "a", "--experts", "b"]) == ["--experts", "a", "--experts", "b"]
-    assert spread(["--data=a", "b", "--json", "c"]) == ["--data=a", "--data", "b", "--json", "c"]
+    assert spread(["--experts", "a", "--experts", "b"], several) == ["--experts", "a", "--experts", "b"]
+    assert spread(["--data=a", "b", "--json", "c"], several) == ["--data=a", "--data", "b", "--json", "c"]
 
 
 @pytest.fixture
