@@ -121,13 +121,30 @@ def check_lengths(group: Iterable[str], sizes: list[int], place: Place) -> None:
         raise GridError(f"tied hyperparameters need as many values each, but {said}", place)
 
 
+def condition_fields(spec: GridSpec) -> set[str]:
+    """Fields that the conditions of ``when`` read, with those that expressions on their axes read."""
+    axes = {**{name: axis for joint in (*spec.sobol, *spec.random) for name, axis in joint.axes.items()}, **spec.axes()}
+    found: set[str] = set()
+    left = [unit_field(key) for each in spec.when for key in each.match]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += [read for item in getattr(axes.get(name), "items", ()) for read in getattr(item, "names", ())]
+    return found
+
+
 def _check_whens(spec: GridSpec, owners: dict[str, Place]) -> None:
-    conditions = {unit_field(key) for each in spec.when for key in each.match}
+    matched = {unit_field(key) for each in spec.when for key in each.match}
+    conditions = condition_fields(spec)
     for k, each in enumerate(spec.when):
         for name in each.set:
             place = ("when", k, "set", name)
-            if name in conditions:
+            if name in matched:
                 raise GridError(f"{name} is matched by a `when`, so none can set it; use overrides", place)
+            if name in conditions:
+                said = f"{name} is read by an expression whose number a `when` matches, so none can set it"
+                raise GridError(f"{said}; use overrides, or match {name}", place)
             if owners.get(name, ("",))[0] in ("sobol", "random"):
                 raise GridError(f"{name} is drawn in a joint design; set it with overrides", place)
             group = next((group for group in spec.tie if name in group), ())

@@ -4,6 +4,10 @@ Axes are multiplied (each value with each); tied axes and joint designs count as
 coordinates.  Where a ``when`` matches, its axes take the place of the grid's.  Then overrides are set, expressions get
 their numbers, checkpoints are laid, excluded runs are left out, and runs that became the same are merged.
 
+Overrides are for the runs whose values match before any of them is set, expressions by the numbers that they have then;
+they are set in their order, and expressions get their numbers again from what is set.  Exclusions match the values at
+the end.
+
 Order: by the fields of ``order``, then ``base``, ``task``, and hyperparameters in the order of
 :class:`~experiments.grid.run_spec.RunSpec`; earlier ones vary slower; values in the order in which they are listed.
 The order of keys in the file does not matter.
@@ -23,11 +27,11 @@ from pydantic import ValidationError
 
 from experiments.bases.spec import BaseSpec
 from experiments.grid.axes import Axis, points, resolved, size
-from experiments.grid.checks import ORDERABLE, all_bases, all_tasks, check_lengths
+from experiments.grid.checks import ORDERABLE, all_bases, all_tasks, check_lengths, condition_fields
 from experiments.grid.coinciding import coinciding
 from experiments.grid.designs import design
 from experiments.grid.errors import GridError, Place
-from experiments.grid.matching import checked, matches, unit_field
+from experiments.grid.matching import checked, matches, numbers_known
 from experiments.grid.run_spec import RunSpec
 from experiments.grid.spec import Every, GridSpec
 
@@ -89,7 +93,7 @@ def count(spec: GridSpec) -> int:
     whens = _matches(spec, "when")
     bases, tasks = all_bases(spec), all_tasks(spec)
     for values, _ in _combinations(_units(spec, spec.axes(), bases, tasks, only=outer)):
-        active = tuple(k for k, each in enumerate(whens) if matches(each, {**_defaults(), **values}))
+        active = tuple(k for k, each in enumerate(whens) if matches(each, numbers_known({**_defaults(), **values})))
         if active not in kept:
             axes = _replaced(spec, active)
             rough = _inner_sizes(spec, axes, outer)
@@ -114,7 +118,7 @@ def expansion(spec: GridSpec) -> Expansion:
     bases, tasks = all_bases(spec), all_tasks(spec)
     sorted_records: list[tuple[tuple[int, ...], Record, tuple[int, ...]]] = []
     for first, first_index in _combinations(_units(spec, spec.axes(), bases, tasks, only=outer)):
-        active = tuple(k for k, each in enumerate(whens) if matches(each, {**_defaults(), **first}))
+        active = tuple(k for k, each in enumerate(whens) if matches(each, numbers_known({**_defaults(), **first})))
         used["when"] |= set(active)
         for rest, rest_index in _combinations(_units(spec, _replaced(spec, active), bases, tasks, without=outer)):
             index = {**first_index, **rest_index}
@@ -124,7 +128,7 @@ def expansion(spec: GridSpec) -> Expansion:
     runs: dict[tuple[Any, ...], RunSpec] = {}
     excluded = 0
     for _, record, active in sorted_records:
-        stated = {**_defaults(), **record} if overrides else {}
+        stated = numbers_known({**_defaults(), **record}) if overrides else {}
         found = [k for k, match in enumerate(overrides) if matches(match, stated)]
         used["overrides"] |= set(found)
         for k in found:
@@ -154,7 +158,7 @@ def expansion(spec: GridSpec) -> Expansion:
 
 def _outer_fields(spec: GridSpec) -> set[str]:
     """Fields that conditions read, with all that vary with them."""
-    fields = {unit_field(key) for each in spec.when for key in each.match}
+    fields = condition_fields(spec)
     together = [set(group) for group in spec.tie] + [set(j.axes) for j in (*spec.sobol, *spec.random)]
     for group in together:
         if fields & group:

@@ -1,17 +1,25 @@
-"""Which runs an entry of a grid (``when``, ``overrides``, ``exclude``) is for."""
+"""Which runs an entry of a grid (``when``, ``overrides``, ``exclude``) is for.
+
+Numbers are compared, whether they were written or come from an expression: those of ``when`` and ``overrides`` before
+any override, those of ``exclude`` at the end.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.bases.spec import BaseSpec
-from experiments.grid.axes import HYPERPARAMETERS, check_value
+from experiments.grid.axes import HYPERPARAMETERS, check_value, resolved
 from experiments.grid.errors import GridError
+from experiments.grid.expressions import Expression
 from theory.errors import nearest
 
 KEYS = ("task", "architecture", *(f"base.{name}" for name in BaseSpec.model_fields), *HYPERPARAMETERS)
 """What can be matched."""
+CLOSE = 1e-12
+"""Relative difference below which two numbers are the same: 0.1 * 3 is 0.3."""
 
 
 def unit_field(key: str) -> str:
@@ -31,7 +39,37 @@ def _one(key: str, wanted: Any, values: Mapping[str, Any]) -> bool:
     if unit_field(key) == "base":
         found = getattr(values["base"], key.removeprefix("base."))
         return any(found == each or str(found) == each for each in options)
-    return values.get(key) in options
+    found = values.get(key)
+    if isinstance(found, float):
+        numbers = (each for each in options if isinstance(each, int | float) and not isinstance(each, bool))
+        return any(math.isclose(found, each, rel_tol=CLOSE) for each in numbers)
+    return found in options
+
+
+def numbers_known(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values of a run with its expressions replaced by their numbers; those that have none stay (and match nothing)."""
+    formulas = [name for name, value in values.items() if isinstance(value, Expression)]
+    if not formulas:
+        return values
+    found = dict(values)
+    for name in formulas:
+        try:
+            found[name] = resolved({each: values[each] for each in read_by(name, values) if each in values})[name]
+        except GridError:
+            continue  # refused with its line when the run is made, unless an override replaces it
+    return found
+
+
+def read_by(name: str, values: Mapping[str, Any]) -> set[str]:
+    """A field with all that its expression reads, directly or through others."""
+    found: set[str] = set()
+    left = [name]
+    while left:
+        one = left.pop()
+        if one not in found:
+            found.add(one)
+            left += getattr(values.get(one), "names", ())
+    return found
 
 
 def checked(
@@ -60,9 +98,13 @@ def checked(
             place = (key, number) if isinstance(wanted, list | tuple) else (key,)
             if key in HYPERPARAMETERS:
                 try:
-                    found.setdefault(key, []).append(check_value(key, value))
+                    wanted_value = check_value(key, value)
                 except GridError as error:
                     raise error.at(place) from error
+                if isinstance(wanted_value, Expression):
+                    said = f"{value!r} is an expression, and matches compare numbers"
+                    raise GridError(f"{said}; write the numbers that it gives, or match what it reads", place)
+                found.setdefault(key, []).append(wanted_value)
                 continue
             if key == "task" and not any(_one("task", value, {"task": task}) for task in tasks):
                 raise GridError(f"the grid has no task {value!r}; {nearest(value, tasks)}", place)
