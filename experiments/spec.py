@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experiments.models import DIGIT_ARCHITECTURES
+from experiments.spec_pages import packaged_page, pages_in, parsed
 from experiments.tasks.digits8 import EIGHT, digits8
 from merging.registry import get
 from theory.errors import MergeboundError
@@ -156,18 +155,10 @@ def load_spec(source: str | Path) -> ValidationSpec:
     else:
         if str(source) not in presets():
             raise MergeboundError(f"no preset is called {str(source)!r}; choose from {', '.join(presets())}")
-        text = resources.files("experiments.presets").joinpath(f"{source}.yaml").read_text()
-    try:
-        return ValidationSpec.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise MergeboundError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "spec"
-        raise MergeboundError(f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+        text = packaged_page("experiments.presets", str(source))
+    return parsed(text, ValidationSpec, str(source), "spec")
 
 
 def presets() -> tuple[str, ...]:
     """Names of the presets that come with the package."""
-    folder = resources.files("experiments.presets")
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+    return pages_in("experiments.presets")

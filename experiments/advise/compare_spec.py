@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experiments.advise.pilot_spec import PilotSpec
-from theory.errors import MergeboundError
+from experiments.spec_pages import pages_in, read_page
 
 FOLDER, PREFIX = "experiments.presets.studies", "advice-"
-LARGEST = 1 << 20
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -79,30 +76,9 @@ def read_comparison(source: str | Path) -> CompareSpec:
     Raises:
         MergeboundError: no such file or size, or an entry that is not valid (named with its place).
     """
-    path = Path(source)
-    sizes = comparison_sizes()
-    try:
-        if path.suffix in (".yaml", ".yml"):
-            if path.stat().st_size > LARGEST:
-                raise MergeboundError(f"{path}: more than {LARGEST} bytes; a comparison fits on a page")
-            text = path.read_text(encoding="utf-8")
-        elif str(source) in sizes:
-            text = resources.files(FOLDER).joinpath(f"{PREFIX}{source}.yaml").read_text(encoding="utf-8")
-        else:
-            raise MergeboundError(f"no size is called {str(source)!r}; choose from {', '.join(sizes)}, or a YAML file")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergeboundError(f"{path}: cannot be read ({error}); sizes: {', '.join(sizes)}") from error
-    try:
-        return CompareSpec.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise MergeboundError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "comparison"
-        raise MergeboundError(f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+    return read_page(source, CompareSpec, FOLDER, PREFIX, kind="comparison")
 
 
 def comparison_sizes() -> tuple[str, ...]:
     """Sizes that come with the package."""
-    names = (entry.name for entry in resources.files(FOLDER).iterdir())
-    return tuple(sorted(n[len(PREFIX) : -5] for n in names if n.startswith(PREFIX) and n.endswith(".yaml")))
+    return pages_in(FOLDER, PREFIX)

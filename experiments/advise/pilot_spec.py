@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experiments.bases.spec import BaseSpec
 from experiments.grid.run_spec import RunSpec
+from experiments.spec_pages import validated
 from theory.errors import MergeboundError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -68,12 +69,7 @@ def pilot_of(content: dict[str, Any], source: str = "pilot") -> PilotSpec:
     Raises:
         MergeboundError: an entry that is not valid, named.
     """
-    try:
-        return PilotSpec.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or source
-        raise MergeboundError(f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+    return validated(content, PilotSpec, source, source)
 
 
 def recipes(pilot: PilotSpec, samples: float, largest_batch: int) -> tuple[dict[str, float], ...]:

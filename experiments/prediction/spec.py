@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experiments.measure.predictors.zoo import ZOO
 from experiments.spec import MethodSpec
+from experiments.spec_pages import pages_in, read_page
 from merging.registry import get
 from theory.errors import MergeboundError
 
 FOLDER = "experiments.presets.study"
-LARGEST = 1 << 20
-"""Bytes of a file."""
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -157,8 +154,7 @@ def label(method: MethodSpec) -> str:
 
 def study_presets() -> tuple[str, ...]:
     """Names of the studies that come with the package."""
-    folder = resources.files(FOLDER)
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+    return pages_in(FOLDER)
 
 
 def read_study(source: str | Path) -> StudySpec:
@@ -167,25 +163,4 @@ def read_study(source: str | Path) -> StudySpec:
     Raises:
         MergeboundError: no such file or preset, or an entry that is not valid (named with its place).
     """
-    path = Path(source)
-    try:
-        if path.suffix in (".yaml", ".yml"):
-            if path.stat().st_size > LARGEST:
-                raise MergeboundError(f"{path}: more than {LARGEST} bytes; a study fits on a page")
-            text = path.read_text(encoding="utf-8")
-        elif str(source) in study_presets():
-            text = resources.files(FOLDER).joinpath(f"{source}.yaml").read_text(encoding="utf-8")
-        else:
-            raise MergeboundError(
-                f"no study is called {str(source)!r}; choose from {', '.join(study_presets())}, or give a YAML file"
-            )
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergeboundError(f"{path}: cannot be read ({error}); presets: {', '.join(study_presets())}") from error
-    try:
-        return StudySpec.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise MergeboundError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "study"
-        raise MergeboundError(f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+    return read_page(source, StudySpec, FOLDER, called="study")

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experiments.finetune.loop import Sampling
-from theory.errors import MergeboundError, nearest
+from experiments.spec_pages import pages_in, read_page
+from theory.errors import nearest
 
 FOLDER = "experiments.presets.studies"
 PREFIX = "hyperparameters-"
-LARGEST = 1 << 20
-"""Bytes of a file."""
 HYPERPARAMETERS = ("learning_rate", "batch_size", "data_share", "momentum", "weight_decay", "sampling")
 """Factors that are varied one at a time by training other experts."""
 FACTORS = (*HYPERPARAMETERS, "step", "experts", "coefficient")
@@ -204,8 +201,7 @@ class StudySpec(_Strict):
 
 def study_presets() -> tuple[str, ...]:
     """Sizes that come with the package."""
-    names = (entry.name for entry in resources.files(FOLDER).iterdir())
-    return tuple(sorted(n[len(PREFIX) : -5] for n in names if n.startswith(PREFIX) and n.endswith(".yaml")))
+    return pages_in(FOLDER, PREFIX)
 
 
 def read_study(source: str | Path) -> StudySpec:
@@ -214,25 +210,4 @@ def read_study(source: str | Path) -> StudySpec:
     Raises:
         MergeboundError: no such file or size, or an entry that is not valid (named with its place).
     """
-    path = Path(source)
-    try:
-        if path.suffix in (".yaml", ".yml"):
-            if path.stat().st_size > LARGEST:
-                raise MergeboundError(f"{path}: more than {LARGEST} bytes; a study fits on a page")
-            text = path.read_text(encoding="utf-8")
-        elif str(source) in study_presets():
-            text = resources.files(FOLDER).joinpath(f"{PREFIX}{source}.yaml").read_text(encoding="utf-8")
-        else:
-            raise MergeboundError(
-                f"no size is called {str(source)!r}; choose from {', '.join(study_presets())}, or give a YAML file"
-            )
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergeboundError(f"{path}: cannot be read ({error}); sizes: {', '.join(study_presets())}") from error
-    try:
-        return StudySpec.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise MergeboundError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "study"
-        raise MergeboundError(f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+    return read_page(source, StudySpec, FOLDER, PREFIX)

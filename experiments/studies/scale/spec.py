@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experiments.evaluate.transfer import METHODS as TRANSFERS
 from experiments.spec import MethodSpec
+from experiments.spec_pages import pages_in, read_page
 from merging.registry import get
 from theory.errors import MergeboundError, nearest
 
 FOLDER = "experiments.presets.studies"
 PREFIX = "scale-"
-LARGEST = 1 << 20
-"""Bytes of a file."""
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -212,11 +209,7 @@ def settings_for(method: MethodSpec, experts: int) -> dict[str, Any]:
 def study_sizes() -> tuple[str, ...]:
     """Sizes that come with the package, smallest first."""
     order: tuple[Literal["tiny"], Literal["small"], Literal["paper"]] = ("tiny", "small", "paper")
-    found = {
-        f.name.removeprefix(PREFIX).removesuffix(".yaml")
-        for f in resources.files(FOLDER).iterdir()
-        if f.name.startswith(PREFIX) and f.name.endswith(".yaml")
-    }
+    found = set(pages_in(FOLDER, PREFIX))
     return tuple(name for name in order if name in found) + tuple(sorted(found - set(order)))
 
 
@@ -226,26 +219,4 @@ def read_scale(source: str | Path) -> ScaleSpec:
     Raises:
         MergeboundError: no such file or size, or an entry that is not valid (named with its place).
     """
-    path = Path(source)
-    try:
-        if path.suffix in (".yaml", ".yml"):
-            if path.stat().st_size > LARGEST:
-                raise MergeboundError(f"{path}: more than {LARGEST} bytes; a study fits on a page")
-            text = path.read_text(encoding="utf-8")
-        elif str(source) in study_sizes():
-            text = resources.files(FOLDER).joinpath(f"{PREFIX}{source}.yaml").read_text(encoding="utf-8")
-        else:
-            raise MergeboundError(
-                f"no size of the study is called {str(source)!r}; choose from {', '.join(study_sizes())}, or give a "
-                "YAML file"
-            )
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergeboundError(f"{path}: cannot be read ({error}); sizes: {', '.join(study_sizes())}") from error
-    try:
-        return ScaleSpec.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise MergeboundError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "study"
-        raise MergeboundError(f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+    return read_page(source, ScaleSpec, FOLDER, PREFIX, names=study_sizes(), called="size of the study")
