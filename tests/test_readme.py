@@ -237,7 +237,8 @@ def test_text_of_the_code_survives_markup() -> None:
     assert escape_bars(["|x| and ``|y|``", "so::", "", "    a | b", "", "and |z|"]) == [
         "\\|x\\| and ``|y|``", "so::", "", "    a | b", "", "and \\|z\\|",
     ]  # fmt: skip
-    assert escape_bars([]) == [] and escape_bars(["|a\nb|", ""]) == ["\\|a", "b\\|", ""]
+    assert escape_bars([]) == []
+    assert escape_bars(["|a\nb|", ""]) == ["\\|a", "b\\|", ""]
     assert cell("as `a|b` or --out [x*y]") == "as `a\\|b` or --out \\[x\\*y\\]"
     named = "<!-- file: a.py -->\n<!-- prints: x -->\n```python\npass\n```"
     assert captioned(named) == "<!-- prints: x -->\n```{code-block} python\n:caption: a.py\n\npass\n```"

@@ -95,7 +95,6 @@ def _merging(scratch: Path) -> None:
 
 def _own_method(scratch: Path) -> None:
     _noisy(scratch, ("base.safetensors", "a.safetensors", "b.safetensors", "c.safetensors"))
-    (scratch / "merged.safetensors").unlink(missing_ok=True)
 
 
 def _theory(scratch: Path) -> None:
@@ -106,7 +105,6 @@ def _troubleshooting(scratch: Path) -> None:
     """Checkpoints that fit, one that does not, one that diverged."""
     import torch
 
-    (scratch / "merged.safetensors").unlink(missing_ok=True)
     for name, width, value in (("base", 4, 0.0), ("one", 4, 1.0), ("two", 4, 2.0), ("wide", 6, 1.0)):
         _save(scratch / f"{name}.safetensors", {"body.weight": torch.full((width, 4), value)})
     _save(scratch / "diverged.safetensors", {"body.weight": torch.full((4, 4), float("nan"))})

@@ -1,4 +1,4 @@
-"""Run every code block and command of the README and the pages, in one scratch folder.
+"""Run every code block and command of the README and the pages, each page in a scratch folder of its own.
 
 ``python docs/building/run_pages.py [PAGE ...]``: each page in a process of its own, which ends with an error at the
 first block that does not do what the page says.  Commands of ``mergebound`` run inside that process (importing torch
@@ -38,6 +38,7 @@ def run_page(page: str, scratch: Path) -> tuple[int, int]:
     """
     found = blocks_of(page)
     os.chdir(scratch)
+    sys.path.insert(0, str(scratch))  # as in a session of Python that was started there
     fixtures.prepare(page, scratch)
     scope: dict[str, Any] = {"__name__": "__page__", **fixtures.names(page)}
     done = 0
@@ -120,7 +121,7 @@ def _bash(line: str, scratch: Path) -> tuple[int, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the pages named (default: all), each in a process of its own and all in one scratch folder."""
+    """Run the pages named (default: all), each in a process and a scratch folder of its own."""
     if arguments[:1] == ["--inside"]:
         try:
             done, marked = run_page(arguments[1], Path(arguments[2]))
@@ -136,7 +137,9 @@ def main(arguments: list[str]) -> int:
             if not blocks_of(page):
                 continue
             start = time.monotonic()
-            command = [sys.executable, __file__, "--inside", page, scratch]
+            folder = Path(scratch, page.replace("/", "-").removesuffix(".md"))
+            folder.mkdir()
+            command = [sys.executable, __file__, "--inside", page, str(folder)]
             result = subprocess.run(command, text=True, stdout=subprocess.PIPE, cwd=ROOT, timeout=3600)
             state = result.stdout.strip().rpartition("\n")[2] if result.returncode == 0 else "FAILED"
             print(f"{page}: {state}, {time.monotonic() - start:.0f} s", flush=True)
