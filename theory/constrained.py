@@ -15,6 +15,9 @@ from theory.errors import MergeboundError
 
 Array = npt.NDArray[np.float64]
 
+FEASIBLE = 1e-8
+"""By how much a constraint may be broken."""
+
 
 def _none() -> Array:
     return np.zeros((0, 0))
@@ -91,6 +94,57 @@ class Polytope:
         more, to = np.atleast_2d(np.asarray(rows, dtype=np.float64)), np.atleast_1d(np.asarray(right, dtype=np.float64))
         old = self.at_most.reshape(len(self.limit), more.shape[1])
         return replace(self, at_most=np.vstack([old, more]), limit=np.concatenate([self.limit, to]))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Constraints that are sums over disjoint groups of coefficients, each equal to a total or at most that."""
+
+    members: tuple[npt.NDArray[np.intp], ...]
+    totals: Array
+    exact: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, domain: Polytope) -> Groups | None:
+        """The groups of a polytope (none for a box), or None where its constraints are of another kind."""
+        rows = np.vstack([domain.equal.reshape(-1, domain.size), domain.at_most.reshape(-1, domain.size)])
+        if not np.isin(rows, (0.0, 1.0)).all() or (rows.sum(axis=0) > 1.0).any():
+            return None
+        exact = np.arange(len(rows)) < len(domain.equal_to)
+        return cls(tuple(np.flatnonzero(row) for row in rows), np.concatenate([domain.equal_to, domain.limit]), exact)
+
+    def lowest(self, domain: Polytope, slope: Array) -> Array:
+        """Corner of the polytope where ``slope . alpha`` is smallest: the steepest coefficients are filled first."""
+        corner = np.where(slope < 0.0, domain.upper, domain.lower)
+        for members, total, exact in zip(self.members, self.totals, self.exact, strict=True):
+            order = members[np.argsort(slope[members])]
+            span = domain.upper[order] - domain.lower[order]
+            room = total - domain.lower[order].sum() - (np.cumsum(span) - span)
+            wanted = np.ones(len(order), dtype=bool) if exact else slope[order] < 0.0
+            corner[order] = domain.lower[order] + np.where(wanted, np.clip(room, 0.0, span), 0.0)
+        return corner
+
+    def inside(self, domain: Polytope) -> Array:
+        """A point of the polytope, or at least of its box: each group as far between its bounds as its total allows."""
+        point = 0.5 * (domain.lower + domain.upper)
+        for members, total, exact in zip(self.members, self.totals, self.exact, strict=True):
+            low, span = domain.lower[members], domain.upper[members] - domain.lower[members]
+            share = (total - low.sum()) / max(float(span.sum()), 1e-300)
+            point[members] = low + span * np.clip(share, 0.0, 1.0 if exact else 0.5)
+        return point
+
+    def restored(self, domain: Polytope, point: Array) -> Array | None:
+        """A point within rounding of the polytope, moved onto it where a group starts at 0; None further away."""
+        kept = np.minimum(np.maximum(point, domain.lower), domain.upper)
+        if np.abs(kept - point).max() > FEASIBLE:
+            return None
+        for members, total, exact in zip(self.members, self.totals, self.exact, strict=True):
+            reached = float(kept[members].sum())
+            if reached > total + FEASIBLE or (exact and reached < total - FEASIBLE):
+                return None
+            if reached > 0.0 and (exact or reached > total) and not domain.lower[members].any():
+                kept[members] *= total / reached
+        return kept
 
 
 def coefficient_box(size: int, low: float = 0.0, high: float = 1.0) -> Polytope:

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from theory.constrained import Array, Polytope
+from theory.constrained import FEASIBLE, Array, Groups, Polytope
 from theory.errors import MergeboundError
 
 Objective = Callable[[Array], tuple[float, Array]]
 
-_FEASIBLE = 1e-8
 _KEPT = 400
 _FINER = (1e-3, 1e-5, 1e-7)
 
@@ -76,7 +75,7 @@ def minimise_over(
     if first.shape != (domain.size,):
         raise MergeboundError(f"start has shape {first.shape}, expected ({domain.size},)")
     first = np.clip(first, domain.lower, domain.upper)
-    if domain.violation(first) > _FEASIBLE:
+    if domain.violation(first) > FEASIBLE:
         first = _inside(domain)  # also where no point satisfies the constraints
     free = domain.upper > domain.lower
     if not free.any():
@@ -140,62 +139,11 @@ def _free_part(domain: Polytope, free: npt.NDArray[np.bool_]) -> Polytope:
     return part
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Constraints that are sums over disjoint groups of coefficients, each equal to a total or at most that."""
-
-    members: tuple[npt.NDArray[np.intp], ...]
-    totals: Array
-    exact: npt.NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, domain: Polytope) -> _Groups | None:
-        """The groups of a polytope (none for a box), or None where its constraints are of another kind."""
-        rows = np.vstack([domain.equal.reshape(-1, domain.size), domain.at_most.reshape(-1, domain.size)])
-        if not np.isin(rows, (0.0, 1.0)).all() or (rows.sum(axis=0) > 1.0).any():
-            return None
-        exact = np.arange(len(rows)) < len(domain.equal_to)
-        return cls(tuple(np.flatnonzero(row) for row in rows), np.concatenate([domain.equal_to, domain.limit]), exact)
-
-    def lowest(self, domain: Polytope, slope: Array) -> Array:
-        """Corner of the polytope where ``slope . alpha`` is smallest: the steepest coefficients are filled first."""
-        corner = np.where(slope < 0.0, domain.upper, domain.lower)
-        for members, total, exact in zip(self.members, self.totals, self.exact, strict=True):
-            order = members[np.argsort(slope[members])]
-            span = domain.upper[order] - domain.lower[order]
-            room = total - domain.lower[order].sum() - (np.cumsum(span) - span)
-            wanted = np.ones(len(order), dtype=bool) if exact else slope[order] < 0.0
-            corner[order] = domain.lower[order] + np.where(wanted, np.clip(room, 0.0, span), 0.0)
-        return corner
-
-    def inside(self, domain: Polytope) -> Array:
-        """A point of the polytope, or at least of its box: each group as far between its bounds as its total allows."""
-        point = 0.5 * (domain.lower + domain.upper)
-        for members, total, exact in zip(self.members, self.totals, self.exact, strict=True):
-            low, span = domain.lower[members], domain.upper[members] - domain.lower[members]
-            share = (total - low.sum()) / max(float(span.sum()), 1e-300)
-            point[members] = low + span * np.clip(share, 0.0, 1.0 if exact else 0.5)
-        return point
-
-    def restored(self, domain: Polytope, point: Array) -> Array | None:
-        """A point within rounding of the polytope, moved onto it where a group starts at 0; None further away."""
-        kept = np.minimum(np.maximum(point, domain.lower), domain.upper)
-        if np.abs(kept - point).max() > _FEASIBLE:
-            return None
-        for members, total, exact in zip(self.members, self.totals, self.exact, strict=True):
-            reached = float(kept[members].sum())
-            if reached > total + _FEASIBLE or (exact and reached < total - _FEASIBLE):
-                return None
-            if reached > 0.0 and (exact or reached > total) and not domain.lower[members].any():
-                kept[members] *= total / reached
-        return kept
-
-
 class _Cuts:
     """Evaluations so far: the best feasible one, the cuts, and the highest proven lower bound."""
 
     def __init__(self, objective: Objective, domain: Polytope) -> None:
-        self.objective, self.domain, self.groups = objective, domain, _Groups.of(domain)
+        self.objective, self.domain, self.groups = objective, domain, Groups.of(domain)
         self.best, self.value, self.lowest, self.count = domain.lower, np.inf, -np.inf, 0
         self.slope = np.zeros(domain.size)
         self.slopes: list[Array] = []
@@ -221,7 +169,7 @@ class _Cuts:
         """The point with rounding taken out of its constraints; None where it breaks them."""
         if self.groups is not None:
             return self.groups.restored(self.domain, point)
-        near = self.domain.violation(point) <= _FEASIBLE
+        near = self.domain.violation(point) <= FEASIBLE
         return np.clip(point, self.domain.lower, self.domain.upper) if near else None
 
     def closed(self, tolerance: float) -> bool:
@@ -273,9 +221,9 @@ def _inside(domain: Polytope) -> Array:
     """Some point of the polytope, away from its boundary where the constraints allow."""
     import scipy.optimize
 
-    groups = _Groups.of(domain)
+    groups = Groups.of(domain)
     middle = 0.5 * (domain.lower + domain.upper) if groups is None else groups.inside(domain)
-    if domain.violation(middle) <= _FEASIBLE:
+    if domain.violation(middle) <= FEASIBLE:
         return middle
     solver: Any = scipy.optimize.linprog
     above = (domain.at_most, domain.limit) if len(domain.limit) else (None, None)
