@@ -88,7 +88,8 @@ def calibrate_cohorts(
     Returns:
         ``None`` where steps take so long that there is no time for a probe.
     """
-    from experiments.finetune.cohort.planner import choose, kind_of, memory_of, most_together, probe_limit
+    from experiments.finetune.cohort.choosing import choose, probe_limit
+    from experiments.finetune.cohort.planner import kind_of, memory_of, most_together
     from experiments.finetune.cohort.probe import one_thread
 
     sizes = sorted({run.batch_size for run in runs})

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.bases.spec import BaseSpec
-from experiments.finetune.cohort.planner import LARGEST, LARGEST_ON_GPU, LOOPED, make_plan
+from experiments.finetune.cohort.choosing import LARGEST, LARGEST_ON_GPU
+from experiments.finetune.cohort.planner import LOOPED, make_plan
 from experiments.finetune.cohort.probe import Candidate, Opened, Timing, expert_bytes, measure
 from experiments.grid.result import Plan
 from experiments.grid.run_spec import RunSpec
@@ -106,7 +107,7 @@ def test_a_gpu_takes_up_to_128_experts_at_a_time(monkeypatch: pytest.MonkeyPatch
         return chunk if name == "folded" else 0.5
 
     assert {len(cohort.runs) for cohort in plan(runs, speed, probe_seconds=100).cohorts} == {LARGEST, 150 - 2 * LARGEST}
-    monkeypatch.setattr("experiments.finetune.cohort.planner.device_type", lambda network: "cuda")
+    monkeypatch.setattr("experiments.finetune.cohort.choosing.device_type", lambda network: "cuda")
     made = plan(runs, speed, probe_seconds=100)
     assert [len(cohort.runs) for cohort in made.cohorts] == [128, 22]
     assert LARGEST_ON_GPU == made.cohorts[0].chunk == 128
