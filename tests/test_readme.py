@@ -176,7 +176,12 @@ def test_the_tutorials_bound_passes_the_tutorials_tests(tmp_path: Path) -> None:
     exec(compile(code["test_own_bound.py"].replace("from own_bound import never_drawn\n", ""), names[1], "exec"), tests)
     for n in (2, 7):
         tests["test_the_algorithm_that_remembers_one_sample_attains_it"](n)  # type: ignore[operator]
-    for name in ("remembering_more_stays_below", "more_than_one_epoch_says_nothing", "a_missing_constant_is_named"):
+    for name in (
+        "remembering_more_stays_below",
+        "more_than_one_epoch_says_nothing",
+        "steps_may_be_an_array",
+        "a_missing_constant_is_named",
+    ):
         tests[f"test_{name}"]()  # type: ignore[operator]
 
 

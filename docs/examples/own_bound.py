@@ -3,6 +3,7 @@
 from theory import Merge
 from theory.published.common import (
     PublishedBound,
+    align,
     bounded_assumption,
     constants,
     evaluated,
@@ -39,7 +40,7 @@ def never_drawn(merge: Merge) -> PublishedBound:
     """
     runs = (("K", "steps"), ("b", "batch_size"), ("n", "n"))
     numbers = [stack([getattr(expert, field) for expert in merge.experts]) for _, field in runs]
-    value = weighted(merge, evaluated(formula, [constants(merge, "B", NAME), *numbers]))
+    value = weighted(merge, evaluated(formula, align(constants(merge, "B", NAME), *numbers)))
     return published(
         merge,
         NAME,
