@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.advise.merging import MergeAdvice
+from experiments.advise.merge_advice import MergeAdvice
 from experiments.measure.predictors.merges import Merge
 from theory.errors import MergeboundError
 

@@ -15,7 +15,7 @@ from experiments.page import Page, Section, write_page
 
 if TYPE_CHECKING:
     from experiments import plots
-    from experiments.advise.merging import MergeAdvice
+    from experiments.advise.merge_advice import MergeAdvice
 
 CANDIDATES = {
     "label": "Name",

@@ -15,7 +15,7 @@ from experiments.commands.options import AsJson, typed_command
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
-    from experiments.advise.merging import MergeAdvice
+    from experiments.advise.merge_advice import MergeAdvice
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for the page, tables (CSV), figure and advice.json.")]
 

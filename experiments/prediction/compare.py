@@ -24,8 +24,9 @@ from experiments.measure.layerwise import (
 )
 from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.predictors.zoo import ZOO
-from experiments.prediction.bank import Bank, Material
+from experiments.prediction.bank import Bank
 from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.material import Material
 from experiments.prediction.measuring import form, measure_sets
 from experiments.prediction.spec import ComparisonSpec, StudySpec
 from experiments.spec import MethodSpec

@@ -12,8 +12,9 @@ from experiments.measure.layerwise import whole_model
 from experiments.measure.predictors.kinds import KINDS
 from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.predictors.zoo import predictors
-from experiments.prediction.bank import Bank, Material, features
+from experiments.prediction.bank import Bank
 from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.material import Material, features
 from experiments.prediction.measuring import linear_coefficients
 from experiments.prediction.spec import StudySpec, label
 from experiments.tasks.types import Split

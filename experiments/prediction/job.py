@@ -12,11 +12,12 @@ from experiments.measure.opening import from_store
 from experiments.measured import Measured
 from experiments.pipeline import read_finished
 from experiments.prediction.accuracies import accuracy_rows
-from experiments.prediction.bank import Material, Progress, build_bank
+from experiments.prediction.bank import Progress, build_bank
 from experiments.prediction.compare import Collected, compare_rows
 from experiments.prediction.curve import curve_rows, price_rows
 from experiments.prediction.draws import Pool, StudyGroup
 from experiments.prediction.hull import hull_layer_rows, hull_rows
+from experiments.prediction.material import Material
 from experiments.prediction.measuring import linear_coefficients
 from experiments.prediction.opening import open_pool
 from experiments.prediction.rows import merge_rows

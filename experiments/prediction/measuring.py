@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.measured import Measured
-from experiments.prediction.bank import Material, features
+from experiments.prediction.material import Material, features
 from experiments.spec import MethodSpec
 from experiments.tasks.types import Split
 from merging.batchnorm import reestimate_batchnorm

@@ -10,8 +10,9 @@ import numpy as np
 from experiments.measure.backbone import Backbone, Readout
 from experiments.measure.opening import from_store
 from experiments.measure.subject import Subject, draw
-from experiments.prediction.bank import STRIDE, Material, plain_backbone
+from experiments.prediction.bank import STRIDE
 from experiments.prediction.draws import Pool
+from experiments.prediction.material import Material, plain_backbone
 from experiments.store import Store
 from experiments.tasks.types import Split
 from theory.errors import MergeboundError

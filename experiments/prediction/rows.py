@@ -10,11 +10,13 @@ from torch import Tensor
 from experiments.measure.function_space import GroupStatistics, MergePoint, price, project, trivial
 from experiments.measure.predictors.certificates import output_certificate, remainder_certificate
 from experiments.measure.predictors.kinds import KINDS, PRODUCT
+from experiments.measure.predictors.predictor import Predictor
 from experiments.measure.predictors.statistics import FieldStatistics
-from experiments.measure.predictors.zoo import Predictor, predictors
+from experiments.measure.predictors.zoo import predictors
 from experiments.measured import Measured
-from experiments.prediction.bank import Bank, features
+from experiments.prediction.bank import Bank
 from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.material import features
 from experiments.prediction.measuring import Formed, form, measure_sets, own_measured, per_image, reestimated, summary
 from experiments.prediction.spec import StudySpec, label
 from theory.function_space import Array, cross_entropy, joint_standard_error, predict_from_logits

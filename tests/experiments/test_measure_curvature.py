@@ -17,6 +17,7 @@ from torch.func import functional_call, hessian, jacrev
 from experiments.measure.backbone import Backbone, differentiable_copy
 from experiments.measure.curvature.density import spectral_density
 from experiments.measure.curvature.directional import predict_from_segments, segment_curvature
+from experiments.measure.curvature.global_smoothness import global_smoothness
 from experiments.measure.curvature.gram import curvature_gram
 from experiments.measure.curvature.lanczos import both_ends, extreme_eigenvalues, lanczos
 from experiments.measure.curvature.losses import SquaredError
@@ -24,7 +25,7 @@ from experiments.measure.curvature.number import over_blocks
 from experiments.measure.curvature.operators import KINDS, check_precision, curvature_operator
 from experiments.measure.curvature.report import WANTED, Options, measure_curvature
 from experiments.measure.curvature.risk import EmpiricalRisk, cast, full_point, task_risk
-from experiments.measure.curvature.smoothness import batch_smoothness, global_smoothness, segment_smoothness
+from experiments.measure.curvature.smoothness import batch_smoothness, segment_smoothness
 from experiments.measure.curvature.traces import stochastic_diagonal, stochastic_trace
 from experiments.measure.subject import Subject
 from experiments.tasks.types import Split

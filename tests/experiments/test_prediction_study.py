@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from experiments.measure.backbone import Backbone
 from experiments.measure.layerwise import LayerGroup
-from experiments.prediction.bank import STRIDE, Bank, Material, build_bank, plain_backbone
+from experiments.prediction.bank import STRIDE, Bank, build_bank
 from experiments.prediction.compare import Collected, coarse, compare_rows
 from experiments.prediction.curve import price_rows
 from experiments.prediction.draws import Pool, PoolKey, StudyExpert, StudyGroup, draw_groups, recipe_numbers
 from experiments.prediction.hull import hull_layer_rows, hull_rows
 from experiments.prediction.judged import flag_table, honest, interval_table, with_choices
+from experiments.prediction.material import Material, plain_backbone
 from experiments.prediction.rows import merge_rows
 from experiments.prediction.spec import StudySpec, read_study
 from experiments.tasks.types import Split

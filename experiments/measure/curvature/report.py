@@ -11,12 +11,14 @@ import torch
 
 from experiments.measure.curvature.density import SpectralDensity, spectral_density
 from experiments.measure.curvature.directional import SegmentCurvature, predict_from_segments, segment_curvature
-from experiments.measure.curvature.gram import Anchor, CurvatureGram, curvature_gram
+from experiments.measure.curvature.global_smoothness import global_smoothness
+from experiments.measure.curvature.gram import CurvatureGram, curvature_gram
+from experiments.measure.curvature.gram_forms import Anchor
 from experiments.measure.curvature.lanczos import both_ends, extreme_eigenvalues
 from experiments.measure.curvature.number import Number
 from experiments.measure.curvature.operators import Kind, check_kind, check_precision, curvature_operator
 from experiments.measure.curvature.risk import BATCH, Part, full_point, task_risk
-from experiments.measure.curvature.smoothness import batch_smoothness, global_smoothness, segment_smoothness
+from experiments.measure.curvature.smoothness import batch_smoothness, segment_smoothness
 from experiments.measure.curvature.traces import Method, stochastic_trace
 from experiments.measure.subject import Subject
 from merging.statistics import Coefficients

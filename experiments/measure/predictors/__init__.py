@@ -24,8 +24,9 @@ from experiments.measure.predictors.layers import LayeredField, layer_fields, la
 from experiments.measure.predictors.losses import Estimates, Loss, estimate, label_bias
 from experiments.measure.predictors.merges import Merge, form, merged_vector
 from experiments.measure.predictors.predict import predict_merge
+from experiments.measure.predictors.predictor import Predictor, bracket
 from experiments.measure.predictors.statistics import FieldStatistics
-from experiments.measure.predictors.zoo import ZOO, Predictor, bracket, kinds_for, predictors
+from experiments.measure.predictors.zoo import ZOO, kinds_for, predictors
 
 __all__ = [
     "KINDS",

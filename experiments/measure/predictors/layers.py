@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from experiments.measure.predictors.predictor import Predictor
 from experiments.measure.predictors.statistics import FieldStatistics
-from experiments.measure.predictors.zoo import Predictor
 from theory.errors import MergeboundError
 from theory.function_space import AnyField, Array, Labels, LogitField, secant, tangent
 

@@ -14,8 +14,9 @@ from experiments.measure.predictors.calibration import Flag, Interval
 from experiments.measure.predictors.certificates import bracket_of, output_certificate, remainder_certificate
 from experiments.measure.predictors.losses import LABELS, Loss, estimate
 from experiments.measure.predictors.merges import Formed, Merge, form, function_projection, residual_products
+from experiments.measure.predictors.predictor import Predictor
 from experiments.measure.predictors.statistics import FieldStatistics
-from experiments.measure.predictors.zoo import Predictor, predictors
+from experiments.measure.predictors.zoo import predictors
 from experiments.measure.subject import Subject
 from theory.errors import MergeboundError
 from theory.function_space import Array

@@ -23,10 +23,8 @@ from experiments.finetune.schedules import schedule
 from experiments.grid.run_spec import RunSpec
 from experiments.measure.twins.pairs import Batch
 from experiments.measure.twins.stack import Snapshot
+from experiments.measure.twins.written_steps import CLIP_EPSILON, LEAST_NORM, compiled, plain
 from theory.errors import MergeboundError
-
-_CLIP_EPSILON = 1e-6
-_LEAST_NORM = 1e-12
 
 
 @dataclass
@@ -138,7 +136,7 @@ class ChainStack:
         run = self.run
         found = self._gradients(batch, loss)
         if run.optimizer == "sam":
-            norm = self._norms().clamp(min=_LEAST_NORM)
+            norm = self._norms().clamp(min=LEAST_NORM)
             before = [tensor.x.clone() for tensor in self._tensors]
             for tensor in self._trained():
                 tensor.x.add_(tensor.gradient * tensor.along(run.sam_radius / norm))
@@ -146,7 +144,7 @@ class ChainStack:
             for tensor, kept in zip(self._tensors, before, strict=True):
                 tensor.x.copy_(kept)
         if run.clip_norm is not None:
-            factors = (run.clip_norm / (self._norms() + _CLIP_EPSILON)).clamp(max=1.0)
+            factors = (run.clip_norm / (self._norms() + CLIP_EPSILON)).clamp(max=1.0)
             for tensor in self._trained():
                 tensor.gradient.mul_(tensor.along(factors))
         rate = run.learning_rate * self._factor(step)
@@ -305,37 +303,6 @@ class ChainStack:
         g = tensor.gradient.view(-1)
         powers = (1.0 - run.momentum**count, float(np.sqrt(1.0 - run.beta2**count)))
         if self._device.type == "cpu":
-            _compiled(run, x.numpy(), g.numpy(), [each.numpy() for each in buffers], rate, powers)
+            compiled(run, x.numpy(), g.numpy(), [each.numpy() for each in buffers], rate, powers)
         else:
-            _plain(run, x, g, buffers, rate, powers)
-
-
-def _compiled(
-    run: RunSpec, x: np.ndarray, g: np.ndarray, buffers: list[np.ndarray], rate: float, powers: tuple[float, float]
-) -> None:
-    from experiments.measure.twins import fused
-
-    typed = x.dtype.type
-    if run.optimizer == "adamw":
-        numbers = (1 - run.momentum, run.beta2, 1 - run.beta2, run.epsilon, 1 - rate * run.weight_decay, *powers)
-        fused.adamw(x, *buffers, g, typed(rate), np.array(numbers, dtype=x.dtype))
-    elif buffers:
-        fused.heavy_ball(x, buffers[0], g, typed(rate), typed(run.momentum), typed(run.weight_decay), run.nesterov)
-    else:
-        fused.plain(x, g, typed(rate), typed(run.weight_decay))
-
-
-def _plain(run: RunSpec, x: Tensor, g: Tensor, buffers: list[Tensor], rate: float, powers: tuple[float, float]) -> None:
-    if run.optimizer == "adamw":
-        mean, square = buffers
-        x.mul_(1.0 - rate * run.weight_decay)
-        mean.lerp_(g, 1.0 - run.momentum)
-        square.mul_(run.beta2).addcmul_(g, g, value=1.0 - run.beta2)
-        x.addcdiv_(mean, square.sqrt().div_(powers[1]).add_(run.epsilon), value=-rate / powers[0])
-        return
-    g.add_(x, alpha=run.weight_decay)
-    if not buffers:
-        x.sub_(g, alpha=rate)
-        return
-    buffer = buffers[0].mul_(run.momentum).add_(g)
-    x.sub_(torch.add(g, buffer, alpha=run.momentum) if run.nesterov else buffer, alpha=rate)
+            plain(run, x, g, buffers, rate, powers)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from experiments.inputs.training_data import TrainingData
+from experiments.measure.curvature.global_smoothness import GlobalSmoothness, global_smoothness
 from experiments.measure.curvature.risk import task_risk
-from experiments.measure.curvature.smoothness import GlobalSmoothness, global_smoothness
 from experiments.measure.noise.constants import training_sample
 from experiments.measure.noise.expert_constants import ExpertConstants
 from experiments.measure.noise.objective import Point, objective_of, path_of

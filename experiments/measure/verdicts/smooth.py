@@ -2,7 +2,8 @@
 
 Eigenvalues found by iteration are Rayleigh quotients: the true L is at least as large.  They can therefore refute a
 step size, a stated L or convexity, and never prove one: what holds everywhere comes from a theorem
-(:func:`experiments.measure.curvature.smoothness.global_smoothness`) or is stated, and then held against all numbers.
+(:func:`experiments.measure.curvature.global_smoothness.global_smoothness`) or is stated, and then held against all
+numbers.
 """
 
 from __future__ import annotations
