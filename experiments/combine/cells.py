@@ -22,15 +22,18 @@ class Cell:
     Attributes:
         stratum: what is held, JSON.
         tasks: those that every level has, in order of names.
-        choices: by level and task the experts to choose from, in the order of their seeds; with matching, number k is
-            of the same seed at every level.
+        choices: by level and task the experts to choose from: one entry for each seed, in their order, with all its
+            experts (several within a bin, or where several values are held); with others that are free, one entry for
+            each expert.
         bases: digest of the base at every level.
+        same_seeds: whether entry k is of the same seed at every level, for every task.
     """
 
     stratum: str
     tasks: tuple[str, ...]
-    choices: Mapping[Any, Mapping[str, tuple[Member, ...]]]
+    choices: Mapping[Any, Mapping[str, tuple[tuple[Member, ...], ...]]]
     bases: Mapping[Any, str]
+    same_seeds: bool = True
 
     def base(self, level: Any) -> str:
         """The base at a level."""
@@ -151,27 +154,52 @@ def _cell(
                 f"{factor} = {level}: its runs have several bases, whose experts cannot be merged; hold base_digest"
             )
         found[level].setdefault(member.task, []).append((int(seed), member))
+    twins = set() if others == "free" else _twins(rows)
     missing: list[str] = []
-    choices: dict[Any, dict[str, tuple[Member, ...]]] = {level: {} for level in levels}
+    choices: dict[Any, dict[str, tuple[tuple[Member, ...], ...]]] = {level: {} for level in levels}
     kept = []
+    same = True
     for task in expected:
         lacking = [level for level in levels if task not in found[level]]
         missing += [f"no expert of {task} at {factor} = {level}" for level in lacking]
         if lacking:
             continue
-        own = {level: sorted(found[level][task]) for level in levels}
-        if others != "free":  # rows that differ in nothing that counts: one for each seed
-            own = {level: sorted(dict(sorted(pairs, reverse=True)).items()) for level, pairs in own.items()}
+        pairs = {level: [pair for pair in sorted(found[level][task]) if pair[1] not in twins] for level in levels}
+        own = {level: _by_seed(pairs[level], apart=others == "free") for level in levels}
         if paired:
-            common = set.intersection(*({seed for seed, _ in pairs} for pairs in own.values()))
+            common = set.intersection(*({seed for seed, _ in entries} for entries in own.values()))
             if not common:
                 missing.append(f"no seed of {task} that every level of {factor} has")
                 continue
-            own = {level: [pair for pair in pairs if pair[0] in common] for level, pairs in own.items()}
+            own = {level: [entry for entry in entries if entry[0] in common] for level, entries in own.items()}
         kept.append(task)
+        same &= len({tuple(seed for seed, _ in entries) for entries in own.values()}) == 1
         for level in levels:
-            choices[level][task] = tuple(member for _, member in own[level])
-    return Cell(stratum, tuple(kept), choices, bases), missing
+            choices[level][task] = tuple(experts for _, experts in own[level])
+    return Cell(stratum, tuple(kept), choices, bases, same), missing
+
+
+def _by_seed(pairs: list[tuple[int, Member]], *, apart: bool) -> list[tuple[int, tuple[Member, ...]]]:
+    """All experts of every seed, in the order of seeds; ``apart``: an entry for each expert."""
+    if apart:
+        return [(seed, (member,)) for seed, member in pairs]
+    found: dict[int, list[Member]] = {}
+    for seed, member in pairs:
+        found.setdefault(seed, []).append(member)
+    return [(seed, tuple(own)) for seed, own in found.items()]
+
+
+def _twins(rows: pd.DataFrame) -> set[Member]:
+    """Of experts that differ in nothing that counts (in what else is kept of them), all but the first by name."""
+    counts = ["task", "seed", "step", *(name for name in HYPERPARAMETERS if name in rows.columns)]
+    seen: set[tuple[Any, ...]] = set()
+    found: set[Member] = set()
+    keys = zip(*([_level(value) for value in rows[name]] for name in counts), strict=True)
+    for member, key in sorted(zip(members(rows), keys, strict=True), key=lambda pair: pair[0]):
+        if key in seen:
+            found.add(member)
+        seen.add(key)
+    return found
 
 
 def _strata(table: pd.DataFrame, names: list[str]) -> list[tuple[str, pd.DataFrame]]:

@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ _ATTEMPTS, _LISTED_AFTER = 10_000, 64
 """Draws without a new group after which there is none, or after which the groups that are left are listed."""
 _DRAW, _LEVEL, _RANDOM, _LEFT = 0x6209, 0x1E7E, 0x4A4D, 0x1EF7
 
+T = TypeVar("T")
 Others = Literal["middle", "all", "free"]
 
 
@@ -89,9 +90,11 @@ def by_factor(
         others: what happens to varying hyperparameters that ``fixed`` leaves open: held at their ``middle`` value (the
             lower of two); ``all`` combinations, each a stratum; or ``free``, drawn at random with the expert (for grids
             of random or Sobol samples).
-        matched: the same tasks and the same seeds of fine-tuning at every level, so that differences are paired;
-            otherwise every level draws its own.
-        bins: cut the factor into this many intervals of equal counts.
+        matched: the same tasks at every level, so that differences are paired, and the same seeds of fine-tuning; with
+            ``others`` that are free, the same seeds only where every level has them alike (``Group.matched_seeds``).
+            Otherwise every level draws its own.
+        bins: cut the factor into this many intervals of equal counts; an expert is drawn among all runs of its interval
+            (of the seed that is drawn first).
         on_missing: whether a task that some level lacks is an ``error`` or is left out at every level.
 
     Raises:
@@ -180,12 +183,15 @@ def _factor_groups(design: Design) -> Iterator[Group]:
         for number, level in enumerate(design.levels):
             for seed in range(first, first + design._options["groups"]):
                 rng = np.random.default_rng([seed, _DRAW])
-                order, draws = rng.permutation(len(cell.tasks)), rng.random(len(cell.tasks))
                 if not matched:
-                    own = np.random.default_rng([seed, _LEVEL, number])
-                    order, draws = own.permutation(len(cell.tasks)), own.random(len(cell.tasks))
+                    rng = np.random.default_rng([seed, _LEVEL, number])
+                count = len(cell.tasks)
+                order, draws, within = rng.permutation(count), rng.random(count), rng.random(count)
                 tasks = [cell.tasks[i] for i in order]
-                chosen = [_pick(cell.choices[level][task], u) for task, u in zip(tasks, draws, strict=True)]
+                chosen = [
+                    _pick(_pick(cell.choices[level][task], u), v)
+                    for task, u, v in zip(tasks, draws, within, strict=True)
+                ]
                 for size in design.sizes:
                     yield group_of(
                         chosen[:size],
@@ -196,6 +202,7 @@ def _factor_groups(design: Design) -> Iterator[Group]:
                         seed=seed,
                         stratum=cell.stratum,
                         matched=matched,
+                        matched_seeds=matched and cell.same_seeds,
                     )
 
 
@@ -268,7 +275,7 @@ def _pools(
     return tuple(found)
 
 
-def _pick(choices: Sequence[Member], u: float) -> Member:
+def _pick(choices: Sequence[T], u: float) -> T:
     """The choice that a draw u from [0, 1) falls on."""
     return choices[min(int(u * len(choices)), len(choices) - 1)]
 

@@ -54,10 +54,11 @@ def factor_differences(
 ) -> pd.DataFrame:
     """Paired differences of a metric between every two levels (the later minus the earlier in order).
 
-    Pairs are groups of one seed, stratum and size of a matched design: the same tasks and seeds of fine-tuning.
+    Pairs are groups of one seed, stratum and size of a matched design: the same tasks, and where ``matched_seeds`` says
+    so the same seeds of fine-tuning.
 
     Returns:
-        As :func:`factor_means`, with ``level`` and ``reference``; ``groups`` counts pairs.
+        As :func:`factor_means`, with ``level``, ``reference`` and ``matched_seeds``; ``groups`` counts pairs.
 
     Raises:
         MergeboundError: as there, or groups that are not matched.
@@ -78,6 +79,8 @@ def factor_differences(
                 experts = a["experts"] + ";" + b["experts"]
                 estimate = _mean(gaps, experts, "", resamples, level, seed)
                 known = {"level": later, "reference": earlier, "metric": metric}
+                if "matched_seeds" in rows.columns:
+                    known["matched_seeds"] = bool(rows["matched_seeds"].all())
                 found.append({**cell, **known, **_columns(estimate, gaps, experts)})
     return pd.DataFrame(found)
 

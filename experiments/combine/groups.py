@@ -59,7 +59,8 @@ class Group:
         level: of the factor; an interval is text.
         seed: of the draw; groups of one seed, size and stratum at two levels are a pair.
         stratum: what was held fixed, JSON.
-        matched: whether groups of one seed have the same tasks and seeds of fine-tuning at every level.
+        matched: whether groups of one seed have the same tasks at every level.
+        matched_seeds: whether they have the same seeds of fine-tuning too, task by task.
     """
 
     members: tuple[Member, ...]
@@ -70,6 +71,7 @@ class Group:
     seed: int = 0
     stratum: str = "{}"
     matched: bool = False
+    matched_seeds: bool = False
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -108,6 +110,7 @@ class Group:
             "seed": self.seed,
             "stratum": self.stratum,
             "matched": self.matched,
+            "matched_seeds": self.matched_seeds,
             "size": len(self.members),
             "experts": ";".join(member.name for member in self.members),
             "tasks": ";".join(self.tasks),

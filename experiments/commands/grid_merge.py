@@ -64,9 +64,11 @@ def merge_groups(
         typer.Option("--others", help="Hyperparameters that --fix leaves open: `middle` value, `all`, or `free`."),
     ] = "middle",
     matched: Annotated[
-        bool, typer.Option("--matched/--unmatched", help="The same tasks and seeds at every level, or its own.")
+        bool, typer.Option("--matched/--unmatched", help="The same tasks (and seeds) at every level, or its own.")
     ] = True,
-    bins: Annotated[int | None, typer.Option("--bins", help="Cut the factor into so many intervals.")] = None,
+    bins: Annotated[
+        int | None, typer.Option("--bins", help="Cut the factor into so many intervals; experts are drawn in them.")
+    ] = None,
     steps: Annotated[str, typer.Option("--steps", help="`last` checkpoints, or `any` (not with --factor).")] = "last",
     leave_out: Annotated[
         bool, typer.Option("--leave-out-missing", help="Leave out tasks that some level lacks, at every level.")

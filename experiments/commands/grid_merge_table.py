@@ -48,7 +48,10 @@ def show(table: pd.DataFrame, metric: str, design: Design, as_json: bool, finish
     bases = _bases(table)
     console.print(_table(means, f"{metric} of {len(table)} merges (measured, 95 % over experts)", design.factor, bases))
     if differences is not None:
-        console.print(_table(differences, f"paired differences of {metric}", design.factor, bases))
+        both = bool(table["matched_seeds"].all())
+        what = "the same tasks and seeds" if both else "the same tasks, other seeds"
+        title = f"paired differences of {metric} ({what} at every level)"
+        console.print(_table(differences, title, design.factor, bases))
     console.print(finished.words, highlight=False)
 
 
@@ -72,7 +75,7 @@ def _held(stratum: str, bases: Mapping[str, str]) -> str:
 def _table(rows: pd.DataFrame, title: str, factor: str, bases: Mapping[str, str]) -> Table:
     paired = "reference" in rows.columns
     names = ["base", "method", "size", *([factor] if factor else []), *(["minus"] if paired else [])]
-    found = Table(*names, "groups", "mean", "95 %", title=title)
+    found = Table(*names, "groups", "experts", "mean", "95 %", title=title)
     for row in rows.to_dict("records"):
         cells = [
             _held(row["stratum"], bases),
@@ -81,5 +84,11 @@ def _table(rows: pd.DataFrame, title: str, factor: str, bases: Mapping[str, str]
             *([str(row["level"])] if factor else []),
         ]
         cells += [str(row["reference"])] if paired else []
-        found.add_row(*cells, str(row["groups"]), f"{row['mean']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}")
+        found.add_row(
+            *cells,
+            str(row["groups"]),
+            str(row["experts"]),
+            f"{row['mean']:.4f}",
+            f"{row['low']:.4f} to {row['high']:.4f}",
+        )
     return found

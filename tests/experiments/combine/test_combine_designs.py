@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 from experiments.combine.designs import all_groups, by_factor, random_groups
 from experiments.combine.groups import Group
@@ -200,3 +202,44 @@ def test_two_bases_are_never_merged() -> None:
 
 def test_the_grid_of_the_test_has_all_tasks() -> None:
     assert sorted(GRID["task"].unique()) == sorted(TASKS)
+
+
+def test_bins_draw_among_all_their_runs_and_keep_the_seeds_matched() -> None:
+    """Every rate of an interval serves every task, equally often: rate and task are not confounded."""
+    grid = finished_grid(rates=np.geomspace(0.001, 1, 6), batch_sizes=(8,), steps=(10,), with_states=False).frame()
+    rows = {row.digest: row for row in grid.itertuples()}
+    design = by_factor(grid, "learning_rate", sizes=(3,), groups=400, bins=2)
+    seeds: dict = {level: {} for level in design.levels}
+    used: dict = {level: collections.Counter() for level in design.levels}
+    for group in design:
+        assert group.matched
+        assert group.matched_seeds
+        members = [rows[run] for run in group.runs]
+        seeds[group.level][group.seed] = [(row.task, row.seed) for row in members]
+        used[group.level].update((row.task, row.learning_rate, row.seed) for row in members)
+    low, high = design.levels
+    assert seeds[low] == seeds[high]
+    for level, rates in ((low, np.geomspace(0.001, 1, 6)[:3]), (high, np.geomspace(0.001, 1, 6)[3:])):
+        wanted = set(itertools.product(set(grid["task"]), rates, (0, 1)))
+        assert set(used[level]) == wanted
+        share = 400 * 3 / len(wanted)
+        assert sum((n - share) ** 2 / share for n in used[level].values()) < chi2.ppf(1 - 1e-6, len(wanted) - 1)
+
+
+def test_several_values_that_are_held_are_drawn_from_too() -> None:
+    design = by_factor(GRID, "learning_rate", sizes=(3,), groups=20, fixed={"batch_size": [8, 16]})
+    assert {row.batch_size for group in design for row in rows_of(group)} == {8, 16}
+
+
+def test_what_is_matched_is_recorded_as_it_is() -> None:
+    """With free others seeds are matched only where every level has them alike."""
+    for frame, alike in ((GRID, True), (GRID[~((GRID["learning_rate"] == 0.1) & (GRID["seed"] == 0))], False)):
+        groups = list(by_factor(frame, "learning_rate", sizes=(3,), groups=30, others="free"))
+        seen: dict = {level: {} for level in (0.01, 0.1)}
+        for group in groups:
+            assert group.matched
+            assert group.to_row()["matched_seeds"] == group.matched_seeds == alike
+            seen[group.level][group.seed] = [(row.task, row.seed) for row in rows_of(group)]
+        assert (seen[0.01] == seen[0.1]) == alike
+        for seed, pairs in seen[0.01].items():
+            assert [task for task, _ in pairs] == [task for task, _ in seen[0.1][seed]]
