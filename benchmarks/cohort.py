@@ -1,8 +1,9 @@
 """Cohorts of experts against a plain PyTorch loop over the experts: the same work, in turns, medians.
 
 ``python benchmarks/cohort.py`` prints the table; ``--out docs/results/cohort`` writes it too, ``--quick`` is a check of
-seconds, ``--cases mlp resnet8-bn`` runs some of it.  The plain loop is what a good engineer would write
-(:mod:`benchmarks.cohort_speed.plain`); the cohort is trained in the way that the planner's probe chooses.
+seconds, ``--cases mlp resnet8-bn`` runs some of it (with ``--out``, the other rows of the folder stay).  The plain loop
+is what a good engineer would write (:mod:`benchmarks.cohort_speed.plain`); the cohort is trained in the way that the
+planner's probe chooses.
 """
 
 from __future__ import annotations

@@ -41,17 +41,38 @@ def report(rows: Sequence[Row], facts: dict[str, str]) -> str:
         differ = f"{row.agreement:.1e}" if row.agreement == row.agreement else ""
         lines.append(
             f"| {row.case} | {row.device} | {row.precision} | {row.experts} | {row.batch} | {row.steps} | {row.way} "
-            f"| {row.ratio:.2f} | {asked} | {row.over_same:.2f} | {row.rate:,.0f} | {row.plain_memory:,.0f} MiB "
-            f"| {row.memory:,.0f} MiB | {differ} |"
+            f"| {row.ratio:.2f} | {asked} | {row.over_same:.2f} | {row.rate:,.0f} | {_memory(row.plain_memory)} "
+            f"| {_memory(row.memory)} | {differ} |"
         )
     lines += ["", "Why these ways, from the planner's probe:", ""]
     lines += [f"* {row.case}, {row.device}, {row.precision}: {row.reason}" for row in rows if not row.remark]
     return "\n".join(lines) + "\n"
 
 
+def _memory(size: float) -> str:
+    """MiB for people; nothing where it was not measured."""
+    return "" if size != size else f"{size:,.1f} MiB" if size < 100 else f"{size:,.0f} MiB"
+
+
+def kept(folder: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows that a folder has, those that were measured now in their places (or at the end)."""
+    file = folder / "cohort.csv"
+    if not file.is_file():
+        return list(rows)
+    texts = {field.name for field in fields(Row) if field.type == "str"}
+    whole = {field.name for field in fields(Row) if field.type == "int"}
+    found = {}
+    with open(file, newline="", encoding="utf-8") as handle:
+        for line in csv.DictReader(handle):
+            values = {k: v if k in texts else int(v) if k in whole else float(v) for k, v in line.items()}
+            found[line["case"], line["device"], line["precision"]] = Row(**values)  # type: ignore[arg-type]
+    return list((found | {(row.case, row.device, row.precision): row for row in rows}).values())
+
+
 def write(folder: Path, rows: Sequence[Row], facts: dict[str, str]) -> None:
     """``cohort.csv`` and ``tables.md``."""
     folder.mkdir(parents=True, exist_ok=True)
+    rows = kept(folder, rows)
     with open(folder / "cohort.csv", "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()

@@ -9,20 +9,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from statistics import median
 
 import numpy as np
 import torch
+from torch import nn
 
-from benchmarks.cohort_speed.cases import Case, seeded
+from benchmarks.cohort_speed.cases import CASES, Case, seeded
 from benchmarks.cohort_speed.plain import Expert, plain_loop
 from benchmarks.merge_speed.meter import measure
 from experiments.bases.spec import BaseSpec
 from experiments.finetune.cohort.planner import make_plan
 from experiments.finetune.cohort.train import train_cohort
 from experiments.finetune.loop import batches
+from experiments.grid.result import Cohort
 from experiments.grid.run_spec import RunSpec
 from experiments.inputs.shares import nested_subset
 from experiments.tasks.types import Split
@@ -45,7 +49,9 @@ class Row:
         ratio: median of the quotients of neighbouring turns.
         over_same: ratio over the plain loop in the same precision.
         rate: samples per second of the cohort.
-        plain_memory, memory: largest use above the level before, MiB.
+        plain_memory, memory: MiB; on a processor the largest growth of anonymous memory in a fresh process for each
+            way, above what imports and two steps of two experts leave: images, networks, their starts and results
+            included; on an accelerator the largest use above the level before.
         agreement: largest difference of final weights over the largest change of a weight, both in float32.
         target: the ratio that is asked for, 0 for none.
         remark: ``not measured`` and why.
@@ -73,41 +79,21 @@ class Row:
 
 def run_case(case: Case, precision: str, *, device: str = "cpu", rounds: int = 5, probe_seconds: float = 20.0) -> Row:
     """Measure one case in one precision."""
-    count = case.experts if device == "cpu" else case.gpu_experts
-    images, labels = _data(case, device)
-    data = Split(images, labels, np.arange(len(labels)))
-    base = BaseSpec(kind="random", architecture=case.name, classes=10)
-    rates = np.geomspace(0.01, 0.05, count)
-    values = {"steps": case.steps, "batch_size": case.batch, "momentum": 0.9, "weight_decay": 1e-4}
-    runs = {
-        f"{m:03d}": RunSpec(
-            task="noise", base=base, learning_rate=float(rates[m]), seed=m, **values, precision=precision
-        )  # type: ignore[arg-type]
-        for m in range(count)
-    }
-    network = seeded(case, SEED).to(device)
-    starts = [{k: v.detach().clone().to(device) for k, v in seeded(case, m).state_dict().items()} for m in range(count)]
+    ready = prepare(case, precision, device)
+    runs, starts = ready.runs, ready.starts
     usual = {"steps": max(case.steps, PLANNED), "checkpoints": (max(case.steps, PLANNED),)}
     plan = make_plan(
         {digest: run.model_copy(update=usual) for digest, run in runs.items()},
-        open_network=lambda run: (network, starts[0], data),
+        open_network=lambda run: (ready.network, starts[0], ready.data),
         device=device,
         probe_seconds=probe_seconds,
     )
 
     def together() -> dict[str, dict[str, torch.Tensor]]:
-        found = {}
-        for cohort in plan.cohorts:
-            rows = [int(digest) for digest in cohort.runs]
-            some = [runs[digest] for digest in cohort.runs]
-            results = train_cohort(some, network, [starts[m] for m in rows], [data] * len(rows), cohort)
-            found.update({d: dict(r.states[case.steps]) for d, r in zip(cohort.runs, results, strict=True)})
-        return found
-
-    experts = [_expert(run, len(labels), device) for run in runs.values()]
+        return cohorts(ready, plan.cohorts)
 
     def plain(half: bool = False) -> list[dict[str, torch.Tensor]]:
-        return plain_loop(network, starts, experts, images, labels, bfloat16=half)
+        return loop(ready, half)
 
     agreement = _agreement(plain(), [together()[d] for d in runs], starts) if precision == "float32" else float("nan")
     turns = []
@@ -121,7 +107,7 @@ def run_case(case: Case, precision: str, *, device: str = "cpu", rounds: int = 5
         case.name,
         device,
         precision,
-        count,
+        len(runs),
         case.batch,
         case.steps,
         " ".join([chosen.way, *(k if v is True else str(v) for k, v in chosen.options.items() if v)]),
@@ -130,12 +116,60 @@ def run_case(case: Case, precision: str, *, device: str = "cpu", rounds: int = 5
         seconds,
         median(one[0] / other[0] for one, other, _ in turns),
         median(same[0] / other[0] for _, other, same in turns),
-        count * case.batch * case.steps / seconds,
-        _memory(plain, device, [one[1] for one, _, _ in turns]) / 2**20,
-        _memory(together, device, [other[1] for _, other, _ in turns]) / 2**20,
+        len(runs) * case.batch * case.steps / seconds,
+        _memory(case, precision, device, None, [one[1] for one, _, _ in turns]) / 2**20,
+        _memory(case, precision, device, plan.cohorts, [other[1] for _, other, _ in turns]) / 2**20,
         agreement,
         _target(case, precision, device),
     )
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What both ways are given: runs by name, their network, starts and images."""
+
+    case: Case
+    runs: dict[str, RunSpec]
+    network: nn.Module
+    starts: list[dict[str, torch.Tensor]]
+    data: Split
+    experts: list[Expert]
+
+
+def prepare(case: Case, precision: str, device: str) -> Ready:
+    """The same for the same case."""
+    count = case.experts if device == "cpu" else case.gpu_experts
+    images, labels = _data(case, device)
+    base = BaseSpec(kind="random", architecture=case.name, classes=10)
+    rates = np.geomspace(0.01, 0.05, count)
+    values = {"steps": case.steps, "batch_size": case.batch, "momentum": 0.9, "weight_decay": 1e-4}
+    runs = {
+        f"{m:03d}": RunSpec(
+            task="noise", base=base, learning_rate=float(rates[m]), seed=m, **values, precision=precision
+        )  # type: ignore[arg-type]
+        for m in range(count)
+    }
+    network = seeded(case, SEED).to(device)
+    starts = [{k: v.detach().clone().to(device) for k, v in seeded(case, m).state_dict().items()} for m in range(count)]
+    experts = [_expert(run, len(labels), device) for run in runs.values()]
+    return Ready(case, runs, network, starts, Split(images, labels, np.arange(len(labels))), experts)
+
+
+def loop(ready: Ready, half: bool) -> list[dict[str, torch.Tensor]]:
+    """Final states of the plain loop."""
+    images, labels = ready.data.images, ready.data.labels
+    return plain_loop(ready.network, ready.starts, ready.experts, images, labels, bfloat16=half)
+
+
+def cohorts(ready: Ready, planned: Sequence[Cohort]) -> dict[str, dict[str, torch.Tensor]]:
+    """Final states of the cohorts, by name of the run."""
+    found = {}
+    for cohort in planned:
+        rows = [int(digest) for digest in cohort.runs]
+        some = [ready.runs[digest] for digest in cohort.runs]
+        results = train_cohort(some, ready.network, [ready.starts[m] for m in rows], [ready.data] * len(rows), cohort)
+        found.update({d: dict(r.states[ready.case.steps]) for d, r in zip(cohort.runs, results, strict=True)})
+    return found
 
 
 def absent(case: Case, precision: str, device: str, why: str) -> Row:
@@ -184,15 +218,39 @@ def _timed(work: Callable[[], object], device: str) -> tuple[float, float]:
     return measure(waited).wall, float(torch.cuda.max_memory_allocated() - level)
 
 
-def _memory(work: Callable[[], object], device: str, seen: list[float]) -> float:
-    """Most bytes above the level before: on a processor of one more turn, with freed memory given back before it (what
-    turns before have freed is held for the next ones, which would seem to need none)."""
-    if device == "cpu":
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        return _timed(work, device)[1]
-    return max(seen)
+def _memory(case: Case, precision: str, device: str, planned: tuple[Cohort, ...] | None, seen: list[float]) -> float:
+    """Bytes that one way takes, see :class:`Row`; the plain loop's without cohorts."""
+    if device != "cpu":
+        return max(seen)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    sizes = {name: getattr(case, name) for name in ("experts", "batch", "steps", "gpu_experts")}
+    child = context.Process(target=_alone, args=(theirs, case.name, sizes, precision, planned))
+    child.start()
+    theirs.close()
+    try:
+        return float(ours.recv())
+    finally:
+        child.join()
+
+
+def _alone(
+    pipe: Connection, name: str, sizes: dict[str, int], precision: str, planned: tuple[Cohort, ...] | None
+) -> None:
+    """One way in a process of its own; one turn, as later ones reuse what was freed."""
+    torch.set_num_threads(1)
+    case = replace(CASES[name], **sizes)  # type: ignore[arg-type]
+
+    def work(case: Case, planned: Sequence[Cohort] | None) -> object:
+        ready = prepare(case, precision, "cpu")
+        return loop(ready, False) if planned is None else cohorts(ready, planned)
+
+    tiny = None if planned is None else [replace(planned[0], runs=("000", "001"), chunk=min(2, planned[0].chunk))]
+    work(smaller(case), tiny)  # imports and compiles what it needs
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pipe.send(measure(lambda: work(case, planned), interval=0.001).above)
 
 
 def _agreement(
