@@ -34,6 +34,7 @@ lint: $(STAMP)  ## ruff and mypy
 docs: $(VENV)/.docs  ## build the site in out/docs: runs the gallery, every code block and every command of the pages
 	OMP_NUM_THREADS=1 $(BIN)/python docs/building/run_pages.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -d out/doctrees docs out/docs
+	$(BIN)/python docs/building/links.py out/docs
 
 $(VENV)/.docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

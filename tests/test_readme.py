@@ -15,6 +15,7 @@ from docs.building.blocks import blocks_of, commands, faults, pages
 from docs.building.captions import captioned
 from docs.building.command_pages import cell, command_pages
 from docs.building.docstrings import escape_bars
+from docs.building.links import dead
 from docs.building.run_pages import Failed, run_block
 from experiments.cli import build_app, main
 from experiments.commands.methods import markdown_table
@@ -248,3 +249,9 @@ def test_text_of_the_code_survives_markup() -> None:
     named = "<!-- file: a.py -->\n<!-- prints: x -->\n```python\npass\n```"
     assert captioned(named) == "<!-- prints: x -->\n```{code-block} python\n:caption: a.py\n\npass\n```"
     assert captioned("```python\npass\n```") == "```python\npass\n```"
+
+
+def test_dead_links_of_the_site_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<a href="b.html#here">x</a> <a href="https://example.org/c">x</a>')
+    (tmp_path / "b.html").write_text('<h1 id="here">x</h1> <a href="#gone">x</a> <img src="no.png">')
+    assert list(dead(tmp_path)) == ["b.html: #gone: there is no such anchor", "b.html: no.png: there is no such file"]
