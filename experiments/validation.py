@@ -53,7 +53,7 @@ class Predictor:
 
 
 def predictors(merges: pd.DataFrame) -> list[Predictor]:
-    """The predictors present in ``merges``, recognised by the prefixes pred_, cert_, bound_ and trivial_."""
+    """The predictors present in ``merges``, by their prefixes ``pred_``, ``cert_``, ``bound_``, ``trivial_``."""
     kinds = {
         "pred_": ("prediction", "estimated"),
         "cert_": ("certificate", "estimated"),

@@ -46,7 +46,7 @@ PACKAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         )),
         ("The validation run", ("demo", "spec", "validation")),
         ("Tasks, models, bases", (
-            "tasks", "tasks.named", "tasks.images", "tasks.catalogue", "models", "models.families", "models.parts",
+            "tasks", "tasks.named", "tasks.images", "models", "models.families", "models.parts",
             "models.form", "models.norms", "models.extraction", "bases", "bases.base",
         )),
         ("Pretraining", ("bases.pretraining", "bases.training")),

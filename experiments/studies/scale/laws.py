@@ -3,14 +3,14 @@
 Two losses of averages of k experts, each a mean over groups: ``joint`` over all held-in tasks, and ``own`` over the
 tasks of the merged experts.  k = 1 are the experts themselves.
 
-=============  =====================================================  =========================================
-``empirical``  ``l_inf + a / (k + c)``, a >= 0, c >= 0                arXiv 2509.24244 (three parameters)
-``quadratic``  ``l_inf + a / k``, a >= 0                              exact for the joint loss of averages under a
-                                                                      quadratic risk (:mod:`theory.scaling_law`)
-``dispersion`` ``(sqrt(R) + sqrt(d (1 - 1/k)))^2``, R, d >= 0         theory's N-law with orthogonal task vectors
-                                                                      (:func:`theory.laws.number_law`), no instability
-``constant``   the mean over the fitted k                             what a law has to beat
-=============  =====================================================  =========================================
+==============  =====================================================  =========================================
+``empirical``   ``l_inf + a / (k + c)``, a >= 0, c >= 0                arXiv 2509.24244 (three parameters)
+``quadratic``   ``l_inf + a / k``, a >= 0                              exact for the joint loss of averages under a
+                                                                       quadratic risk (:mod:`theory.scaling_law`)
+``dispersion``  ``(sqrt(R) + sqrt(d (1 - 1/k)))^2``, R, d >= 0         theory's N-law with orthogonal task vectors
+                                                                       (:func:`theory.laws.number_law`), no instability
+``constant``    the mean over the fitted k                             what a law has to beat
+==============  =====================================================  =========================================
 
 All are *calibrated*: fitted on one part, judged on the other.
 """

@@ -38,7 +38,7 @@ class FamilySpec(_Strict):
             ``batch_size`` and so on; the same for every size and base.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z][_a-z0-9]*$")]
     architectures: Annotated[tuple[str, ...], Field(min_length=2)]
     options: dict[str, Any] = {}
     bases: tuple[str, ...] | None = None
