@@ -149,6 +149,8 @@ def merge_groups(
         )
         for one in methods:
             one.check(design.sizes)
+        for note in _own_tasks(frame, held):
+            typer.echo(f"note: {note}", err=True)
         finished = how_finished(
             frame, runs=state.runs, missing=state.missing, factor=design.factor, levels=design.levels, fixed=held
         )
@@ -286,6 +288,21 @@ def _fixed(texts: Sequence[str], frame: pd.DataFrame) -> dict[str, Any]:
             parts = [part if part == "none" else _number(part, f"--fix {name}") for part in parts]
         found[name] = parts if len(parts) > 1 else parts[0]
     return found
+
+
+def _own_tasks(frame: pd.DataFrame, held: dict[str, Any]) -> list[str]:
+    """Which experts' tasks their base was trained on, one line each."""
+    from experiments.bases.spec import BaseSpec
+    from experiments.combine.cells import restricted
+    from experiments.combine.groups import grid_table
+    from experiments.grid.remarks import own_tasks
+
+    table = restricted(grid_table(frame), held, keep_steps=True)
+    if "base" not in table.columns:
+        return []
+    return own_tasks(
+        (BaseSpec.model_validate_json(str(text)), set(rows["task"])) for text, rows in table.groupby("base", sort=True)
+    )
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

@@ -129,12 +129,17 @@ def expand_command(
         typer.Option("--csv", help="Write a table here instead of to standard output.", show_default=False),
     ] = None,
 ) -> None:
-    """List the runs of a grid as a table (CSV): one row per run with all its hyperparameters."""
+    """List the runs of a grid as a table (CSV): one row per run with all its hyperparameters.
+
+    What was left out or merged is told on standard error.
+    """
     from experiments.atomic import write_atomically
     from experiments.grid.yaml_source import read_grid, read_runs
 
     expansion = read_runs(read_grid(source))
     rows = [flat(run) for run in expansion.runs]
+    for note in expansion.notes:
+        typer.echo(f"note: {note}", err=True)
     if csv_file is None:
         _write_csv(rows, sys.stdout)
         return

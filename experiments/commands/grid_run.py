@@ -101,8 +101,13 @@ def run(
     ] = False,
     download: Annotated[bool, typer.Option("--download", help="Published weights may be downloaded.")] = False,
     task_vectors: Annotated[
-        str, typer.Option("--task-vectors", help="lossless, or bfloat16 (half the disk; backbones are rounded).")
-    ] = "lossless",
+        str | None,
+        typer.Option(
+            "--task-vectors",
+            help="Of a new store: lossless (default), or bfloat16 (half the disk; backbones are rounded).",
+            show_default=False,
+        ),
+    ] = None,
     cpus: Cpus = 1.0,
     gpus: Gpus = None,
     memory: Memory = None,
@@ -120,6 +125,7 @@ def run(
     up; 2: refused.
     """
     from experiments.engines.prepare import prepare, spread
+    from experiments.engines.room import check_room
     from experiments.grid.preflight import check_grid
     from experiments.grid.yaml_source import read_grid, read_runs
 
@@ -132,9 +138,13 @@ def run(
         if file.spec.store is None:
             raise MergeboundError(f"{file.source}: says no store; give --store FOLDER, or write store: FOLDER into it")
         store = Path(file.spec.store)
-    runs = spread(read_runs(file).runs, limit_runs)
+    expansion = read_runs(file)
+    runs = spread(expansion.runs, limit_runs)
     console = Console(stderr=True)
+    for note in expansion.notes:
+        console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     _refuse(check_grid(file, root, store, device, download=download, runs=runs), console)
+    _refuse(check_room(file, runs, store, root, task_vectors), console)
     _check_mirror(store, mirror, mirror_replace, file.spec.digest())
     meta: dict[str, Any] = {"grid": file.spec.content(), "digest": file.spec.digest(), "source": Path(source).name}
     meta |= {"limit_runs": limit_runs, "device": device}
@@ -165,7 +175,8 @@ def resume(
     mirror_replace: MirrorReplace = False,
 ) -> None:
     """Go on with a grid from its store alone, with the plan that was frozen when it began."""
-    from experiments.engines.prepare import check_same_grid, prepare, spread
+    from experiments.engines.prepare import anchored_runs, check_same_grid, prepare, spread
+    from experiments.engines.room import check_room
     from experiments.grid.expand import expand
     from experiments.grid.spec import GridSpec
     from experiments.store import Store as Kept
@@ -179,10 +190,12 @@ def resume(
             raise MergeboundError(f"{store}: was not made by `mergebound grid run`; give the folder of a grid")
         check_same_grid(kept, meta)
         begun, ready = bool(kept.runs()), plan is not None and not kept.unplanned()
+        left = [run for run, *_ in kept.known(kept.missing()).values()]
     device = str(meta.get("device", "cpu") if plan is None else plan.device)
     where = root if root is not None else meta.get("root")
+    runs = () if begun else spread(expand(GridSpec.model_validate(meta["grid"])), meta.get("limit_runs"))
+    _refuse(check_room(None, left or anchored_runs(runs, meta.get("folder")), store, where), console)
     if not ready:
-        runs = () if begun else spread(expand(GridSpec.model_validate(meta["grid"])), meta.get("limit_runs"))
         prepare(
             store, runs, meta, root=where, device=device, download=download,
             report=lambda line: console.print(line, highlight=False),

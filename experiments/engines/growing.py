@@ -11,8 +11,8 @@ from experiments.store import Store
 
 def outside(store: Store, runs: Sequence[RunSpec]) -> list[str]:
     """Digests of stored runs that are none of these, as far as specifications tell: no base is opened."""
-    shapes = {_shape(run) for run in runs}
-    return [digest for digest, (run, *_) in store.known(store.runs()).items() if _shape(run) not in shapes]
+    shapes = {shape_of(run) for run in runs}
+    return [digest for digest, (run, *_) in store.known(store.runs()).items() if shape_of(run) not in shapes]
 
 
 def check_grown(store: Store, lacking: Sequence[str]) -> None:
@@ -32,6 +32,6 @@ def check_grown(store: Store, lacking: Sequence[str]) -> None:
     )
 
 
-def _shape(run: RunSpec) -> str:
+def shape_of(run: RunSpec) -> str:
     """Everything of a run but what digests of its base and split tell."""
     return run.model_dump_json(exclude={"base": {"weights"}, "task": True})

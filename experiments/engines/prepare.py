@@ -55,7 +55,7 @@ def prepare(
     root: str | Path | None = None,
     device: str = "cpu",
     download: bool = False,
-    task_vectors: str = "lossless",
+    task_vectors: str | None = None,
     durable: bool = True,
     extend: bool = False,
     planner: Planner | None = None,
@@ -72,7 +72,9 @@ def prepare(
         root: of the data sets.
         device: where the grid will run.
         download: allow the network, for bases.
-        task_vectors, durable: of a new store (:meth:`experiments.store.store.Store.create`).
+        task_vectors: of a new store (:meth:`experiments.store.store.Store.create`); default: lossless, or what a store
+            that is there has.
+        durable: of a new store.
         extend: take a store of another grid whose runs are all among these: it becomes this grid's, and what it holds
             is not done again.
         planner: stands in for :func:`experiments.finetune.cohort.planner.make_plan`.
@@ -80,8 +82,8 @@ def prepare(
         report: see :data:`Report`.
 
     Raises:
-        EngineError: the store belongs to another grid (with ``extend``: holds runs that are not of this one), or
-            another runner prepares it for too long.
+        EngineError: the store belongs to another grid (with ``extend``: holds runs that are not of this one), keeps its
+            task vectors in another way, or another runner prepares it for too long.
         MergeboundError: a base or task that cannot be opened.
     """
     tell = report or _log.info
@@ -90,8 +92,13 @@ def prepare(
         begun_in = str(meta.get("folder") or Path.cwd())
         about = {**meta, "root": None if root is None else str(Path(root).resolve()), "numerics": NUMERICS_VERSION}
         about["folder"] = begun_in
-        options: dict[str, Any] = {"task_vectors": task_vectors, "durable": durable}
+        options: dict[str, Any] = {"task_vectors": task_vectors or "lossless", "durable": durable}
         with Store.create(place, about, exist_ok=True, **options) as store:
+            if task_vectors not in (None, store.task_vectors):
+                raise EngineError(
+                    f"{place}: keeps task vectors in the way {store.task_vectors}, not {task_vectors}; leave "
+                    "--task-vectors out, or choose an empty folder with --store"
+                )
             grown = extend and store.meta.get("digest") != meta.get("digest")
             check_same_grid(store, {**meta, "digest": store.meta.get("digest")} if grown else meta)
             added = _add_runs(store, anchored_runs(runs, begun_in), root, device, download, tell, whole=grown)

@@ -15,9 +15,8 @@ The order of keys in the file does not matter.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -25,32 +24,27 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from experiments.bases.spec import BaseSpec
-from experiments.grid.axes import Axis, points, resolved, size
-from experiments.grid.checks import ORDERABLE, all_bases, all_tasks, check_lengths, condition_fields
+from experiments.grid.axes import resolved
+from experiments.grid.checks import ORDERABLE, all_bases, all_tasks
 from experiments.grid.coinciding import coinciding
-from experiments.grid.designs import design
 from experiments.grid.errors import GridError, Place
 from experiments.grid.matching import checked, matches, numbers_known
+from experiments.grid.remarks import remarks
 from experiments.grid.run_spec import RunSpec
 from experiments.grid.spec import Every, GridSpec
+from experiments.grid.units import (
+    Record,
+    check_number,
+    combinations,
+    inner_sizes,
+    outer_fields,
+    replaced,
+    sizes_of,
+    units_of,
+)
 
-Record = dict[str, Any]
 MOST_CHECKPOINTS = 10_000
 """Of a run."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Fields that vary together.
-
-    Attributes:
-        fields: their names.
-        points: one value per field each.
-    """
-
-    fields: tuple[str, ...]
-    points: tuple[tuple[Any, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Expansion:
 
     Attributes:
         runs: in order, without duplicates.
-        notes: what was left out or merged, in words.
+        notes: what was left out or merged, and what should be known of the runs, in words.
     """
 
     runs: tuple[RunSpec, ...]
@@ -81,26 +75,26 @@ def count(spec: GridSpec) -> int:
     Raises:
         GridError: more than ``most_runs``.
     """
-    sizes = _sizes(spec)
-    outer = _outer_fields(spec)
+    sizes = sizes_of(spec)
+    outer = outer_fields(spec)
     least = math.prod(number for fields, number in sizes.items() if set(fields) & outer)
     if not spec.when:
-        _check_number(spec, least * math.prod(n for fields, n in sizes.items() if not set(fields) & outer), sizes)
+        check_number(spec, least * math.prod(n for fields, n in sizes.items() if not set(fields) & outer), sizes)
     else:
-        _check_number(spec, least, sizes, "at least ")
+        check_number(spec, least, sizes, "at least ")
     total = 0
     kept: dict[tuple[int, ...], int] = {}
     whens = _matches(spec, "when")
     bases, tasks = all_bases(spec), all_tasks(spec)
-    for values, _ in _combinations(_units(spec, spec.axes(), bases, tasks, only=outer)):
+    for values, _ in combinations(units_of(spec, spec.axes(), bases, tasks, only=outer)):
         active = tuple(k for k, each in enumerate(whens) if matches(each, numbers_known({**_defaults(), **values})))
         if active not in kept:
-            axes = _replaced(spec, active)
-            rough = _inner_sizes(spec, axes, outer)
-            _check_number(spec, total + math.prod(rough.values()), {**sizes, **rough}, "at least ")
-            kept[active] = math.prod(len(u.points) for u in _units(spec, axes, bases, tasks, without=outer))
+            axes = replaced(spec, active)
+            rough = inner_sizes(spec, axes, outer)
+            check_number(spec, total + math.prod(rough.values()), {**sizes, **rough}, "at least ")
+            kept[active] = math.prod(len(u.points) for u in units_of(spec, axes, bases, tasks, without=outer))
         total += kept[active]
-        _check_number(spec, total, sizes, "at least ")
+        check_number(spec, total, sizes, "at least ")
     return total
 
 
@@ -114,13 +108,13 @@ def expansion(spec: GridSpec) -> Expansion:
     overrides, excludes, whens = (_matches(spec, kind) for kind in ("overrides", "exclude", "when"))
     used: dict[str, set[int]] = {"when": set(), "overrides": set(), "exclude": set()}
     rank = {name: k for k, name in enumerate(dict.fromkeys((*spec.order, *ORDERABLE)))}
-    outer = _outer_fields(spec)
+    outer = outer_fields(spec)
     bases, tasks = all_bases(spec), all_tasks(spec)
     sorted_records: list[tuple[tuple[int, ...], Record, tuple[int, ...]]] = []
-    for first, first_index in _combinations(_units(spec, spec.axes(), bases, tasks, only=outer)):
+    for first, first_index in combinations(units_of(spec, spec.axes(), bases, tasks, only=outer)):
         active = tuple(k for k, each in enumerate(whens) if matches(each, numbers_known({**_defaults(), **first})))
         used["when"] |= set(active)
-        for rest, rest_index in _combinations(_units(spec, _replaced(spec, active), bases, tasks, without=outer)):
+        for rest, rest_index in combinations(units_of(spec, replaced(spec, active), bases, tasks, without=outer)):
             index = {**first_index, **rest_index}
             key = tuple(index.get(name, 0) for name in rank)
             sorted_records.append((key, {**first, **rest}, active))
@@ -149,114 +143,8 @@ def expansion(spec: GridSpec) -> Expansion:
     merged = total - excluded - len(runs)
     notes = [f"{excluded:,} of {total:,} combinations are excluded"] * bool(excluded)
     notes += [f"{merged:,} of {total:,} combinations became the same as others and are merged"] * bool(merged)
-    notes += coinciding(spec)
+    notes += [*coinciding(spec), *remarks(runs.values())]
     return Expansion(tuple(runs.values()), tuple(notes))
-
-
-# --- axes ------------------------------------------------------------------------------------------------------------
-
-
-def _outer_fields(spec: GridSpec) -> set[str]:
-    """Fields that conditions read, with all that vary with them."""
-    fields = condition_fields(spec)
-    together = [set(group) for group in spec.tie] + [set(j.axes) for j in (*spec.sobol, *spec.random)]
-    for group in together:
-        if fields & group:
-            fields |= group
-    return fields
-
-
-def _replaced(spec: GridSpec, active: Sequence[int]) -> dict[str, Axis]:
-    axes = spec.axes()
-    for k in active:
-        axes |= spec.when[k].set
-    return axes
-
-
-def _units(
-    spec: GridSpec,
-    axes: Mapping[str, Axis],
-    bases: tuple[BaseSpec, ...],
-    tasks: tuple[str, ...],
-    *,
-    only: set[str] | None = None,
-    without: set[str] | None = None,
-) -> list[Unit]:
-    """The units whose fields are (or are not) among some."""
-
-    chosen = (without if only is None else only) or set()
-
-    def wanted(fields: Sequence[str]) -> bool:
-        return bool(set(fields) & chosen) == (only is not None)
-
-    found = []
-    if wanted(("base",)):
-        found.append(Unit(("base",), tuple((base,) for base in bases)))
-    if wanted(("task",)):
-        found.append(Unit(("task",), tuple((task,) for task in tasks)))
-    for k, group in enumerate(spec.tie):
-        if wanted(group):
-            columns = [points(name, axes[name], spec.draw_seed) for name in group]
-            check_lengths(group, [len(column) for column in columns], ("tie", k))
-            found.append(Unit(tuple(group), tuple(zip(*columns, strict=True))))
-    tied = {name for group in spec.tie for name in group}
-    for name, axis in axes.items():
-        if name not in tied and wanted((name,)):
-            found.append(Unit((name,), tuple((value,) for value in points(name, axis, spec.draw_seed))))
-    for kind in ("sobol", "random"):
-        for number, joint in enumerate(getattr(spec, kind)):
-            if wanted(tuple(joint.axes)):
-                names, rows = design(kind, number, joint, spec.draw_seed)
-                found.append(Unit(names, rows))
-    return found
-
-
-def _combinations(units: Sequence[Unit]) -> Iterator[tuple[Record, dict[str, int]]]:
-    """Every combination: values by field, and the position of each field's unit."""
-    for chosen in itertools.product(*(range(len(unit.points)) for unit in units)):
-        values: Record = {}
-        index: dict[str, int] = {}
-        for unit, k in zip(units, chosen, strict=True):
-            values.update(zip(unit.fields, unit.points[k], strict=True))
-            index.update(dict.fromkeys(unit.fields, k))
-        yield values, index
-
-
-def _sizes(spec: GridSpec) -> dict[tuple[str, ...], int]:
-    """Numbers of points by the fields that vary together, for the grid without conditions; nothing is made."""
-    return {
-        ("base",): len(all_bases(spec)),
-        ("task",): len(all_tasks(spec)),
-        **_inner_sizes(spec, spec.axes(), set()),
-    }
-
-
-def _inner_sizes(spec: GridSpec, axes: Mapping[str, Axis], outer: set[str]) -> dict[tuple[str, ...], int]:
-    found: dict[tuple[str, ...], int] = {("base",): len(all_bases(spec)), ("task",): len(all_tasks(spec))}
-    tied = {name for group in spec.tie for name in group}
-    found |= {tuple(group): min(size(axes[name]) for name in group) for group in spec.tie}
-    found |= {(name,): size(axis) for name, axis in axes.items() if name not in tied}
-    found |= {tuple(joint.axes): joint.count for joint in (*spec.sobol, *spec.random)}
-    return {fields: number for fields, number in found.items() if not set(fields) & outer}
-
-
-def _check_number(spec: GridSpec, number: int, sizes: Mapping[tuple[str, ...], int], least: str = "") -> None:
-    if number <= spec.most_runs:
-        return
-    varied = {fields: n for fields, n in sizes.items() if n > 1}
-    said = " x ".join(f"{'+'.join(fields)} {n:,}" for fields, n in varied.items())
-    largest = max(varied, key=lambda fields: varied[fields], default=("",))[0]
-    place: Place = (largest,) if largest in spec.axes() and largest in type(spec).model_fields else ()
-    joint = [(kind, k) for kind in ("sobol", "random") for k, j in enumerate(getattr(spec, kind)) if largest in j.axes]
-    if joint:
-        place = (*joint[0], "count")
-    if largest == "seed" and spec.seeds is not None:
-        place = ("seeds",)
-    raise GridError(
-        f"the grid has {least}{number:,} runs ({said}), more than most_runs = {spec.most_runs:,}; "
-        + ("lower count" if joint else "shorten the axes, or draw from them with sobol"),
-        place,
-    )
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from experiments.grid.cost import shapes
 from experiments.grid.errors import GridError, Place
 from experiments.grid.expand import expansion, origin
 from experiments.grid.facts import TaskFacts, facts_of, published_facts
+from experiments.grid.remarks import one_source
 from experiments.grid.run_spec import RunSpec
 from experiments.grid.spec import GridSpec
 from experiments.grid.yaml_source import GridFile
@@ -205,7 +206,7 @@ def _base_problem(
             if not base.data:
                 return GridError("a base of kind pretrain needs data: the task that it is pretrained on", ("kind",))
             for other, seed in tasks:
-                if seed != 0 and _one_source(other, base.data):
+                if seed != 0 and one_source(other, base.data):
                     said = (
                         f"it is pretrained on split 0 of {base.data}, whose images split {seed} of {other} may test on"
                     )
@@ -223,11 +224,6 @@ def _base_problem(
     except MergeboundError as error:
         return GridError(str(error), (place,))
     return None
-
-
-def _one_source(task: str, other: str) -> bool:
-    """Whether two tasks are splits of the same images: the same task, or both of the embedded digits."""
-    return task == other or (task.startswith("digits8:") and other.startswith("digits8:"))
 
 
 def check_batches(
