@@ -103,7 +103,7 @@ def check_replaced(own: Held, found: Held, folder: str | Path, url: str) -> None
     Raises:
         EngineError: it is another grid's, or holds results or merges that the store lacks.
     """
-    other = f"give --mirror another folder, or lose what is there with --mirror-replace ({url})"
+    other = "give --mirror another folder, or lose what is there with --mirror-replace"
     if not own.digests & found.digests:
         raise EngineError(f"{url}: holds a copy of another grid, {found.name!r} ({len(found.results):,} runs); {other}")
     lost, merges = found.results - own.results, found.merges - own.merges

@@ -169,6 +169,7 @@ def _at(url: str, act: Callable[[Any, str], T]) -> T:
 
     Raises:
         EngineError: fsspec or the protocol's package is missing, or the other side refuses.
+        MergeboundError: what ``act`` raises.
     """
     try:
         import fsspec
@@ -177,6 +178,8 @@ def _at(url: str, act: Callable[[Any, str], T]) -> T:
     try:
         system, target = fsspec.core.url_to_fs(url)
         return act(system, target.rstrip("/"))
+    except MergeboundError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise EngineError(f"{url}: cannot be written ({reason}); check address, rights and credentials") from error
