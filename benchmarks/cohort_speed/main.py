@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cohort_speed.cases import CASES
-from benchmarks.cohort_speed.measuring import SEED, Row, absent, run_case, smaller
+from benchmarks.cohort_speed.measuring import SEED, Row, absent, remeasured, run_case, smaller
 from benchmarks.merge_speed.machine import describe
 from experiments.evaluate.cpu import cpu
 
@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="turns of each; default 5")
     parser.add_argument("--probe-seconds", type=float, help="of each case; default 20")
     parser.add_argument("--out", type=Path, help="folder for the tables")
+    parser.add_argument("--memory", action="store_true", help="of the cases in --out, measure the memory alone again")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     facts = describe("python benchmarks/cohort.py" + " --quick" * given.quick, SEED)
@@ -97,6 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = given.probe_seconds or (1.0 if given.quick else 20.0)
     names = given.cases or (QUICK if given.quick else list(CASES))
     rows: list[Row] = []
+    if given.memory and given.out is not None:
+        stored = [row for row in kept(given.out, ()) if row.device == "cpu" and row.case in names and not row.remark]
+        rows = [remeasured(CASES[row.case], row) for row in stored]
+        write(given.out, rows, facts)
+        return 0
     for device in ("cpu", "cuda"):
         for name in names:
             case = smaller(CASES[name]) if given.quick else CASES[name]

@@ -172,6 +172,15 @@ def cohorts(ready: Ready, planned: Sequence[Cohort]) -> dict[str, dict[str, torc
     return found
 
 
+def remeasured(case: Case, row: Row) -> Row:
+    """A row with its memory measured again, in the way that it names (as many experts at a time as there are)."""
+    way, *options = row.way.split()
+    named = {"engine": options[0]} if way == "written" else dict.fromkeys(options, True)
+    cohort = Cohort("all", tuple(f"{m:03d}" for m in range(row.experts)), way, row.experts, named)  # type: ignore[arg-type]
+    plain = _memory(case, row.precision, row.device, None, []) / 2**20
+    return replace(row, plain_memory=plain, memory=_memory(case, row.precision, row.device, (cohort,), []) / 2**20)
+
+
 def absent(case: Case, precision: str, device: str, why: str) -> Row:
     """A row that says that nothing was measured."""
     return Row(case.name, device, precision, target=_target(case, precision, device), remark=f"not measured: {why}")
