@@ -116,7 +116,7 @@ def test_refused_before_anything_is_read(
     message: str,
     dry: bool,
 ) -> None:
-    monkeypatch.setattr(merge_job, "record_of", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr("experiments.commands.merge.record_of", lambda *_: pytest.fail("hashed"))
     before = sorted(os.listdir(folder))
     assert run("--out", "o.safetensors", *options, *(["--dry-run"] if dry else [])) == 2
     error = capsys.readouterr().err
@@ -139,7 +139,7 @@ class TestHashes:
 
         assert recorded() == recorded("--hash", "full") == [{"sha256": digest} for digest in full]
         assert recorded("--hash", "quick") == [{"quick_sha256": digest} for digest in quick]
-        monkeypatch.setattr(merge_job, "HASHED_UP_TO", 1000)
+        monkeypatch.setattr("experiments.merge_job.records.HASHED_UP_TO", 1000)
         assert recorded() == [{"quick_sha256": digest} for digest in quick]
         assert recorded("--hash", "full") == [{"sha256": digest} for digest in full]
 

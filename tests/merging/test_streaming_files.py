@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.merge_job import Resources, execute, prepare, streamed_merge
+from experiments.merge_job import Resources, execute, prepare
+from experiments.merge_job.chunks import streamed_merge
 from merging.checkpoint import load_state_dict, open_checkpoint, save_checkpoint, save_state_dict
 from merging.config import MergeSpec
 from merging.errors import CheckpointError, MethodError
