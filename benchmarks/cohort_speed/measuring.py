@@ -95,7 +95,10 @@ def run_case(case: Case, precision: str, *, device: str = "cpu", rounds: int = 5
     def plain(half: bool = False) -> list[dict[str, torch.Tensor]]:
         return loop(ready, half)
 
-    agreement = _agreement(plain(), [together()[d] for d in runs], starts) if precision == "float32" else float("nan")
+    agreement = float("nan")
+    if precision == "float32":
+        found = together()
+        agreement = _agreement(plain(), [found[digest] for digest in runs], starts)
     turns = []
     for _ in range(rounds):
         one, other = _timed(plain, device), _timed(together, device)
