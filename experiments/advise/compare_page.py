@@ -146,7 +146,8 @@ def differences_figure(table: pd.DataFrame, what: str, seed: int) -> plots.Pictu
     """
     from matplotlib.figure import Figure
 
-    from experiments.plots import FAINT, GREY, SERIES, Picture, pretty
+    from experiments.plots import Picture, pretty
+    from experiments.plots.style import FAINT, GREY, SERIES
 
     if table.empty:
         raise ValueError(f"{what}: nothing was measured")

@@ -65,7 +65,8 @@ def merge_figure(advice: MergeAdvice) -> plots.Picture:
     """Predicted intervals of all candidates with the measured ones, lines at base and experts."""
     from matplotlib.figure import Figure
 
-    from experiments.plots import BLUE, FAINT, GREEN, GREY, RED, Picture, pretty
+    from experiments.plots import Picture, pretty
+    from experiments.plots.style import BLUE, FAINT, GREEN, GREY, RED
 
     table = advice.candidates.iloc[::-1].reset_index(drop=True)
     figure = Figure(figsize=(8.4, 0.34 * len(table) + 1.3), layout="constrained")

@@ -74,7 +74,8 @@ def response_figure(advice: TrainingAdvice) -> plots.Picture:
     """Measured merges of the pilot against training time, and the recommended point with its interval."""
     from matplotlib.figure import Figure
 
-    from experiments.plots import FAINT, GREEN, INK, RED, SERIES, Picture
+    from experiments.plots import Picture
+    from experiments.plots.style import FAINT, GREEN, INK, RED, SERIES
 
     rows = advice.pilot.rows
     rows = rows[(rows["experts"] == len(advice.pilot.tasks)) & (rows["scale"] == 1.0)]

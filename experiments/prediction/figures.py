@@ -8,19 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from experiments.plots import (
-    GREY,
-    INK,
-    SERIES,
-    Picture,
-    _dress,
-    _grid,
-    _legend,
-    _log_axis,
-    _span,
-    predicted_against_measured,
-    pretty,
-)
+from experiments.plots import Picture, predicted_against_measured, pretty
+from experiments.plots.style import GREY, INK, SERIES, dress, legend_above, log_axis, panel_grid, span_of
 from experiments.prediction.tables import Tables
 
 SHOWN = ("secant", "tangent_base", "secant_tangent", "second_order", "pairs", "pairs_halves", "pairs_tangent")
@@ -67,7 +56,7 @@ def coverage(intervals: pd.DataFrame) -> Picture:
         raise ValueError("coverage: there are no rows to draw")
     cells = list(dict.fromkeys(zip(intervals["regime"], intervals["architecture"], strict=True)))
     names = list(dict.fromkeys(intervals["prediction"]))
-    figure, axes = _grid(1, 1, 6.0, 0.42 * len(cells) + 0.6, 0.4)
+    figure, axes = panel_grid(1, 1, 6.0, 0.42 * len(cells) + 0.6, 0.4)
     ax = axes[0, 0]
     asked = float(intervals["asked"].iloc[0])
     ax.axvline(asked, color=INK, linewidth=1.0)
@@ -83,7 +72,7 @@ def coverage(intervals: pd.DataFrame) -> Picture:
     ax.set_ylim(len(cells) - 0.5, -0.5)
     ax.set_xlim(0, 1.02)
     ax.set_xlabel("share of merges inside their interval", fontsize=9)
-    _legend(figure, _handles(names))
+    legend_above(figure, _handles(names))
     caption = (
         f"Coverage of prediction intervals asked to cover {asked:.0%}, calibrated on merges of one half of the experts "
         "and judged on the other half's merges and on other test images; every group counts the same, bars are two "
@@ -100,7 +89,7 @@ def methods(table: pd.DataFrame, reference: str = "average") -> Picture:
     table = table[(table["regime"] == regime) & (table["N"] != "all") & (table["method"] != reference)]
     names = list(dict.fromkeys(table["method"]))
     networks, sizes = list(dict.fromkeys(table["architecture"])), sorted(set(table["N"]))
-    figure, axes = _grid(len(networks), len(sizes), 3.6, 0.24 * len(names) + 0.8, 0.0, sharey=True)
+    figure, axes = panel_grid(len(networks), len(sizes), 3.6, 0.24 * len(names) + 0.8, 0.0, sharey=True)
     for r, network in enumerate(networks):
         for c, size in enumerate(sizes):
             ax, part = axes[r, c], table[(table["architecture"] == network) & (table["N"] == size)]
@@ -137,7 +126,7 @@ def images(table: pd.DataFrame) -> Picture:
         raise ValueError("images: there are no rows to draw")
     networks = list(dict.fromkeys(table["architecture"]))
     names = [name for name in SHOWN if name in set(table["predictor"])]
-    figure, axes = _grid(2, len(networks), 3.6, 2.6, 0.4, sharex=True)
+    figure, axes = panel_grid(2, len(networks), 3.6, 2.6, 0.4, sharex=True)
     rows = (("error", "median error on test images"), ("spread", "90 % of predictions move less"))
     for r, (column, text) in enumerate(rows):
         spans = []
@@ -162,8 +151,8 @@ def images(table: pd.DataFrame) -> Picture:
             ax.set_xticks(counts, [str(v) for v in counts], fontsize=8)
             ax.minorticks_off()
         for c in range(len(networks)):
-            _log_axis(axes[r, c], "y", *_span(spans))
-    _legend(figure, _handles(names))
+            log_axis(axes[r, c], "y", *span_of(spans))
+    legend_above(figure, _handles(names))
     caption = (
         "Predictions from more and more calibration images. Above: median of |predicted/measured - 1| against the loss "
         "on test images. Below: the 90 % quantile of how far (in log) a prediction is from the one that uses all of "
@@ -179,7 +168,7 @@ def break_even(prices: pd.DataFrame) -> Picture:
         raise ValueError("break even: there are no rows to draw")
     networks = list(dict.fromkeys(prices["architecture"]))
     names = [name for name in SHOWN if name in set(prices["predictor"])]
-    figure, axes = _grid(1, len(networks), 3.6, 2.8, 0.4, sharey=True)
+    figure, axes = panel_grid(1, len(networks), 3.6, 2.8, 0.4, sharey=True)
     for c, network in enumerate(networks):
         ax, part = axes[0, c], prices[prices["architecture"] == network]
         for k, name in enumerate(names):
@@ -189,11 +178,11 @@ def break_even(prices: pd.DataFrame) -> Picture:
         ax.set_title(pretty(network), fontsize=10, loc="left")
         ax.set_xticks(sorted(set(part["N"])))
         ax.set_xlabel("experts N", fontsize=9)
-        _dress(ax)
+        dress(ax)
     finite = prices["break_even"].replace(np.inf, np.nan).dropna().to_numpy(float)
-    _log_axis(axes[0, 0], "y", *_span([finite]))
+    log_axis(axes[0, 0], "y", *span_of([finite]))
     axes[0, 0].set_ylabel("coefficient vectors", fontsize=9)
-    _legend(figure, _handles(names))
+    legend_above(figure, _handles(names))
     caption = (
         "The number of coefficient vectors from which on collecting once and predicting each is cheaper than "
         "evaluating each merge on as many images, from measured processor seconds. Tier: measured."

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from experiments import plots as p
 from experiments.validation import Settings
@@ -43,7 +44,7 @@ def test_every_figure_is_drawn_with_tier_and_seed(name: str, frames: Frames, tmp
     _inside_the_canvas(figure)
 
 
-def _inside_the_canvas(figure: p.Figure) -> None:
+def _inside_the_canvas(figure: Figure) -> None:
     """No axis label, title or legend text leaves the figure, and no two tick labels of an axis overlap."""
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]

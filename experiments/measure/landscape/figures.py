@@ -14,7 +14,8 @@ from matplotlib.ticker import PercentFormatter
 from experiments.measure.landscape.flatness import Flatness
 from experiments.measure.landscape.lines import JOINT, Line
 from experiments.measure.landscape.planes import Mark, Surface
-from experiments.plots import INK, ORANGE, RED, SERIES, Picture, _grid, _legend, pretty
+from experiments.plots import Picture, pretty
+from experiments.plots.style import INK, ORANGE, RED, SERIES, legend_above, panel_grid
 from theory.errors import MergeboundError
 
 _STATISTICS = {
@@ -38,7 +39,7 @@ def lines_figure(lines: Sequence[Line], quantity: str = "loss") -> Picture:
     names = list(dict.fromkeys(p.task for line in lines for p in line.profiles if p.task != JOINT))
     columns = min(_COLUMNS, len(lines))
     rows = -(-len(lines) // columns)
-    figure, axes = _grid(rows, columns, 3.1, 2.5, 0.5)
+    figure, axes = panel_grid(rows, columns, 3.1, 2.5, 0.5)
     for ax in axes.flat[len(lines) :]:
         ax.set_visible(False)
     panels: list[Any] = list(axes.flat)
@@ -66,7 +67,7 @@ def lines_figure(lines: Sequence[Line], quantity: str = "loss") -> Picture:
     if any(len(line.profiles) > 1 for line in lines):
         handles.append(Line2D([], [], color=INK, linewidth=1.8, label="mean of the tasks"))
     handles.append(Line2D([], [], color=INK, linestyle=":", label="straight line between the ends"))
-    _legend(figure, handles)
+    legend_above(figure, handles)
     one = lines[0]
     caption = (
         f"{quantity.capitalize()} along straight lines on {one.part} images, bands: 95 % intervals from resampling "
@@ -89,7 +90,7 @@ def contour_figure(surface: Surface, quantity: str = "loss", levels: int = 12) -
         raise MergeboundError(f"quantity {quantity!r}: choose loss or error")
     merges = [mark for mark in surface.marks if mark.kind == "merge"]
     width, tall = float(np.ptp(surface.u)), float(np.ptp(surface.v))
-    figure, axes = _grid(1, 1, 6.4, float(np.clip(5.2 * tall / width, 2.6, 6.4)), 0.07 * len(surface.marks))
+    figure, axes = panel_grid(1, 1, 6.4, float(np.clip(5.2 * tall / width, 2.6, 6.4)), 0.07 * len(surface.marks))
     ax: Axes = axes[0, 0]
     ax.grid(False)
     values = getattr(surface, quantity)
@@ -129,7 +130,7 @@ def contour_figure(surface: Surface, quantity: str = "loss", levels: int = 12) -
     ax.set_xlabel("first axis (distance in parameters)", fontsize=9)
     ax.set_ylabel("second axis", fontsize=9)
     if handles:
-        _legend(figure, handles)
+        legend_above(figure, handles)
     kind = "the plane through three points" if surface.plane.kind == "three points" else (
         f"the principal plane, which holds {100 * surface.plane.explained:.0f} % of the squared distances"
     )  # fmt: skip
@@ -152,7 +153,7 @@ def flatness_figure(found: Flatness) -> Picture:
     points = [point for point in found.points if point.rise is not None]
     if not points:
         raise MergeboundError("no curves along filter-normalised directions were measured; ask for directions")
-    figure, axes = _grid(1, 1, 5.4, 3.2, 0.4)
+    figure, axes = panel_grid(1, 1, 5.4, 3.2, 0.4)
     ax = axes[0, 0]
     handles = []
     for k, point in enumerate(points):
@@ -167,7 +168,7 @@ def flatness_figure(found: Flatness) -> Picture:
     ax.set_xlabel("step along filter-normalised directions", fontsize=9)
     ax.set_ylabel("loss (nats)", fontsize=9)
     ax.set_ylim(bottom=0.0)
-    _legend(figure, handles)
+    legend_above(figure, handles)
     one = points[0]
     assert one.rise is not None
     caption = (

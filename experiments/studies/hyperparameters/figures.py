@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from experiments.plots import (
+from experiments.plots import Picture, pretty
+from experiments.plots.style import (
     BLUE,
     FAINT,
     GREEN,
@@ -22,12 +23,10 @@ from experiments.plots import (
     RED,
     SERIES,
     SKY,
-    Picture,
-    _grid,
-    _legend,
-    _log_axis,
-    _span,
-    pretty,
+    legend_above,
+    log_axis,
+    panel_grid,
+    span_of,
 )
 
 LABELS = {
@@ -94,7 +93,7 @@ def curves_figure(
         raise ValueError(f"curves of {architecture}: there are no rows to draw")
     columns = min(3, len(factors))
     rows = -(-len(factors) // columns)
-    figure, axes = _grid(rows, columns, 3.3, 2.5, 0.5)
+    figure, axes = panel_grid(rows, columns, 3.3, 2.5, 0.5)
     shown = [name for name in quantities if (own["quantity"] == name).any()]
     panels: list[Any] = list(axes.flat)
     for k, ax in enumerate(panels):
@@ -115,7 +114,7 @@ def curves_figure(
             ax.fill_between(at, low, high, color=colour, alpha=0.14 if name == shown[0] else 0.07, linewidth=0)
             spans += [value, low[low > 0] if log else low, high]
         if log:
-            _log_axis(ax, "y", *_span(spans, 1.08))
+            log_axis(ax, "y", *span_of(spans, 1.08))
         if k % columns == 0 and text:
             ax.set_ylabel(text, fontsize=9)
     handles = []
@@ -123,7 +122,7 @@ def curves_figure(
         colour, marker, style = _style(name, number)
         word = "measured" if name in ("loss", "accuracy") else pretty(name.removeprefix("accuracy, "))
         handles.append(Line2D([], [], color=colour, marker=marker, linestyle=style, markersize=5, label=word))
-    _legend(figure, handles)
+    legend_above(figure, handles)
     return Picture(figure, caption)
 
 
@@ -138,7 +137,7 @@ def verdict_figure(verdicts: pd.DataFrame, caption: str) -> Picture:
     networks = list(dict.fromkeys(verdicts["architecture"]))
     factors = list(dict.fromkeys(verdicts["factor"]))
     names = list(dict.fromkeys(verdicts["prediction"]))
-    figure, axes = _grid(1, len(networks), 1.15 * (len(names) + 1), 0.36 * len(factors) + 1.0, 0.4)
+    figure, axes = panel_grid(1, len(networks), 1.15 * (len(names) + 1), 0.36 * len(factors) + 1.0, 0.4)
     for c, network in enumerate(networks):
         ax, part = axes[0, c], verdicts[verdicts["architecture"] == network]
         for row in part.to_dict("records"):
@@ -157,7 +156,7 @@ def verdict_figure(verdicts: pd.DataFrame, caption: str) -> Picture:
         ax.grid(False)
         ax.tick_params(length=0)
         ax.set_title(pretty(network), fontsize=10, loc="left")
-    _legend(figure, [Patch(color=SHADES[v], label=v) for v in ("agrees", "disagrees", "undecided")])
+    legend_above(figure, [Patch(color=SHADES[v], label=v) for v in ("agrees", "disagrees", "undecided")])
     return Picture(figure, caption)
 
 
@@ -181,7 +180,7 @@ def exponents_figure(table: pd.DataFrame, caption: str) -> Picture:
     quantities = list(dict.fromkeys(table["quantity"]))
     factors = list(dict.fromkeys(table["factor"]))
     words = {"drift": "drift d (Theorem 3)", "V": "dispersion V (Theorem 4)", "epsilon": "stability ε (Theorem 2)"}
-    figure, axes = _grid(len(networks), len(quantities), 3.3, 0.42 * len(factors) + 0.8, 0.4, sharex="col")
+    figure, axes = panel_grid(len(networks), len(quantities), 3.3, 0.42 * len(factors) + 0.8, 0.4, sharex="col")
     for r, network in enumerate(networks):
         for c, quantity in enumerate(quantities):
             ax = axes[r, c]
@@ -199,7 +198,7 @@ def exponents_figure(table: pd.DataFrame, caption: str) -> Picture:
             if r == len(networks) - 1:
                 ax.set_xlabel("exponent", fontsize=9)
             ax.set_title(f"{words[quantity]}, {pretty(network)}", fontsize=9, loc="left")
-    _legend(
+    legend_above(
         figure,
         [Line2D([], [], color=colour, marker=marker, label=name) for name, (colour, marker) in SOURCES.items()],
     )
@@ -217,7 +216,7 @@ def elasticities_figure(table: pd.DataFrame, caption: str) -> Picture:
         raise ValueError("elasticities: there are no rows to draw")
     networks, factors = list(dict.fromkeys(own["architecture"])), list(dict.fromkeys(own["factor"]))
     names = list(dict.fromkeys(own["quantity"]))
-    figure, axes = _grid(1, len(networks), max(4.2, 8.4 / len(networks)), 0.5 * len(factors) + 0.8, 0.5)
+    figure, axes = panel_grid(1, len(networks), max(4.2, 8.4 / len(networks)), 0.5 * len(factors) + 0.8, 0.5)
     for c, network in enumerate(networks):
         ax = axes[0, c]
         ax.axvline(0, color=FAINT, linewidth=1.0)
@@ -237,7 +236,7 @@ def elasticities_figure(table: pd.DataFrame, caption: str) -> Picture:
         colour, marker, _ = _style(name, k)
         word = "measured" if name == "loss" else pretty(name)
         handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=word))
-    _legend(figure, handles)
+    legend_above(figure, handles)
     return Picture(figure, caption)
 
 
@@ -251,7 +250,7 @@ def scatter_figure(table: pd.DataFrame, columns: Mapping[str, str], caption: str
     if table.empty or not there:
         raise ValueError("scatter: there are no rows to draw")
     networks = sorted(set(table["architecture"]))
-    figure, axes = _grid(1, len(networks), 3.9, 3.6, 0.4)
+    figure, axes = panel_grid(1, len(networks), 3.9, 3.6, 0.4)
     for c, network in enumerate(networks):
         ax, part = axes[0, c], table[table["architecture"] == network].drop_duplicates("key")
         spans = [part["loss"].to_numpy(float)]
@@ -264,10 +263,10 @@ def scatter_figure(table: pd.DataFrame, columns: Mapping[str, str], caption: str
                     markeredgewidth=0.6)  # fmt: skip
             ax.plot(x[mixed], value[mixed], marker=marker, linestyle="", markersize=4, color=colour)
             spans.append(value)
-        low, high = _span(spans, 1.05)
+        low, high = span_of(spans, 1.05)
         ax.plot([low, high], [low, high], color=INK, linewidth=0.8)
-        _log_axis(ax, "x", low, high)
-        _log_axis(ax, "y", low, high)
+        log_axis(ax, "x", low, high)
+        log_axis(ax, "y", low, high)
         ax.set_xlabel("measured test loss", fontsize=9)
         ax.set_ylabel("predicted" if c == 0 else "", fontsize=9)
         ax.set_title(pretty(network), fontsize=10, loc="left")
@@ -275,7 +274,7 @@ def scatter_figure(table: pd.DataFrame, columns: Mapping[str, str], caption: str
     for k, name in enumerate(there.values()):
         colour, marker, _ = _style(name, k)
         handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=pretty(name)))
-    _legend(figure, handles)
+    legend_above(figure, handles)
     return Picture(figure, caption)
 
 

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from experiments.plots import FAINT, GREY, INK, SERIES, Picture, pretty
+from experiments.plots import Picture, pretty
+from experiments.plots.style import FAINT, GREY, INK, SERIES
 from experiments.studies.scale.laws import LAWS
 from experiments.studies.scale.spec import ScaleSpec
 
