@@ -206,7 +206,8 @@ def read_options(
     Raises:
         MergeboundError: names the option and the remedy.
     """
-    from experiments.predict import OBJECTIVES, Options
+    from experiments.predict import Options
+    from experiments.predict.report import OBJECTIVES
 
     chosen = None if methods is None else tuple(name.strip() for name in methods.split(",") if name.strip())
     if chosen is not None and not chosen:

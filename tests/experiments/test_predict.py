@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from experiments.cli import main
 from experiments.commands.options import spread
 from experiments.models import build_model
-from experiments.predict import Group, Options, Report, load_group, measured_smoothness, predict
+from experiments.predict import Group, Options, Report, load_group, predict
+from experiments.predict.collecting import measured_smoothness
 from merging.checkpoint import save_state_dict
 from merging.merge import merge_state_dicts
 from merging.partition import partition
@@ -428,7 +429,7 @@ def test_large_networks_get_the_secant_alone(linear: list[Path], monkeypatch: py
     group = group_of(linear)
     assert group.work == 64 * 6 * 40 * 9 + 6 * 40 * 9  # parameters, images, experts^2
     assert predict(group).tangents
-    monkeypatch.setattr("experiments.predict.TANGENT_LIMIT", group.work - 1)
+    monkeypatch.setattr("experiments.predict.options.TANGENT_LIMIT", group.work - 1)
     report = predict(group)
     assert not report.tangents
     assert all(row.bound is None for row in report.methods)
