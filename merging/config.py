@@ -25,8 +25,8 @@ from merging.mergekit_config import MergekitConfig, is_mergekit, read_mergekit
 from merging.method import Method
 from merging.registry import get
 from merging.remote_path import last_name, shown, url_of
-from merging.save import parse_size
 from merging.settings import Rule, Varying
+from merging.shards import parse_size
 
 Alpha = Sequence[Coefficient] | Mapping[str, Coefficient]
 """One coefficient per expert: in their order, or by their names."""

@@ -44,8 +44,8 @@ from merging.method import Method
 from merging.partition import DEFAULT_PRIVATE
 from merging.registry import get
 from merging.remote_path import shown as shown_path
-from merging.save import parse_size
 from merging.settings import Gradient, PerLayer, Rule, Varying
+from merging.shards import parse_size
 
 _LISTED = 4
 

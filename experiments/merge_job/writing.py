@@ -9,8 +9,9 @@ from typing import Any
 from experiments.merge_job.job import Job
 from merging.errors import CheckpointError
 from merging.remote_path import url_of
-from merging.save import Fill, leftovers, save_checkpoint
+from merging.save import save_checkpoint
 from merging.types import StateDict
+from merging.unfinished import Fill, leftovers
 
 
 def write(job: Job, merged: StateDict, record: Mapping[str, Any]) -> Path:

@@ -19,16 +19,16 @@ import pytest
 import torch
 
 from experiments.merge_job import Job, Resources, describe, execute, interrupted, prepare
-from merging import save
 from merging.checkpoint import open_checkpoint, save_checkpoint
 from merging.config import ExpertEntry, MergeFile, build
 from merging.errors import CheckpointError
+from merging.file_locks import hold as hold_file
 from merging.folder import SAFETENSORS_INDEX
 from merging.lazy import Spec
-from merging.save import leftovers
 from merging.streaming import output, plan, run, source
 from merging.streaming.output import Output, OutputFile
 from merging.types import StateDict
+from merging.unfinished import discard, leftovers
 from merging.writer import outline_of
 from tests.merging import processes
 
@@ -460,7 +460,7 @@ class TestTwoAtOnce:
     def test_the_same_merge(
         self, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, limit: str | None
     ) -> None:
-        monkeypatch.setattr(save, "_BUSY", 0.1)
+        monkeypatch.setattr("merging.unfinished._BUSY", 0.1)
         expected = reference(inputs, tmp_path / "expected", target, limit)
         folder = tmp_path / "o"
         folder.mkdir()
@@ -513,7 +513,7 @@ class TestTwoAtOnce:
         first = visible(tmp_path)
         assert first == reference(inputs, tmp_path / "first", target, limit, overwrite=True)
         for path in tmp_path.glob("first/*"):
-            save._discard([path])
+            discard([path])
         (tmp_path / "first").rmdir()
         assert second == reference(inputs, tmp_path / "second", target, limit, settings={"density": 0.4})
         for descriptor in (reader, ready, gate, release):
@@ -536,17 +536,17 @@ class TestLocks:
             real(descriptor, how)
 
         monkeypatch.setattr(fcntl, "flock", removing)
-        held = save._hold(path, 0.0)
+        held = hold_file(path, 0.0)
         assert held is not None
         assert held is not False
         assert os.path.samestat(os.fstat(held), path.stat())
         assert count == 3
-        assert save._hold(path, 0.05) is False  # now it is locked
+        assert hold_file(path, 0.05) is False  # now it is locked
         os.close(held)
 
     def test_a_journal_that_is_looked_at(self, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whoever tidies up holds other journals for a moment; that is no reason to refuse a merge."""
-        monkeypatch.setattr(save, "_BUSY", 5.0)
+        monkeypatch.setattr("merging.unfinished._BUSY", 5.0)
         job = job_of(inputs, tmp_path / "m.safetensors")
         killed(lambda kill: merge(job, stop_after(40, kill)))
         journal, _ = leftovers(tmp_path / "m.safetensors")

@@ -23,7 +23,7 @@ from merging import writer
 from merging.checkpoint import load_state_dict, open_checkpoint, read_metadata, save_checkpoint, save_state_dict
 from merging.errors import CheckpointError
 from merging.lazy import LazyState, Spec, specs
-from merging.save import parse_size, split_shards
+from merging.shards import parse_size, split_shards
 from tests.merging import processes
 
 State = dict[str, Tensor]
