@@ -128,6 +128,10 @@ def test_specification_refuses_what_cannot_be(tmp_path: Path) -> None:
         ({"grids": ["paper-vit"]}, "not both"),
         ({"predictors": ["oracle"]}, "oracle"),
         ({"calibrated": ["secant", "secant"]}, "different"),
+        ({"levels": CONTENT["levels"] | {"experts": [2, 5]}}, "levels.experts: groups of 5 experts need 5 tasks"),
+        ({"size": 4}, "size: groups of 4"),
+        ({"heterogeneous": CONTENT["heterogeneous"] | {"groups": 13}}, "3 tasks with 2 recipes have 12"),
+        ({"tasks": ["digits8"], "levels": CONTENT["levels"] | {"experts": [2, 9]}}, "there are 8"),
     ):
         path = tmp_path / "study.yaml"
         path.write_text(json.dumps(CONTENT | changes))

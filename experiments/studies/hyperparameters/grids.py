@@ -43,11 +43,14 @@ def study_grids(spec: StudySpec) -> tuple[StudyGrid, ...]:
     """The grids of a study, in order: those that it names, or one around the centre and one of joint recipes.
 
     Raises:
-        MergeboundError: as grids raise.
+        MergeboundError: as grids raise; a grid with too few tasks for the groups.
     """
     if spec.grids:
         role: Role = "both" if spec.heterogeneous is not None else "factors"
-        return tuple(StudyGrid(name, read_grid(name).spec, role) for name in spec.grids)
+        found = [StudyGrid(name, read_grid(name).spec, role) for name in spec.grids]
+        for grid in found:
+            spec.enough_tasks(grid.spec.tasks)
+        return tuple(found)
     found = [StudyGrid("factors", factor_grid(spec), "factors", factor_parts(spec))]
     if spec.heterogeneous is not None:
         found.append(StudyGrid("joint", joint_grid(spec), "joint"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experiments.finetune.loop import Sampling
 from experiments.spec_pages import pages_in, read_page
-from theory.errors import nearest
+from theory.errors import MergeboundError, nearest
 
 FOLDER = "experiments.presets.studies"
 PREFIX = "hyperparameters-"
@@ -191,7 +193,37 @@ class StudySpec(_Strict):
                 raise ValueError(f"predictors: {name!r} is none; {nearest(name, tuple(ZOO))}")
         if not set(self.calibrated) <= set(self.predictors) or len(set(self.calibrated)) < 2:
             raise ValueError(f"calibrated: {list(self.calibrated)}; give two different ones of predictors")
+        if self.tasks:
+            self.enough_tasks(self.tasks)
         return self
+
+    def enough_tasks(self, tasks: Sequence[str]) -> None:
+        """Refuse groups that the tasks cannot fill (one expert per task), before anything is trained.
+
+        Args:
+            tasks: as :func:`experiments.tasks.named.expand` takes them.
+
+        Raises:
+            MergeboundError: too few tasks for a size of groups, or for the number of heterogeneous groups.
+        """
+        from experiments.tasks.named import expand
+
+        count = len(expand(tasks))
+        used = bool(set(self.levels.factors) - {"experts"}) or self.heterogeneous is not None
+        for name, size in (("size", self.size if used else 0), ("levels.experts", max(self.levels.experts, default=0))):
+            if size > count:
+                raise MergeboundError(
+                    f"{name}: groups of {size} experts need {size} tasks, one for each, but there are {count}; ask for "
+                    "smaller groups, or name more tasks"
+                )
+        if self.heterogeneous is None or not self.tasks:
+            return
+        most = math.comb(count, self.size) * self.heterogeneous.count**self.size
+        if self.heterogeneous.groups > most:
+            raise MergeboundError(
+                f"heterogeneous.groups: {self.heterogeneous.groups} different groups of {self.size} experts are wanted, "
+                f"but {count} tasks with {self.heterogeneous.count} recipes have {most}; ask for fewer"
+            )
 
     def digest(self) -> str:
         """Content hash, 12 hexadecimal digits; it does not depend on what is only judged (``rule``)."""
