@@ -51,6 +51,13 @@ def curvature(
             help="Of spectrum, trace and smoothness: hessian, gauss_newton, fisher, sampled_fisher, empirical_fisher.",
         ),
     ] = "hessian",
+    coordinates: Annotated[
+        str,
+        typer.Option(
+            "--coordinates",
+            help="Of the same: trained (BatchNorm's running statistics stay fixed) or merged (all coordinates).",
+        ),
+    ] = "trained",
     gram_kind: Annotated[str, typer.Option("--gram-kind", help="Of the Gram matrices.")] = "gauss_newton",
     by: Annotated[str, typer.Option("--by", help="Coefficients: all, layer (per block) or tensor.")] = "all",
     anchors: Annotated[
@@ -80,7 +87,12 @@ def curvature(
     from experiments.measure.curvature.report import WANTED, Options, measure_curvature
 
     wanted = WANTED if parts.strip() == "all" else tuple(p.strip() for p in parts.split(",") if p.strip())
-    chosen: dict[str, Any] = {"kind": kind, "gram_kind": gram_kind, "trace_method": trace_method}
+    chosen: dict[str, Any] = {
+        "kind": kind,
+        "coordinates": coordinates,
+        "gram_kind": gram_kind,
+        "trace_method": trace_method,
+    }
     options = Options(
         wanted=tuple(wanted),
         by=by,

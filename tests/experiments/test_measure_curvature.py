@@ -500,7 +500,10 @@ def test_heads_and_single_precision() -> None:
 
 def test_the_report_holds_the_numbers_of_its_parts() -> None:
     group = subject("convolution", experts=2, n=6)
-    options = Options(wanted=WANTED, by="tensor", steps=6, products=4, points=2, batches=1, batch_size=3, eigenvalues=2)
+    options = Options(
+        wanted=WANTED, coordinates="merged", by="tensor", steps=6, products=4, points=2, batches=1, batch_size=3,
+        eigenvalues=2,
+    )  # fmt: skip
     report = measure_curvature(group, options)
     average = group.vectors.mean(dim=0)
     risks = [task_risk(group, j) for j in range(2)]
@@ -517,6 +520,58 @@ def test_the_report_holds_the_numbers_of_its_parts() -> None:
     assert best["curvature_optimal"] == best.min()
     with pytest.raises(MergeboundError, match="did you mean 'spectrum'"):
         measure_curvature(group, Options(wanted=("spectra",)))
+    with pytest.raises(MergeboundError, match="did you mean 'trained'"):
+        measure_curvature(group, Options(coordinates="trainde"))  # type: ignore[arg-type]
+
+
+def parameter_names(group: Subject, head: bool) -> list[str]:
+    names = sorted(name for name, _ in group.model.named_parameters())
+    return [n for n in names if n[:5] != "head."] + (list(group.heads[0]) if head else [])
+
+
+def dense_parameter_hessian(group: Subject, j: int, point: Tensor, head: bool = False) -> np.ndarray:
+    """Over the parameters that torch lists (the head's last, if at all), by name, through torch's own BatchNorm."""
+    state = group.model.state_dict() | group.networks[j].space.unflatten(point) | dict(group.heads[j])
+    moving = parameter_names(group, head)
+    start = torch.cat([state[name].reshape(-1) for name in moving])
+    data = group.calibration[j]
+
+    def loss(theta: Tensor) -> Tensor:
+        pieces = torch.split(theta, [state[name].numel() for name in moving])
+        named = {name: piece.view(state[name].shape) for name, piece in zip(moving, pieces, strict=True)}
+        return nn.functional.cross_entropy(functional_call(group.model, {**state, **named}, data.images), data.labels)
+
+    found: np.ndarray = jacrev(jacrev(loss))(start).numpy()
+    return found
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_running_statistics_are_no_weights_unless_asked_for(head: bool) -> None:
+    group = subject("convolution", experts=1, n=5)
+    cut = sum(p.numel() for name, p in group.model.named_parameters() if name[:5] != "head.")
+    assert group.base.numel() == cut + 8  # four running means and variances
+    usual = Options(wanted=("spectrum", "trace", "smoothness"), steps=200, products=6, points=2, head=head)
+    report = measure_curvature(group, usual)
+    full = dense_parameter_hessian(group, 0, group.vectors[0], head)
+    ends = report.tables["eigenvalues"].set_index("end")["eigenvalue"]
+    np.testing.assert_allclose(ends[["smallest", "largest"]], np.linalg.eigvalsh(full)[[0, -1]], rtol=1e-6)
+    sizes = {name: p.numel() for name, p in group.model.named_parameters()}
+    names = [name for name in parameter_names(group, head) for _ in range(sizes[name])]
+    signs = np.random.default_rng([0, 0x7ACE]).integers(0, 2, (6, len(full)), dtype=np.int8) * 2.0 - 1.0
+    energy = (signs * (signs @ full)).mean(axis=0)  # of every coordinate, with the named draw
+    traces = report.tables["traces"].set_index("part")["trace"]
+    assert traces["all"] == pytest.approx(energy.sum())
+    for layer in group.layers("layer"):
+        inside = [name in layer.tensors for name in names]
+        assert traces[layer.name] == pytest.approx(energy[inside].sum())
+    inner = [dense_parameter_hessian(group, 0, x) for x in (group.base, group.vectors[0])]
+    tops = [np.linalg.eigvalsh(h)[-1] for h in inner]
+    np.testing.assert_allclose(report.tables["smoothness"]["largest"], tops, rtol=1e-6)
+    assert any("8 running statistics stay fixed" in note for note in report.notes)
+    merged = measure_curvature(group, replace(usual, coordinates="merged"))
+    everything = merged.tables["eigenvalues"].set_index("end")["eigenvalue"]
+    assert everything["largest"] > ends["largest"] * 1.001 or everything["smallest"] < ends["smallest"] * 1.001
+    assert set(merged.tables["traces"]["coordinates"]) == {"merged"}
 
 
 # --- smoothness ------------------------------------------------------------------------------------------------------

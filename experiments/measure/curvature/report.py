@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 
-from experiments.measure.curvature.density import SpectralDensity, spectral_density
+from experiments.measure.curvature.at_points import Progress, point_tables, smoothness_tables
+from experiments.measure.curvature.coordinates import Coordinates, about_coordinates, check_coordinates
+from experiments.measure.curvature.density import SpectralDensity
 from experiments.measure.curvature.directional import SegmentCurvature, predict_from_segments, segment_curvature
-from experiments.measure.curvature.global_smoothness import global_smoothness
 from experiments.measure.curvature.gram import CurvatureGram, curvature_gram
 from experiments.measure.curvature.gram_forms import Anchor
-from experiments.measure.curvature.lanczos import both_ends, extreme_eigenvalues
 from experiments.measure.curvature.number import Number
-from experiments.measure.curvature.operators import Kind, check_kind, check_precision, curvature_operator
-from experiments.measure.curvature.risk import BATCH, Part, full_point, task_risk
-from experiments.measure.curvature.smoothness import batch_smoothness, segment_smoothness
-from experiments.measure.curvature.traces import Method, stochastic_trace
+from experiments.measure.curvature.operators import Kind, check_kind, check_precision
+from experiments.measure.curvature.risk import BATCH, Part, task_risk
+from experiments.measure.curvature.traces import Method
 from experiments.measure.subject import Subject
 from merging.statistics import Coefficients
 from theory.errors import MergeboundError, nearest
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 Wanted = Literal["spectrum", "trace", "density", "segments", "gram", "smoothness", "precision"]
 WANTED: tuple[Wanted, ...] = get_args(Wanted)
 USUAL: tuple[Wanted, ...] = ("spectrum", "trace", "segments", "gram", "smoothness")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,9 @@ class Options:
     Attributes:
         wanted: parts of the report.
         kind: curvature of spectrum, trace, density and smoothness: ``hessian`` or another of ``operators.KINDS``.
+        coordinates: of these four: ``trained`` (parameters; running statistics stay at the point's values, as no
+            gradient moves them) or ``merged`` (running statistics are differentiated, too).  Segments, Gram matrices
+            and precision are over all merged coordinates: there running statistics do move.
         gram_kind: curvature of the Gram matrices.
         by: coefficients of the Gram matrices: ``all``, ``layer`` or ``tensor``.
         anchors: of the Gram matrices.
@@ -58,6 +59,7 @@ class Options:
 
     wanted: tuple[str, ...] = USUAL
     kind: Kind = "hessian"
+    coordinates: Coordinates = "trained"
     gram_kind: Kind = "gauss_newton"
     by: str = "all"
     anchors: tuple[Anchor, ...] = ("own", "average")
@@ -107,14 +109,17 @@ def measure_curvature(
             raise MergeboundError(f"part {name!r}: {nearest(name, WANTED)}")
     check_kind(o.kind)
     check_kind(o.gram_kind)
+    check_coordinates(o.coordinates)
     tell = progress or (lambda stage, done, total: None)
     tables: dict[str, pd.DataFrame] = {}
     notes: list[str] = []
     densities: tuple[SpectralDensity, ...] = ()
     segments: tuple[SegmentCurvature, ...] = ()
     gram, found = None, None
+    if {"spectrum", "trace", "density", "smoothness"} & set(o.wanted):
+        notes += about_coordinates(subject, o.coordinates)
     if {"spectrum", "trace", "density"} & set(o.wanted):
-        densities = _points(subject, o, tables, tell)
+        densities = point_tables(subject, o, tables, tell)
     if "segments" in o.wanted:
         segments = _segments(subject, o, tables, tell)
         notes.append("maxima over sampled points of a segment err low: curvature between the points is not known")
@@ -126,45 +131,11 @@ def measure_curvature(
         found = _group(gram, tables)
         notes.append("intervals cover other images, not the quadratic model's own error (see the segments)")
     if "smoothness" in o.wanted:
-        _smoothness(subject, o, tables, tell)
+        smoothness_tables(subject, o, tables, tell)
         notes.append("a network has no global L: only the head's bound, with the other layers fixed, is certified")
     if "precision" in o.wanted:
         _precision(subject, o, tables)
     return CurvatureReport(tables, gram, found, segments, densities, tuple(notes), o.seed)
-
-
-def _points(
-    subject: Subject, o: Options, tables: dict[str, pd.DataFrame], tell: Progress
-) -> tuple[SpectralDensity, ...]:
-    """At each expert: eigenvalues, traces, density."""
-    import pandas as pd
-
-    rows, traces, curves, densities = [], [], [], []
-    for j, name in enumerate(subject.names):
-        tell("curvature at the experts", j, subject.size)
-        risk = task_risk(subject, j, part=o.part, images=o.images, seed=o.seed, head=o.head, batch=o.batch)
-        point = full_point(subject, j, subject.vectors[j]) if o.head else subject.vectors[j]
-        operator = curvature_operator(risk, point, o.kind, seed=o.seed)
-        if "spectrum" in o.wanted:
-            low, high = both_ends(operator, steps=o.steps, seed=o.seed)
-            if o.eigenvalues > 1:
-                high = extreme_eigenvalues(operator, o.eigenvalues, steps=o.steps, seed=o.seed)
-            rows += [e.to_frame().assign(task=name, end=e.which, kind=o.kind) for e in (high, low)]
-        if "trace" in o.wanted:
-            parts = None
-            if o.trace_method == "hutchinson":
-                parts = {group.name: subject.columns(group).numpy() for group in subject.layers("layer")}
-            found = stochastic_trace(operator, o.products, method=o.trace_method, parts=parts, seed=o.seed)
-            traces.append(found.to_frame().assign(task=name, kind=o.kind, method=o.trace_method))
-        if "density" in o.wanted:
-            density = spectral_density(operator, steps=o.steps, probes=o.probes, seed=o.seed)
-            densities.append(density)
-            curves.append(density.curve().assign(task=name, kind=o.kind, tier=density.tier, seed=o.seed))
-    for key, frames in (("eigenvalues", rows), ("traces", traces), ("density", curves)):
-        if frames:
-            table = pd.concat(frames, ignore_index=True)
-            tables[key] = table[["task", *(c for c in table.columns if c != "task")]]
-    return tuple(densities)
 
 
 def _segments(
@@ -245,45 +216,6 @@ def _group(gram: CurvatureGram, tables: dict[str, pd.DataFrame]) -> Coefficients
     ]
     tables["clipped"] = pd.DataFrame(clipped).assign(seed=gram.seed)
     return coefficients
-
-
-def _smoothness(subject: Subject, o: Options, tables: dict[str, pd.DataFrame], tell: Progress) -> None:
-    """L on the sampled points of x_0 to x_j, of mini-batches of S_j, and the head's global bound."""
-    import pandas as pd
-
-    frames, bounds = [], []
-    for j, name in enumerate(subject.names):
-        tell("smoothness", j, subject.size)
-        risk = task_risk(subject, j, part=o.part, images=o.images, seed=o.seed, batch=o.batch)
-        found = [
-            segment_smoothness(
-                risk, subject.base, subject.vectors[j], points=min(o.points, 3), kind=o.kind, steps=o.steps, seed=o.seed
-            )
-        ]
-        if o.batches:
-            part: Part = o.part if subject.train[j] is None else "train"
-            sample = task_risk(subject, j, part=part, images=o.images, seed=o.seed, batch=o.batch)
-            size = min(o.batch_size, len(sample))
-            found.append(
-                batch_smoothness(
-                    sample, subject.vectors[j], size, batches=o.batches, kind=o.kind, steps=o.steps, seed=o.seed
-                )
-            )
-        frames += [f.to_frame() for f in found]
-        for bound in global_smoothness(subject, j, subject.vectors[j]):
-            value = None if bound.bound is None else bound.bound
-            bounds.append(
-                {
-                    "task": name,
-                    "coordinates": bound.what,
-                    "L": np.inf if value is None else value.risk,
-                    "L_of_one_image": np.inf if value is None else value.sample,
-                    "tier": bound.tier,
-                    "reason": bound.reason,
-                }
-            )
-    tables["smoothness"] = pd.concat(frames, ignore_index=True)
-    tables["global_smoothness"] = pd.DataFrame(bounds)
 
 
 def _precision(subject: Subject, o: Options, tables: dict[str, pd.DataFrame]) -> None:

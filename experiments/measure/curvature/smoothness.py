@@ -126,7 +126,7 @@ def segment_smoothness(
         start, end: (P,).
         points: 1 measures at ``start`` alone.
         kind: which curvature.
-        columns: coordinates of one layer, for the block of Lemma 1's per-layer form.
+        columns: only these coordinates, (m,): what was trained, or one layer for Lemma 1's per-layer form.
         steps: Lanczos products per point (and end of the spectrum: both ends come from one run).
         chance: of any of the limits being wrong.
         seed: names start vectors.
@@ -152,6 +152,7 @@ def batch_smoothness(
     *,
     batches: int = 8,
     kind: Kind = "hessian",
+    columns: Tensor | None = None,
     steps: int = 20,
     chance: float = 0.01,
     seed: int = 0,
@@ -166,7 +167,7 @@ def batch_smoothness(
         point: (P,).
         batch_size: b.
         batches: how many, drawn without replacement each.
-        kind, steps, chance, seed: as :func:`segment_smoothness`; the seed also names the batches.
+        kind, columns, steps, chance, seed: as :func:`segment_smoothness`; the seed also names the batches.
 
     Raises:
         MergeboundError: a batch larger than the sample, or counts below one.
@@ -177,7 +178,7 @@ def batch_smoothness(
     found = []
     for number in range(batches):
         part = risk.take(np.sort(rng.permutation(len(risk))[:batch_size]))
-        operator = curvature_operator(part, point, kind, seed=seed)
+        operator = curvature_operator(part, point, kind, columns=columns, seed=seed)
         found.append(both_ends(operator, steps=steps, chance=chance / batches, seed=seed + number))
     where = np.arange(batches, dtype=np.float64)
     return _collected(where, found, chance, kind, f"batches of {batch_size}", risk.name, seed)
@@ -205,6 +206,3 @@ def _collected(
         name,
         seed,
     )
-
-
-# --- where a global bound exists -------------------------------------------------------------------------------------
