@@ -14,7 +14,7 @@ from torch import Tensor
 from merging.types import StateDict
 
 if TYPE_CHECKING:
-    from merging.remote import RemoteFile
+    from merging.remote_file import RemoteFile
 
 _SAMPLE = 4096
 

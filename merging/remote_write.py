@@ -26,8 +26,9 @@ from typing import Any
 
 from merging.errors import CheckpointError
 from merging.folder import SAFETENSORS_INDEX, is_companion, read_index
-from merging.remote import Missing, Place, connect, list_names, look, open_file
+from merging.remote_file import open_file
 from merging.remote_path import beside, last_name, shown, within
+from merging.remote_place import Missing, Place, connect, list_names, look
 from merging.remote_requests import Answered, Limits, is_missing, persistently
 
 STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "oss", "oci"})

@@ -32,7 +32,7 @@ from merging.lazy import LazyState, Region, specs
 from merging.types import StateDict
 
 if TYPE_CHECKING:
-    from merging.remote import RangeReader, RemoteFile
+    from merging.remote_file import RangeReader, RemoteFile
     from merging.remote_requests import Requests
 
 _POPULATE_READ = 22
@@ -396,7 +396,7 @@ class Inputs:
             self._whole.pop((1 + expert, name), None)
 
     def _reader(self, remote: RemoteFile) -> RangeReader:
-        from merging.remote import RangeReader
+        from merging.remote_file import RangeReader
         from merging.remote_requests import Requests
 
         if self._requests is None:

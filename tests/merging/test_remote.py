@@ -24,13 +24,14 @@ from typer.testing import CliRunner
 
 from experiments.cli import build_app
 from experiments.merge_job import Resources, execute, prepare, record_of
-from merging import remote
+from merging import remote_file
 from merging.checkpoint import file_hash, load_state_dict, open_checkpoint, read_metadata, save_state_dict
 from merging.config import MergeSpec, build, read_config
 from merging.errors import CheckpointError
-from merging.remote import RangeReader, Requests, open_file, open_weights
+from merging.remote import open_weights
+from merging.remote_file import RangeReader, open_file
 from merging.remote_path import beside, last_name, shown, url_of, within
-from merging.remote_requests import Limits, persistently
+from merging.remote_requests import Limits, Requests, persistently
 from merging.remote_write import save_remote
 from merging.save import save_checkpoint
 
@@ -261,7 +262,7 @@ def test_what_is_read_is_what_is_local(
 
 
 def test_large_tensors_come_in_several_requests(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_PIECE", 1000)
+    monkeypatch.setattr(remote_file, "_PIECE", 1000)
     state = {"w": torch.randn(3001), "b": torch.randn(7)}
     save_state_dict(tmp_path / "a.safetensors", state)
     web.put("/a.safetensors", (tmp_path / "a.safetensors").read_bytes())
@@ -288,7 +289,7 @@ def test_readers_give_every_range(size: int, reads: list[tuple[int, int]], block
     system = fsspec.filesystem("memory")
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8).tobytes()
     system.pipe_file("/ranges", data)
-    before, remote.BLOCK = remote.BLOCK, block
+    before, remote_file.BLOCK = remote_file.BLOCK, block
     pool = Requests(QUICK)
     try:
         reader = RangeReader(open_file("memory://ranges", QUICK), pool)
@@ -298,10 +299,10 @@ def test_readers_give_every_range(size: int, reads: list[tuple[int, int]], block
             reader.announce(begin, begin + length)
             reader.read_into(buffer, begin)
             assert buffer.tobytes() == data[begin : begin + len(buffer)]
-            assert len(reader._blocks) <= remote._KEPT
+            assert len(reader._blocks) <= remote_file.KEPT
         reader.confirm()
     finally:
-        remote.BLOCK = before
+        remote_file.BLOCK = before
         pool.close()
 
 
@@ -437,7 +438,7 @@ def test_merges_have_the_bits_of_local_ones(
     values: dict[str, Any],
     streamed: bool,
 ) -> None:
-    monkeypatch.setattr(remote, "BLOCK", 512)
+    monkeypatch.setattr(remote_file, "BLOCK", 512)
     base, experts = family_at(memory, tmp_path, family)
     names = tuple(path.stem for path in experts)
     there = tuple(Path(f"memory://in/{path.name}") for path in experts)
@@ -757,13 +758,14 @@ def test_a_second_writer_of_the_same_is_refused(memory: MemoryFileSystem, scratc
 
 
 def test_fsspec_is_imported_only_for_urls() -> None:
-    for path in Path(remote.__file__).parent.rglob("*.py"):
+    for path in Path(remote_file.__file__).parent.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if name.startswith("fsspec")]
             if not path.name.startswith("remote"):
-                assert not {"merging.remote", "merging.remote_write"} & set(names), path
+                used = {f"merging.remote{part}" for part in ("", "_file", "_place", "_write")} & set(names)
+                assert not used, path
 
 
 def test_weights_are_described_without_credentials(web: Web, tmp_path: Path) -> None:
