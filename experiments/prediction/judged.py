@@ -22,6 +22,8 @@ SELF = {"anchored": None, "anchored_tangent": None, "pairs_average": None, "herm
 """Predictors that evaluate the group's average: no prediction where the average is what is predicted."""
 PAIRED = ("pairs", "pairs_halves", "pairs_tangent", "pairs_wide")
 """Predictors that evaluate averages of two experts: no prediction of the average where the group is a pair."""
+MERGING = ("pairs", "anchored", "hermite_average", "tangent_average", "cubic")
+"""How the names of predictors begin that evaluate some merge of experts."""
 USABLE, COLLAPSED = "usable", "collapsed"
 COVERAGE = 0.9
 MISSES = 0.1
@@ -73,7 +75,7 @@ def with_choices(merges: pd.DataFrame) -> pd.DataFrame:
     families: dict[str, Callable[[str], bool]] = {
         "best": lambda name: True,
         "best_no_tangent": lambda name: "tangent" not in name and name not in ("second_order", "hermite_own"),
-        "best_no_merge": lambda name: not name.startswith(("pairs", "anchored", "hermite_average", "cubic")),
+        "best_no_merge": lambda name: not name.startswith(MERGING),
     }
     for column, allowed in families.items():
         out[f"pred_{column}"], out[f"chosen_{column}"] = np.nan, ""
@@ -92,25 +94,52 @@ def with_choices(merges: pd.DataFrame) -> pd.DataFrame:
 
 def with_certificate(merges: pd.DataFrame, share: float = 0.95) -> pd.DataFrame:
     """``cert_best``: of the certificates valid in at least ``share`` of the other half's merges (on calibration
-    images) the one with the smallest median ratio; the one valid most often where none is. Inflated by nothing."""
+    images) the one with the smallest median ratio; the one valid most often where none is. Inflated by nothing.
+
+    Certificates are compared on *all* merges of the other half, since those that a certificate leaves out (large
+    groups, say) may be the ones that are hard to bound. One that is not given everywhere is completed by the best of
+    those that are (``chosen_cert_best_else``), in the choice as in what is judged; without such a one its gaps count as
+    not valid.
+
+    ``cert_best_no_merge`` is chosen in the same way from certificates that evaluate no merge of experts, averages of
+    pairs included (a remainder is read off from all other predictors, so these are left out too).
+    """
     out = merges.copy()
     names = [c for c in merges.columns if c.startswith("cert_")]
-    out["cert_best"], out["chosen_cert_best"] = np.nan, ""
-    for _, part in cells(merges):
-        for fit, judged in directions(part):
-            scores = []
-            for name in names:
-                keep = fit[name].notna()
-                if keep.mean() < 0.5:
+    families = {
+        "cert_best": names,
+        "cert_best_no_merge": [n for n in names if "pairs" not in n and not n.startswith("cert_remainder")],
+    }
+    for column, family in families.items():
+        out[column], out[f"chosen_{column}"], out[f"chosen_{column}_else"] = np.nan, "", ""
+        for _, part in cells(merges):
+            for fit, judged in directions(part):
+                known = [name for name in family if fit[name].notna().any()]
+                if not known:
                     continue
-                ratio = (fit[name] / fit["measured_loss_calibration"])[keep]
-                valid = float((ratio >= 1.0).mean())
-                scores.append((0.0 if valid >= share else share - valid, float(ratio.median()), name))
-            if scores:
-                best = min(scores)[2]
-                out.loc[judged.index, "cert_best"] = judged[best]
-                out.loc[judged.index, "chosen_cert_best"] = best.removeprefix("cert_")
+                best, rest = _chosen_certificate(fit, known, share)
+                value = judged[best] if rest is None else judged[best].fillna(judged[rest])
+                out.loc[judged.index, column] = value
+                out.loc[judged.index, f"chosen_{column}"] = best.removeprefix("cert_")
+                out.loc[judged.index, f"chosen_{column}_else"] = (rest or "").removeprefix("cert_")
     return out
+
+
+def _chosen_certificate(fit: pd.DataFrame, names: Sequence[str], share: float) -> tuple[str, str | None]:
+    """The best of some certificates on one half, and the one that stands in where it is not given (if ever)."""
+
+    def score(values: pd.Series) -> tuple[float, float]:
+        """What validity lacks, then the median ratio; a missing certificate is not valid, its ratio infinite."""
+        ratio = (values / fit["measured_loss_calibration"]).fillna(np.inf)
+        valid = float((values.notna() & (ratio >= 1.0)).mean())
+        return max(0.0, share - valid), float(ratio.median())
+
+    own = {name: score(fit[name]) for name in names}
+    whole = [name for name in names if fit[name].notna().all()]
+    rest = min(whole, key=lambda name: (own[name], name)) if whole else None
+    completed = own if rest is None else {name: score(fit[name].fillna(fit[rest])) for name in names}
+    best = min(names, key=lambda name: (completed[name], name))
+    return best, None if best == rest else rest
 
 
 def interval_table(merges: pd.DataFrame, predictions: Sequence[str], settings: Settings) -> pd.DataFrame:

@@ -74,9 +74,11 @@ def page(
         "Judged is the predictor that was best on the *other* half of the experts (`table_choices.csv` names it), on "
         "both regimes together. No predictor counts where it has evaluated the very merge that it predicts; the chosen "
         "ones evaluate averages of *pairs* of the group's experts (on calibration images), so the last block judges "
-        "the best predictor that passes at single experts and the base only. An interval is worth no more than its "
-        "width. Usable and collapsed are told apart on all test images; flags are fitted and judged on halves of "
-        "them, which makes a few merges change sides.",
+        "the best predictor and the best certificate that pass at single experts and the base only. A certificate is "
+        "chosen in the same way, and judged on every merge: where the chosen one is not given, the best of those that "
+        "are given everywhere stands in (`chosen_cert_best_else`). An interval is worth no more than its width. Usable "
+        "and collapsed are told apart on all test images; flags are fitted and judged on halves of them, which makes a "
+        "few merges change sides.",
         markdown(tables.aims, ["taken", "architecture", "aim", "value", "target", "met", "merges"]),
         "## Every predictor",
         "Predicted over measured test loss: median with 5 and 95 % quantiles; share of merges within 15 %; for "

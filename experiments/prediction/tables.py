@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments import statistics as st
 from experiments.prediction.accuracies import accuracy_table, with_accuracies
+from experiments.prediction.aims import aims_table, aims_without_clamped
 from experiments.prediction.clamped_tables import clamped_table, reestimated_table
 from experiments.prediction.judged import (
-    COLLAPSED,
-    COVERAGE,
-    USABLE,
     candidates,
     flag_table,
     honest,
@@ -68,7 +65,7 @@ def compute_tables(frames: Frames, settings: Settings) -> Tables:
         pd.concat(
             [
                 aims_table(merges, intervals, flags, settings),
-                *_aims_without_clamped(merges, settings),
+                *aims_without_clamped(merges, settings),
                 aims_table(merges, intervals, flags.iloc[:0], settings, "best_no_merge").assign(
                     taken="all, by a predictor without passes at merges"
                 ),
@@ -141,79 +138,6 @@ def choice_table(merges: pd.DataFrame) -> pd.DataFrame:
     """What was chosen for each cell and half, on the other half."""
     columns = [c for c in merges.columns if c.startswith("chosen_")]
     return merges.groupby(["regime", "architecture", "half"], sort=False)[columns].first().reset_index()
-
-
-def aims_table(
-    merges: pd.DataFrame, intervals: pd.DataFrame, flags: pd.DataFrame, settings: Settings, name: str = "best"
-) -> pd.DataFrame:
-    """The stated ambitions line by line, by network and over both: aim, value, target, met.
-
-    ``name`` is the prediction judged (chosen on the other half of the experts); both regimes are taken together.
-    """
-    rows: list[Row] = []
-    groups: list[tuple[object, pd.DataFrame]] = [(key[0], part) for key, part in cells(merges, ("architecture",))]
-    if len(groups) > 1:
-        groups.append(("both", merges))
-    for architecture, part in groups:
-
-        def add(
-            aim: str, value: float, target: str, met: bool, count: int, architecture: object = architecture
-        ) -> None:
-            rows.append(
-                {"architecture": architecture, "aim": aim, "value": value, "target": target, "met": met, "taken": "all",
-                 "merges": count, "tier": "calibrated", "seed": settings.seed}
-            )  # fmt: skip
-
-        for state in (USABLE, COLLAPSED):
-            some = part[(part["state"] == state) & np.isfinite(part[f"pred_{name}"])]
-            if len(some) < 3:
-                continue
-            predicted = some[f"pred_{name}"].to_numpy(dtype=float)
-            measured = some["measured_loss"].to_numpy(dtype=float)
-            ratio = predicted / measured
-            ranks = float(st.spearman(predicted, measured)[0])
-            cost = float(st.spearman(predicted - some["expert_loss_calibration"], some["merging_cost"])[0])
-            if state == USABLE:
-                middle = float(np.median(ratio))
-                within = float((np.abs(ratio - 1.0) <= 0.15).mean())
-                add("usable: median of predicted/measured within 5 %", middle, "0.95 to 1.05", abs(middle - 1) <= 0.05,
-                    len(some))  # fmt: skip
-                add("usable: 90 % of merges within 15 %", within, ">= 0.9", within >= 0.9, len(some))
-                add("usable: Spearman, joint risk", ranks, ">= 0.97", ranks >= 0.97, len(some))
-                add("usable: Spearman, merging cost", cost, ">= 0.95", cost >= 0.95, len(some))
-            else:
-                factor = float(np.exp(np.median(np.abs(np.log(ratio)))))
-                add("collapse: right within a factor of 1.5 in the median", factor, "<= 1.5", factor <= 1.5, len(some))
-                add("collapse: Spearman, joint risk", ranks, ">= 0.85", ranks >= 0.85, len(some))
-        for score, told in (("gap", ""), ("lost", ", by predicted accuracy")):
-            flag = flags[(flags["regime"] == "all") & (flags["score"] == score)] if len(flags) else flags
-            flag = flag if architecture == "both" or flag.empty else flag[flag["architecture"] == architecture]
-            if len(flag) and flag["collapsed"].sum():
-                missed, bad = int(flag["missed"].sum()), int(flag["collapsed"].sum())
-                add(f"collapse: flagged without fail (share missed){told}", missed / bad, "0", missed == 0, bad)
-        cover = (
-            intervals[(intervals["regime"] != "all") & (intervals["prediction"] == name)]
-            if len(intervals)
-            else intervals
-        )
-        cover = cover if architecture == "both" or cover.empty else cover[cover["architecture"] == architecture]
-        if len(cover):
-            share = float(np.average(cover["covered"], weights=cover["merges"]))
-            widths = " to ".join(f"{w:.3g}" for w in sorted({cover["width"].min(), cover["width"].max()}))
-            add(
-                f"prediction interval covers 90 % (median high/low, by cell: {widths})",
-                share,
-                f">= {COVERAGE}",
-                share >= COVERAGE,
-                int(cover["merges"].sum()),
-            )
-        known = part[np.isfinite(part["cert_best"])]
-        if len(known):
-            bound = (known["cert_best"] / known["measured_loss"]).to_numpy(dtype=float)
-            valid, middle = float((bound >= 1.0).mean()), float(np.median(bound))
-            add("best certificate valid in 95 %", valid, ">= 0.95", valid >= 0.95, len(known))
-            add("best certificate: median ratio", middle, "<= 1.5", middle <= 1.5, len(known))
-    return pd.DataFrame(rows)
 
 
 def price_table(prices: pd.DataFrame) -> pd.DataFrame:
@@ -292,14 +216,3 @@ def duel_table(comparison: pd.DataFrame, settings: Settings) -> pd.DataFrame:
         found = optimal_table(pooled, None, settings, reference)
         parts.append(found[found["method"].str.startswith("risk_optimal")].assign(against=reference))
     return pd.concat(parts, ignore_index=True)
-
-
-def _aims_without_clamped(merges: pd.DataFrame, settings: Settings) -> list[pd.DataFrame]:
-    """The ambitions once more for merges that clamp no running variance, intervals and flags fitted on such only."""
-    if "clamped" not in merges or not (merges["clamped"] > 0).any():
-        return []
-    some = merges[merges["clamped"] == 0]
-    intervals = interval_table(some, ("best",), settings)
-    flags = flag_table(some, [score for score in ("gap", "lost") if score in some], settings)
-    found = aims_table(some, intervals, flags, settings)
-    return [found.assign(taken="no variance clamped")]
