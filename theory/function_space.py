@@ -278,8 +278,14 @@ def joint_standard_error(
         sources: names of the images (integers), (n_j,) per task; an image that occurs in several tasks counts as one
             draw.  ``None``: all images are different.
         weights: p_j, default 1/N.
+
+    Returns:
+        The standard error, in the unit of the losses; NaN where a task that counts has fewer than two images, whose
+        spread nothing says.
     """
     p = uniform_weights(len(losses)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if any(len(v) < 2 for w, v in zip(p, losses, strict=True) if w != 0.0):
+        return float("nan")
     influence = np.concatenate([w * (v - v.mean()) / len(v) for w, v in zip(p, losses, strict=True)])
     if sources is None:
         clusters = np.arange(len(influence))
@@ -296,7 +302,7 @@ class Prediction:
     Attributes:
         risk: predicted joint risk, in nats; shape of the leading axes of alpha.
         per_task: predicted risk of each task, (..., tasks).
-        standard_error: of ``risk``, from the calibration images (tasks taken as independent).
+        standard_error: of ``risk``, from the calibration images (tasks taken as independent); NaN where a task has one.
         tier: always ``"estimated"``.
     """
 
@@ -318,8 +324,14 @@ def predict_from_logits(
     p = _task_weights(weights, len(logits))
     losses = [cross_entropy(h, y) for h, y in zip(logits, labels, strict=True)]
     means = np.stack([loss.mean(axis=-1) for loss in losses], axis=-1)
-    variances = np.stack([loss.var(axis=-1) / max(loss.shape[-1] - 1, 1) for loss in losses], axis=-1)
+    variances = np.stack([_variance_of_mean(loss) for loss in losses], axis=-1)
     return Prediction(means @ p, means, np.sqrt(variances @ p**2))
+
+
+def _variance_of_mean(losses: Array) -> Array:
+    """Estimated variance of the mean over the last axis (n,); NaN for one image."""
+    count = losses.shape[-1]
+    return np.asarray(losses.var(axis=-1) / (count - 1) if count > 1 else np.full(losses.shape[:-1], np.nan))
 
 
 def predict_risk(fields: Sequence[AnyField], alpha: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Prediction:

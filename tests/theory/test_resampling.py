@@ -17,6 +17,7 @@ from theory.function_space import (
     cross_entropy,
     joint_standard_error,
     minimise_risk,
+    predict_from_logits,
     predict_risk,
 )
 from theory.resampling import (
@@ -334,3 +335,14 @@ def test_wrong_input_is_refused_by_name() -> None:
     ):
         with pytest.raises(MergeboundError, match=named):
             call()
+
+
+def test_one_image_has_no_standard_error() -> None:
+    """A mean of one number has no spread that the number could show: not 0, which would be an interval of no width."""
+    two, one = np.array([1.0, 3.0]), np.array([2.0])
+    assert np.isnan(joint_standard_error([two, one]))
+    assert np.isnan(joint_standard_error([one, one], [np.array([0]), np.array([0])]))
+    assert joint_standard_error([two, one], weights=[1.0, 0.0]) > 0.0  # a task that does not count asks for nothing
+    found = predict_from_logits([np.zeros((3, 1, 4)), np.zeros((3, 2, 4))], [np.array([1]), np.array([0, 1])])
+    assert np.isnan(found.standard_error).all()
+    assert found.risk == pytest.approx(np.log(4.0))
