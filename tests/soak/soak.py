@@ -178,19 +178,32 @@ def two_runners(folder: Path, workers: int, kills: int, rng: np.random.Generator
 
 
 def full_disk(folder: Path, workers: int, kills: int, rng: np.random.Generator, total: int) -> int:
-    """Fill the disk, give it a little more room, and again, until everything fits."""
+    """Take the room away while runs are stored, give it a little more, and again, until everything fits.
+
+    A disk that is too small from the start is refused before anything is trained, which is seen to first.
+    """
     if os.geteuid() != 0:
         print("  disk: left out, as mounting a small tmpfs needs root", flush=True)
         finish(start(folder, workers))
         return 0
     needed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     with small_disk(folder) as grow:
-        hits = 0
+        hits, before = 0, done(folder)
+        grow(needed + (1 << 20))
+        runner = start(folder, workers)
+        said = _said(runner)
+        if runner.returncode != 2 or "free" not in said or "Traceback" in said or done(folder) != before:
+            raise SystemExit(f"a disk that is too small gave exit code {runner.returncode}: {said}")
         for share in np.sort(rng.uniform(0.05, 0.9, 3)):
             before = done(folder)
-            grow(int(needed + (1 << 20) + share * total * 6000))
+            grow(1 << 32)
             runner = start(folder, workers)
-            _, said = runner.communicate(timeout=LIMIT)
+            until = time.monotonic() + LIMIT
+            while runner.poll() is None and done(folder) == before and time.monotonic() < until:
+                time.sleep(0.05)
+            used = shutil.disk_usage(folder).used
+            grow(max(int(needed + (1 << 20) + share * total * 6000), used + (1 << 18)))
+            said = _said(runner)
             if runner.returncode == 0:
                 break
             if runner.returncode != 2 or "full" not in said or "Traceback" in said:
@@ -200,6 +213,10 @@ def full_disk(folder: Path, workers: int, kills: int, rng: np.random.Generator, 
         grow(1 << 32)
         finish(start(folder, workers))
     return hits
+
+
+def _said(runner: subprocess.Popen[str]) -> str:
+    return runner.communicate(timeout=LIMIT)[1]
 
 
 def small_files(folder: Path, workers: int, kills: int, rng: np.random.Generator, total: int) -> int:
