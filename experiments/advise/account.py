@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.advise.candidates import convex_surface
+from experiments.advise.candidates import affine_fields, convex_surface
+from experiments.advise.numbers import Z95
 from experiments.measure.backbone import Readout, smoothness
 from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.subject import Subject
 from theory.errors import MergeboundError
-from theory.function_space import Array
+from theory.function_space import Array, cross_entropy, joint_standard_error
 from theory.network import network_bound
 from theory.surfaces import averaging
 from theory.what_if import leave_one_out
@@ -147,61 +148,121 @@ class Change:
     Attributes:
         what: the change, as an instruction.
         gain: by how much the joint risk falls, in nats; NaN where nothing prices it.
+        low, high: 95 % interval of the gain over images, paired where both merges see the same ones; NaN: none.
         tier: of the gain.
         why: which number says so.
     """
 
     what: str
     gain: float
+    low: float
+    high: float
     tier: str
     why: str
 
 
-def changes(
-    found: Account, base: float, average: float, chosen: float, own: float, label: str, tier: str
-) -> tuple[Change, ...]:
+@dataclass(frozen=True)
+class Chosen:
+    """The recommended merge against the average and the base, in nats.
+
+    Attributes:
+        label: its name.
+        risk: its joint risk.
+        tier: of the risks.
+        over_average: fall of the joint risk against averaging, with its standard error over images.
+        over_base: likewise against the base.
+        z: standard errors of their intervals (more than 1.96 where the best of several was chosen on these images).
+    """
+
+    label: str
+    risk: float
+    tier: str
+    over_average: tuple[float, float]
+    over_base: tuple[float, float]
+    z: float
+
+
+def changes(statistics: FieldStatistics, found: Account, chosen: Chosen) -> tuple[Change, ...]:
     """What could be changed, by predicted gain over averaging everything; the first is what to change first.
 
     Args:
+        statistics: of the images that judge.
         found: the account.
-        base, average, chosen: joint risks of base, average and the recommended merge, in nats.
-        own: mean risk of the experts alone.
-        label: of the recommended merge.
-        tier: of the joint risks.
+        chosen: the recommended merge; "in place of averaging" is no change where it is the average.
     """
-    rows = found.per_expert
-    options = [Change(f"merge by {label} in place of averaging", average - chosen, tier, f"{tier} risks")]
-    worst = rows.iloc[int(np.nanargmax(rows["own_risk"].to_numpy(dtype=float)))]
-    excess = float(worst["own_risk"] - rows["own_risk"].median()) / len(rows)
+    rows, names, tier = found.per_expert, statistics.image_names(), chosen.tier
+    own = [cross_entropy(statistics.own_logits(j), y) for j, y in enumerate(statistics.labels)]
+    options = []
+    if chosen.label != "average":
+        options.append(
+            _change(
+                f"merge by {chosen.label} in place of averaging", *chosen.over_average, tier, "paired risks", chosen.z
+            )
+        )
+    worst = int(np.nanargmax(rows["own_risk"].to_numpy(dtype=float)))
+    risk = float(rows["own_risk"].iloc[worst])
     options.append(
-        Change(
-            f"train {worst['expert']} better (its own risk is {worst['own_risk']:.3g} nats)", excess, "estimated",
+        _change(
+            f"train {rows['expert'].iloc[worst]} better (its own risk is {risk:.3g} nats)",
+            (risk - float(rows["own_risk"].median())) / len(rows), _above_median_error(own, worst), "estimated",
             "its own risk brought down to the median of the experts",
         )
     )  # fmt: skip
     if len(rows) > 2:
-        hurts = rows.iloc[int(np.nanargmax(rows["alone"].to_numpy(dtype=float)))]
-        if float(hurts["alone"]) > 0.0:
+        hurts = int(np.nanargmax(rows["alone"].to_numpy(dtype=float)))
+        gain = float(rows["alone"].iloc[hurts])
+        if gain > 0.0:
             options.append(
-                Change(
-                    f"keep {hurts['expert']} as a model of its own, out of the merge",
-                    float(hurts["alone"]),
-                    "estimated",
+                _change(
+                    f"keep {rows['expert'].iloc[hurts]} as a model of its own, out of the merge", gain,
+                    joint_standard_error(_gain_alone(statistics, own, hurts), names), "estimated",
                     "predicted joint risk of averaging the others, and its own expert on its task",
                 )
-            )
+            )  # fmt: skip
     far = rows.iloc[int(np.nanargmax(rows["share_of_dispersion"].to_numpy(dtype=float)))]
-    cost = chosen - own
+    mean = float(np.mean([losses.mean() for losses in own]))
+    nan = float("nan")
     if found.measured_active == "dispersion":
         options.append(
             Change(
                 f"fine-tune with less training time or ask `mergebound advise training`, first {far['expert']} "
                 f"({far['share_of_dispersion']:.0%} of the dispersion)",
-                float("nan"), "estimated",
-                f"merging costs {cost:.3g} nats, more than the experts' own risk ({own:.3g}); no prediction prices it",
+                nan, nan, nan, "estimated",
+                f"merging costs {chosen.risk - mean:.3g} nats, more than the experts' own risk ({mean:.3g}); no "
+                "prediction prices it",
             )
         )  # fmt: skip
-    if chosen >= base:
-        options.append(Change("do not merge these experts: the base is no worse", chosen - base, tier, f"{tier} risks"))
+    worse, error = -chosen.over_base[0], chosen.over_base[1]
+    if worse >= 0.0:
+        what = "do not merge these experts: the base is no worse"
+        options.append(_change(what, worse, error, tier, "paired risks", chosen.z))
     priced = sorted((c for c in options if np.isfinite(c.gain)), key=lambda c: -c.gain)
     return (*priced, *(c for c in options if not np.isfinite(c.gain)))
+
+
+def _change(what: str, gain: float, error: float, tier: str, why: str, z: float = Z95) -> Change:
+    return Change(what, gain, gain - z * error, gain + z * error, tier, why)
+
+
+def _above_median_error(own: list[Array], worst: int) -> float:
+    """Standard error of (worst - median) / N of the experts' own risks, each over its own images."""
+    means = [float(losses.mean()) for losses in own]
+    order, size = [int(j) for j in np.argsort(means, kind="stable")], len(own)
+    middle = {order[(size - 1) // 2], order[size // 2]}
+    weights = np.zeros(size)
+    weights[list(middle)] -= 1.0 / len(middle)
+    weights[worst] += 1.0
+    return joint_standard_error(own, weights=weights / size)
+
+
+def _gain_alone(statistics: FieldStatistics, own: list[Array], k: int) -> list[Array]:
+    """Per image, by how much the loss falls if expert k is kept out of the average and serves its task alone."""
+    size = statistics.size
+    name, _ = convex_surface(statistics)
+    everyone, others = np.full(size, 1.0 / size), np.full(size, 1.0 / max(size - 1, 1))
+    others[k] = 0.0
+    gains = []
+    for j, (field, y) in enumerate(zip(affine_fields(statistics, name), statistics.labels, strict=True)):
+        after = own[j] if j == k else cross_entropy(field.at(others), y)
+        gains.append(cross_entropy(field.at(everyone), y) - after)
+    return gains

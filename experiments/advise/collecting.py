@@ -19,6 +19,8 @@ LARGEST = 8
 """Experts up to which pairs and tangents are collected without a budget: both grow as the cube or square of N."""
 TANGENT_WORK = 3e11
 """Parameters x images x experts^2 up to which tangents are collected without a budget."""
+LEAST = 8
+"""Images of each task in either half at least: fewer give no standard error that is worth its name."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -160,15 +162,28 @@ def halves(subject: Subject, statistics: FieldStatistics) -> tuple[tuple[Subject
     """Two parts of the calibration images: the first chooses, the second judges.
 
     Raises:
-        MergeboundError: a task with fewer than two images.
+        MergeboundError: a task with too few images (:func:`enough_images`).
     """
+    enough_images(subject)
     counts = [n // 2 for n in statistics.images]
-    if min(counts) < 1:
-        raise MergeboundError("calibration: a task has fewer than 2 images; give more with --images")
     return tuple(
         (_images(subject, parts), _rows(statistics, parts))
         for parts in ([slice(0, n) for n in counts], [slice(n, None) for n in counts])
     )
+
+
+def enough_images(subject: Subject) -> None:
+    """Refuse calibration images whose halves hold fewer than :data:`LEAST` of some task.
+
+    Raises:
+        MergeboundError: names the task.
+    """
+    for task, split in zip(subject.tasks, subject.calibration, strict=True):
+        if len(split) < 2 * LEAST:
+            raise MergeboundError(
+                f"calibration: {len(split)} images of {task}, of which one half chooses and the other judges; give "
+                f"{2 * LEAST} or more (--images, and that many in the data)"
+            )
 
 
 def _images(subject: Subject, parts: Sequence[slice]) -> Subject:

@@ -51,7 +51,7 @@ class CompareSpec(BaseModel):
     methods: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     groups: Annotated[int, Field(ge=0)] = 0
     group_methods: dict[str, dict[str, Any]] = {}
-    calibration_images: Annotated[int, Field(ge=8)] = 128
+    calibration_images: Annotated[int, Field(ge=16)] = 128
     test_images: Annotated[int, Field(ge=8)] = 300
 
     @model_validator(mode="after")

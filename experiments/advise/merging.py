@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from experiments.advise.account import account, changes
+from experiments.advise.account import Chosen, account, changes
 from experiments.advise.candidates import Candidate, candidates, judge_of, subsets_table
-from experiments.advise.collecting import MergeBudget, Progress, collect_within, halves
+from experiments.advise.collecting import MergeBudget, Progress, collect_within, enough_images, halves
 from experiments.advise.domain import domain_of
 from experiments.advise.merge_advice import MergeAdvice
-from experiments.advise.numbers import Number, around, simultaneous
+from experiments.advise.numbers import Z95, Number, around, simultaneous
 from experiments.measure.predictors.merges import form, merged_vector
 from experiments.measure.predictors.predict import predict_merge
 from experiments.measure.predictors.statistics import FieldStatistics
@@ -48,7 +48,7 @@ def advise_merge(
     the judge's price decides.
 
     Args:
-        subject: base, experts and calibration images, two per task or more; at least two experts.
+        subject: base, experts and calibration images, at least 16 per task; at least two experts.
         budget: samples or minutes; see :class:`experiments.advise.collecting.MergeBudget`.
         kinds: what is collected, in place of a budget.
         bounds: of every coefficient; networks with BatchNorm stay in the hull of base and experts besides.
@@ -58,7 +58,7 @@ def advise_merge(
         progress: called with stage, done, total.
 
     Raises:
-        MergeboundError: fewer than two experts, a negative ``verify``, or what collecting refuses.
+        MergeboundError: fewer than two experts, too few images, a negative ``verify``, or what collecting refuses.
 
     Source: theory.md sections 7 and 8.
     """
@@ -67,6 +67,7 @@ def advise_merge(
         raise MergeboundError(f"{subject.size} expert leaves nothing to merge: give two or more")
     if verify < 0:
         raise MergeboundError(f"verify = {verify}: give 0 or more merges to evaluate")
+    enough_images(subject)
     domain = domain_of(subject, bounds)
     made = collect_within(subject, budget, kinds=kinds, seed=seed, verify=verify, progress=progress)
     (chooser, choosing), (jury, judging) = halves(subject, made.statistics)
@@ -78,12 +79,14 @@ def advise_merge(
     second = predict_merge(jury, merges, judging, names=names, seed=seed)
     table = _table(found, first, second, judge, seed)
     samples = made.samples
+    losses: dict[int, list[Array]] = {}
     if verify:
         chosen = _to_verify(table, verify, made.left, sum(judging.images))
         measured = _evaluate(jury, judging, [found[k] for k in chosen], seed, progress)
         samples += len(chosen) * sum(judging.images)
-        for k, numbers in zip(chosen, measured, strict=True):
+        for k, (numbers, own_losses) in zip(chosen, measured, strict=True):
             table.loc[k, ["measured", "measured_error", "measured_accuracy"]] = numbers
+            losses[k] = own_losses
     best = _best(table)
     row, winner = table.iloc[best], found[best]
     alpha = _coefficients(jury, winner, judging, seed)
@@ -110,9 +113,16 @@ def advise_merge(
             simultaneous(checked, _LEVEL),
         )  # fmt: skip
     risk = real or predicted
-    todo = changes(
-        account_found, base.value, average_number.value, risk.value, own.value, winner.label, risk.tier
+    if real is None:
+        losses = {k: _priced(judging, found[k], judge) for k in (best, int(average.name))}
+    mine = losses.get(best, [])
+    chosen_merge = Chosen(
+        winner.label, risk.value, risk.tier,
+        (average_number.value - risk.value, _paired_error(losses.get(int(average.name), []), mine, judging)),
+        (base.value - risk.value, _paired_error(_losses(judging, _base_logits(judging)), mine, judging)),
+        Z95 if real is None else simultaneous(checked, _LEVEL),
     )  # fmt: skip
+    todo = changes(judging, account_found, chosen_merge)
     order = ["measured", "predicted"] if checked else ["predicted"]
     kept = tuple(n for n, a in zip(subject.names, alpha, strict=True) if abs(a) > 1e-3)
     return MergeAdvice(
@@ -190,8 +200,9 @@ def _evaluate(
     found: Sequence[Candidate],
     seed: int,
     progress: Progress | None,
-) -> list[tuple[float, float, float]]:
-    """Joint risk (nats), its standard error, and accuracy of merges on the subject's calibration images."""
+) -> list[tuple[tuple[float, float, float], list[Array]]]:
+    """Joint risk (nats), its standard error, and accuracy of merges on the subject's calibration images; with the
+    losses of the images by task."""
     tell = progress or (lambda stage, done, total: None)
     rows = []
     for number, one in enumerate(found):
@@ -204,7 +215,7 @@ def _evaluate(
             losses.append(np.minimum(cross_entropy(logits, statistics.labels[j]), 1e12))
             hits.append(float((logits.argmax(axis=-1) == statistics.labels[j]).mean()))
         error = joint_standard_error(losses, statistics.image_names())
-        rows.append((float(np.mean([v.mean() for v in losses])), error, float(np.mean(hits))))
+        rows.append(((float(np.mean([v.mean() for v in losses])), error, float(np.mean(hits))), losses))
     tell("evaluating", len(found), len(found))
     return rows
 
@@ -220,16 +231,38 @@ def _coefficients(subject: Subject, one: Candidate, statistics: FieldStatistics,
     return form(subject, one.merge, statistics.groups, seed).alpha(statistics.shares())
 
 
+def _priced(statistics: FieldStatistics, one: Candidate, judge: str) -> list[Array]:
+    """Losses of the images by task as the judge predicts them; none for methods that are not linear."""
+    if one.alpha is None:
+        return []
+    return _losses(statistics, [field.at(one.alpha) for field in ZOO[judge].fields(statistics)])
+
+
+def _paired_error(first: Sequence[Array], second: Sequence[Array], statistics: FieldStatistics) -> float:
+    """Standard error of the difference of two joint risks on the same images; NaN where one is not known by image."""
+    if not first or not second:
+        return float("nan")
+    return joint_standard_error([a - b for a, b in zip(first, second, strict=True)], statistics.image_names())
+
+
 def _alone(statistics: FieldStatistics, seed: int) -> Number:
     return _of_logits(statistics, [statistics.own_logits(j) for j in range(statistics.size)], seed)
 
 
 def _of_base(statistics: FieldStatistics, seed: int) -> Number:
-    return _of_logits(statistics, [statistics.base_logits(j) for j in range(statistics.size)], seed)
+    return _of_logits(statistics, _base_logits(statistics), seed)
+
+
+def _base_logits(statistics: FieldStatistics) -> list[Array]:
+    return [statistics.base_logits(j) for j in range(statistics.size)]
+
+
+def _losses(statistics: FieldStatistics, logits: Sequence[Array]) -> list[Array]:
+    return [cross_entropy(h, y) for h, y in zip(logits, statistics.labels, strict=True)]
 
 
 def _of_logits(statistics: FieldStatistics, logits: Sequence[Array], seed: int) -> Number:
-    losses = [cross_entropy(h, y) for h, y in zip(logits, statistics.labels, strict=True)]
+    losses = _losses(statistics, logits)
     error = joint_standard_error(losses, statistics.image_names())
     return around(float(np.mean([v.mean() for v in losses])), error, "measured", seed, "images")
 

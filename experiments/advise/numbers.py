@@ -14,6 +14,7 @@ class Number:
 
     Attributes:
         value, low, high: in the unit that its name says; the interval's level is 95 % unless ``note`` says otherwise.
+            Limits that are not known are NaN, and the number says "no interval".
         tier: ``measured``, ``estimated``, ``calibrated`` or ``certified``.
         seed: of the draws behind it.
         note: what the interval covers.
@@ -27,11 +28,20 @@ class Number:
     note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g}; {self.tier})"
+        return f"{self.value:.3g} ({between(self.low, self.high)}; {self.tier})"
+
+
+def between(low: float, high: float) -> str:
+    """An interval in words.
+
+    >>> between(0.1, 0.25), between(float("nan"), 1.0)
+    ('0.1 to 0.25', 'no interval')
+    """
+    return f"{low:.3g} to {high:.3g}" if math.isfinite(low) and math.isfinite(high) else "no interval"
 
 
 def around(value: float, error: float, tier: str, seed: int, note: str = "", z: float = Z95) -> Number:
-    """``value`` with ``z`` standard errors on both sides, not below 0."""
+    """``value`` with ``z`` standard errors on both sides, not below 0; no interval where the error is NaN."""
     return Number(value, max(value - z * error, 0.0), value + z * error, tier, seed, note)
 
 

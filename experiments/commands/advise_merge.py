@@ -47,7 +47,7 @@ def merge(
 
     `mergebound advise merge --base B.safetensors --experts E1.safetensors E2.safetensors --data D1.npz D2.npz`, or
     `--store FOLDER --runs D1 D2` for experts of a grid. Prints the risk with its interval, the theory's active term,
-    and what to change first.
+    and what to change first. `--images`: 16 or more, so that both halves give an interval.
     """
     from experiments.advise.collecting import MergeBudget
     from experiments.advise.merge_page import plain, summary, write_merge_advice

@@ -19,7 +19,7 @@ from experiments.advise.compare_page import COLLAPSED, coverage, training_differ
 from experiments.advise.compare_spec import comparison_sizes, read_comparison
 from experiments.advise.domain import domain_of
 from experiments.advise.making import merge_arguments
-from experiments.advise.merge_page import merge_page, plain, write_merge_advice
+from experiments.advise.merge_page import merge_page, plain, summary, write_merge_advice
 from experiments.advise.merging import advise_merge
 from experiments.advise.numbers import around, simultaneous
 from experiments.advise.pilot import Pilot, coordinates
@@ -202,6 +202,61 @@ def test_advice_is_written_and_names_the_merge(tmp_path: Path) -> None:
     arguments = merge_arguments(advice)
     assert arguments[:2] == ["--method", advice.method]
     assert len(merge_page(advice).sections) == 4
+
+
+@pytest.mark.parametrize("verify", [5, 0])
+def test_changes_have_intervals_of_paired_losses(verify: int) -> None:
+    """The first changes again, image by image with torch (predictions: mixtures of logits)."""
+    subject, judged = wide(), slice(IMAGES // 2, None)
+    advice = advise_merge(subject, verify=verify, nonlinear=False, kinds=("secant",))
+    assert advice.label != "average"
+
+    def images(j: int, logits: torch.Tensor) -> np.ndarray:
+        labels = subject.calibration[j].labels[judged]
+        return np.asarray(torch.nn.functional.cross_entropy(logits, labels, reduction="none").numpy())
+
+    def at(j: int, point: torch.Tensor) -> torch.Tensor:
+        return subject.networks[j].features(point, subject.calibration[j].images[judged])
+
+    def mixture(j: int, alpha: np.ndarray) -> np.ndarray:
+        base = at(j, subject.base)
+        return images(j, base + sum(a * (at(j, x) - base) for a, x in zip(alpha, subject.vectors, strict=True)))
+
+    def merged(j: int, alpha: np.ndarray) -> np.ndarray:
+        return images(j, at(j, point_at(subject, alpha))) if verify else mixture(j, alpha)
+
+    even, alpha, size = np.full(3, 1 / 3), np.array(advice.alpha), 3
+    found = {change.what.split(" ")[0]: change for change in advice.changes}
+    falls = [merged(j, even) - merged(j, alpha) for j in range(size)]
+    own = [images(j, at(j, subject.vectors[j])) for j in range(size)]
+    k = int(found["keep"].what.split(" ")[1][-1]) if "keep" in found else -1
+    wanted = {"merge": falls}
+    if k >= 0:
+        others = np.where(np.arange(size) == k, 0.0, 0.5)
+        wanted["keep"] = [mixture(j, even) - (own[j] if j == k else mixture(j, others)) for j in range(size)]
+    checked = simultaneous(len(advice.candidates.dropna(subset=["measured"]))) if verify else 1.959964
+    for word, gains in wanted.items():
+        gain = float(np.mean([g.mean() for g in gains]))
+        error = np.sqrt(sum(g.var(ddof=0) / len(g) for g in gains) / size**2 * 36 / 35)  # 36 images, 3 means
+        change, z = found[word], checked if word == "merge" else 1.959964
+        assert change.gain == pytest.approx(gain, abs=1e-5)
+        assert [change.low, change.high] == pytest.approx([gain - z * error, gain + z * error], abs=1e-5)
+    assert f"{advice.changes[0].low:.3g} to {advice.changes[0].high:.3g}" in "".join(summary(advice)[1])
+
+
+def test_averaging_is_no_change_where_it_is_the_advice() -> None:
+    advice = advise_merge(wide(), verify=1)
+    assert advice.label == "average"
+    assert not any("in place of averaging" in change.what for change in advice.changes)
+
+
+def test_halves_too_small_for_an_interval_are_refused() -> None:
+    """One image per half once had 95 % intervals of no width."""
+    small = wide()
+    few = tuple(Split(s.images[:15], s.labels[:15], s.source[:15]) for s in small.calibration)
+    with pytest.raises(MergeboundError, match=r"15 images of .*give 16 or more"):
+        advise_merge(replace(small, calibration=few))
+    assert str(around(2.15, float("nan"), "measured", 0)) == "2.15 (no interval; measured)"
 
 
 @pytest.mark.parametrize(

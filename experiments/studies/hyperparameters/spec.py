@@ -221,8 +221,8 @@ class StudySpec(_Strict):
         most = math.comb(count, self.size) * self.heterogeneous.count**self.size
         if self.heterogeneous.groups > most:
             raise MergeboundError(
-                f"heterogeneous.groups: {self.heterogeneous.groups} different groups of {self.size} experts are wanted, "
-                f"but {count} tasks with {self.heterogeneous.count} recipes have {most}; ask for fewer"
+                f"heterogeneous.groups: {self.heterogeneous.groups} different groups of {self.size} experts are "
+                f"wanted, but {count} tasks with {self.heterogeneous.count} recipes have {most}; ask for fewer"
             )
 
     def digest(self) -> str:
