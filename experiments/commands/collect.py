@@ -11,9 +11,9 @@ import torch
 import typer
 from torch import Tensor
 
-from experiments.commands.merge import expert_names
 from experiments.commands.predict import SeveralValues, read_model_options, read_numbers
 from merging.checkpoint import file_hash
+from merging.config import expert_names
 from merging.errors import CheckpointError, MethodError
 from merging.statistics import Coefficients, save_coefficients, save_statistics
 from merging.variances import stays_in_hull

@@ -17,8 +17,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.commands.merge import expert_names, read_settings
+from experiments.commands.merge_settings import read_settings
 from experiments.commands.options import AsJson, several_values
+from merging.config import expert_names
 from merging.errors import CheckpointError, MethodError
 from merging.registry import get
 from merging.writer import atomic_file

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.cli import main
-from experiments.commands.merge import expert_names
 from merging.checkpoint import read_metadata
+from merging.config import expert_names
 from merging.merge import merge_state_dicts
 
 INPUTS = ("base", "e1", "e2")
