@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.measure.twins.estimates import log_interval, stability, summary
-from experiments.measure.twins.merges import _ratio_interval
+from experiments.measure.twins.merges import MergeChoice, MergeTwins, _ratio_interval
 from experiments.measure.twins.quadratic import quadratic_twins
+from merging.merge import flat_space
+from merging.partition import partition
 from theory.quadratic import QuadraticTask
 from theory.recipe import Expert
 
@@ -87,6 +90,19 @@ def test_sensitivities_of_linear_merges_have_no_interval_and_others_cover() -> N
         low, high, _ = _ratio_interval(own, own * factor, value, rng)
         inside.append(low <= 1.0 <= high)
     assert np.mean(inside) > 0.9
+
+
+def test_linear_merges_of_single_precision_have_no_interval() -> None:
+    rng = torch.Generator().manual_seed(1)
+    start = {"w": torch.randn(300, generator=rng)}
+    parts = partition(start)
+    space = flat_space(start, parts)
+    vectors = start["w"] + 0.1 * torch.randn(2, 300, generator=rng)
+    merger = MergeTwins(start["w"], vectors, space, parts, 0, [MergeChoice("average")], 3)
+    for twin in range(-1, 5):
+        merger.collect(twin, 3, {"w": vectors[0] + 1e-3 * max(twin, 0) * torch.randn(300, generator=rng)})
+    found = merger.results(5)[0].sensitivity
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5), rel=1e-9)
 
 
 def test_few_twins_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from experiments.measure.twins.estimates import Quantity, log_interval, summary
 from merging.flat import FlatSpace
 from merging.merge import merge_flat
 from merging.partition import Partition
+from merging.registry import get
 from merging.registry import methods as all_methods
 from theory.errors import MergeboundError
 from theory.operators import operator
@@ -103,9 +105,9 @@ class MergeTwins:
             self._own = vector
             self._merged = [self._merge(choice, vector) for choice in self.choices]
             return
-        own = float((vector - self._own)[: self._size].double().norm())
+        own = _distance(vector, self._own, self._size)
         moved = [
-            float((self._merge(choice, vector) - merged)[: self._size].double().norm())
+            _distance(self._merge(choice, vector), merged, self._size)
             for choice, merged in zip(self.choices, self._merged, strict=True)
         ]
         self._moved[twin] = [own, *moved]
@@ -137,11 +139,15 @@ class MergeTwins:
         )
 
     def _merge(self, choice: MergeChoice, vector: Tensor) -> Tensor:
-        rows = [(vector if i == self.expert else x) - self.base for i, x in enumerate(self.vectors)]
+        """Linear methods in double precision: their ratio is the same for all twins, and rounding must not spread it
+        (others draw numbers and break ties in the networks' own type, and do so here)."""
+        base, space = self.base, self.space
+        if get(choice.method).linear:
+            base, space = base.double(), replace(space, dtype=torch.float64)
+        rows = [(vector if i == self.expert else x).to(base) - base for i, x in enumerate(self.vectors)]
         return merge_flat(
-            choice.method, self.base, rows, self.space, self.partition, names=self.names, seed=self.seed,
-            **choice.settings,
-        )  # fmt: skip
+            choice.method, base, rows, space, self.partition, names=self.names, seed=self.seed, **choice.settings
+        )
 
     def _theory(self, choice: MergeChoice) -> tuple[float, str, str]:
         known = operator(choice.method)
@@ -194,6 +200,11 @@ def merges_frame(results: Sequence[MethodStability]) -> pd.DataFrame:
             for each in results
         ]
     )  # fmt: skip
+
+
+def _distance(one: Tensor, other: Tensor, size: int) -> float:
+    """Over the first coordinates, subtracted in double precision."""
+    return float((one[:size].double() - other[:size].double()).norm())
 
 
 def _ratio_interval(
