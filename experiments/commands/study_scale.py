@@ -89,7 +89,7 @@ def scale(
     command = f"mergebound study scale --size {Path(size).name} --out FOLDER"
     tables = write_report(spec, measured, out, command=command, versions=_versions(), resamples=resamples)
     findings = tables.frames["findings"]
-    own = findings[findings["papers_own"].isin(["yes", "other family"])]
+    own = findings[findings["papers_own"].isin(["yes", "optimised multitask", "other family"])]
     if as_json:
         typer.echo(json.dumps(json.loads(own.to_json(orient="records")), indent=2))
         return
@@ -122,17 +122,18 @@ def _versions() -> dict[str, str]:
 
 def _show(findings: pd.DataFrame, console: Console) -> None:
     table = Table(title="Findings (95 % intervals over tasks and test images)")
-    for name in ("finding", "scope", "measure", "effect", "interval", "unit", "paper", "verdict"):
-        table.add_column(name, justify="right" if name in ("effect", "interval") else "left")
+    for name in ("finding", "scope", "verdict", "measure", "effect", "interval", "unit", "paper", "experts"):
+        table.add_column(name, justify="right" if name in ("effect", "interval", "experts") else "left")
     for row in findings.to_dict("records"):
         table.add_row(
             str(row["finding"]),
             str(row["scope"]),
+            str(row["verdict"]) + (" (borderline)" if row["borderline"] == "yes" else ""),
             str(row["measure"]),
             f"{row['effect']:+.3g}",
             f"{row['effect_low']:+.3g} to {row['effect_high']:+.3g}",
             str(row["unit"]),
             str(row["paper"]),
-            str(row["verdict"]),
+            f"{row['experts_accuracy']:.0%}",
         )
     console.print(table)

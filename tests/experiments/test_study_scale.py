@@ -15,13 +15,19 @@ from experiments.bases.spec import BaseSpec
 from experiments.grid.run_spec import RunSpec
 from experiments.statistics import Estimate
 from experiments.studies.scale.cells import Cell, cells, chains, runs_of
+from experiments.studies.scale.checks import open_checks
+from experiments.studies.scale.comparisons import number_effects
 from experiments.studies.scale.effects import Effects, Table, contrast, estimate, slope_weights, spread, table_of
-from experiments.studies.scale.findings import findings_table, number_effects, verdict
-from experiments.studies.scale.laws import LAWS, judged
-from experiments.studies.scale.multitask import Start, train_fixed
+from experiments.studies.scale.findings import answer, findings_table, questions
+from experiments.studies.scale.laws import LAWS, compared, judged
+from experiments.studies.scale.multitask import Start, train_fixed, train_optimised, why_stopped
 from experiments.studies.scale.points import Points, read_points, save_points
 from experiments.studies.scale.runner import Measured
-from experiments.studies.scale.spec import ScaleSpec, read_scale, settings_for, study_sizes
+from experiments.studies.scale.saying import counted, law_words
+from experiments.studies.scale.scores_table import packed, unpacked
+from experiments.studies.scale.spec import MultitaskSpec, ScaleSpec, read_scale, settings_for, study_sizes
+from experiments.studies.scale.training_table import choices, with_stops
+from experiments.studies.scale.verdicts import borderline, can_test, mean_chance, verdict
 from experiments.tasks.digits8 import EIGHT, MORE
 from experiments.tasks.digits_images import digits_task
 from experiments.tasks.images import shared_rows
@@ -158,10 +164,41 @@ def test_the_spread_over_methods_is_the_largest_gap() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "direction", "said"),
     [(0.1, 0.3, 1, "agrees"), (-0.3, -0.1, 1, "disagrees"), (-0.3, -0.1, -1, "agrees"), (-0.1, 0.3, 1, "undecided"),
-     (np.nan, np.nan, 1, "undecided")],
+     (np.nan, np.nan, 1, "not measured")],
 )  # fmt: skip
 def test_verdicts_compare_directions_beyond_the_interval(low: float, high: float, direction: int, said: str) -> None:
     assert verdict(Estimate((low + high) / 2, low, high), direction) == said
+
+
+def test_a_verdict_near_zero_is_borderline_and_experts_near_chance_test_nothing(tiny: ScaleSpec) -> None:
+    assert borderline(Estimate(0.085, 1.08e-4, 0.143), 0.1)
+    assert borderline(Estimate(0.02, -0.004, 0.05), 0.1)
+    assert not borderline(Estimate(0.085, 0.05, 0.143), 0.1)
+    assert not borderline(Estimate(0.1, np.nan, np.nan), 0.1)
+    chance = mean_chance({"a": 10, "b": 5}, ("a", "b"))
+    assert chance == pytest.approx(0.15)
+    assert np.isnan(mean_chance({"a": 10}, ("a", "b")))
+    assert not can_test(Estimate(0.4, 0.29, 0.5), chance, tiny.rule)
+    assert can_test(Estimate(0.4, 0.31, 0.5), chance, tiny.rule)
+    assert can_test(Estimate(0.1, 0.05, 0.2), float("nan"), tiny.rule)
+    assert counted(pd.Series(["agrees", "not measured", "not testable"])) == (
+        "1 agree in direction, 0 disagree, 0 undecided, 1 not testable, 1 not measured"
+    )
+
+
+def test_the_rule_of_verdicts_does_not_change_what_is_run_but_the_qualities_do(tiny: ScaleSpec) -> None:
+    rule = tiny.rule.model_copy(update={"chance_times": 3.0})
+    assert tiny.model_copy(update={"rule": rule}).digest() == tiny.digest()
+    first = tiny.families[0].model_copy(update={"qualities": {"strong": {"steps": 7}}})
+    other = tiny.model_copy(update={"families": (first,)})
+    assert other.digest() != tiny.model_copy(update={"families": tiny.families[:1]}).digest()
+    cell, runs = next(item for item in runs_of(other, first).items() if item[0].base == "strong")
+    assert cell.architecture == first.architectures[0]
+    given = tiny.bases["strong"]["quality"]
+    assert runs[0].base.quality.model_dump() == {  # type: ignore[union-attr]
+        **runs[0].base.quality.model_dump(), **given, "steps": 7,  # type: ignore[union-attr]
+    }  # fmt: skip
+    assert read_scale("small").digest() == "2a6e5433bebc"
 
 
 # --- from points to findings -----------------------------------------------------------------------------------------
@@ -219,6 +256,14 @@ def test_findings_of_scores_that_were_made_up(tiny: ScaleSpec) -> None:
     assert own.loc["5 methods converge", "effect"] == pytest.approx(0.0, abs=1e-12)
     assert list(own.loc[["1 stronger base", "2 larger model"], "verdict"]) == ["agrees", "agrees"]
     assert own.loc["5 methods converge", "verdict"] == "undecided"
+    assert own.loc["1 stronger base", "in_accuracy"] == pytest.approx(0.8 * 0.5, abs=0.01)
+    assert own.loc["1 stronger base", "experts_accuracy"] == pytest.approx(0.8, abs=0.01)
+    first = next(iter(questions(table, spec)))
+    assert answer(first, spec, 0.1)["verdict"] == "agrees"
+    assert answer(first, spec, 0.5)["verdict"] == "not testable"
+    checks = open_checks(found, none, spec)
+    assert set(checks["check"]) == {"optimised multitask"}
+    assert set(checks["verdict"]) == {"not measured"}
     merges = table.where(kind="merge", measure="held_out/ncm_cosine", base="strong")
     assert len(number_effects(merges, spec)) == 4 * spec.chains * len(spec.methods)
 
@@ -270,6 +315,101 @@ def test_a_law_predicts_its_own_held_out_k(tiny: ScaleSpec, name: str, curve: ob
     assert errors.max() < 2e-3
     assert errors.max() < found[found["law"] == "constant"]["log_error"].min()
     assert set(found["law"]) == set(LAWS)
+
+
+def test_a_law_that_can_only_fall_is_not_called_beaten_on_a_loss_that_rises(tiny: ScaleSpec) -> None:
+    k = np.array([1, 2, 4, 6, 8])
+    about = {"family": "f", "architecture": "a", "base": "b", "parameters": 1, "groups": 1}
+    rows = [
+        {**about, "target": target, "k": int(a), "loss": float(b)}
+        for target, curve in (("own", 1 + 0.3 * (1 - 1 / k)), ("joint", 1 + 0.3 / k))
+        for a, b in zip(k, curve, strict=True)
+    ]
+    losses = pd.DataFrame(rows)
+    laws = compared(judged(losses, tiny), losses, tiny).set_index(["target", "law", "held_out"])
+    assert set(laws.loc["own"]["rising"]) == {1}
+    assert set(laws.loc["joint"]["rising"]) == {0}
+    words = law_words(laws.reset_index())
+    assert "Target own" in words.split("one-sided")[0]
+    assert "smallest error is that of the dispersion law" not in words
+
+
+def test_the_end_of_a_rate_is_read_from_its_losses_and_the_choice_knows_its_edges(tiny: ScaleSpec) -> None:
+    assert why_stopped([3.0, 2.0, 1.0], 2) == "budget"
+    assert why_stopped([3.0, 2.0, 2.5, 2.1], 2) == "patience"
+    assert why_stopped([3.0, float("nan")], 2) == "diverged"
+    assert tiny.multitask is not None
+    about = {"family": "resnet", "architecture": "a", "base": "strong", "model": "optimised", "tier": "measured"}
+    spec = tiny.model_copy(update={"multitask": tiny.multitask.model_copy(update={"budget": 1.5, "patience": 2})})
+    rows = [
+        {**about, "chosen_rate": 0.06, "chosen_step": 160, "steps_spent": 800, "rate": rate, "step": step,
+         "validation_loss": loss}
+        for rate, curve in ((0.06, (1.0, 0.5, 0.6, 0.7)), (0.02, (2.0, 1.5, 1.0, 0.9)))
+        for step, loss in zip((80, 160, 240, 320), curve, strict=True)
+    ]  # fmt: skip
+    training = with_stops(pd.DataFrame(rows), spec)
+    assert list(training.groupby("rate")["stopped"].first()) == ["budget", "patience"]
+    chosen = choices(training, spec).iloc[0]
+    assert chosen["decided_by"] == "early stopping"
+    assert (chosen["rate_at"], chosen["chosen_step"], chosen["budget_steps"]) == ("top", 160, 480)
+
+
+def test_right_and_wrong_survive_packing() -> None:
+    right = np.random.default_rng(0).random(21) < 0.5
+    np.testing.assert_array_equal(unpacked(packed(right), 21), right)
+
+
+def _small_start() -> tuple[Start, list[Split]]:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(5, 4))
+    model.add_module("head", nn.Linear(4, 3))
+    state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    head = {name: state[name] for name in ("head.weight", "head.bias")}
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    return Start(model, state, (head,)), [Split(x, y, np.arange(12))]
+
+
+def _run(**changes: object) -> RunSpec:
+    given = {"learning_rate": 0.2, "steps": 5, "batch_size": 12, "momentum": 0.6, "weight_decay": 0.01, **changes}
+    return RunSpec(task="t", base=BaseSpec(kind="random", architecture="mlp_64", classes=3), **given)  # type: ignore[arg-type]
+
+
+def test_multitask_training_follows_the_experts_schedule_and_optimizer_or_refuses() -> None:
+    start, data = _small_start()
+    x, y = data[0].images, data[0].labels
+    for optimizer in ("sgd", "adamw"):
+        run = _run(schedule="linear", optimizer=optimizer)
+        found = train_fixed(start, data, run, seed=0)
+        model = nn.Sequential()
+        model.add_module("body", nn.Linear(5, 4))
+        model.add_module("head", nn.Linear(4, 3))
+        model.load_state_dict(dict(start.state))
+        rule = (
+            torch.optim.SGD(model.parameters(), 0.2, momentum=0.6, weight_decay=0.01)
+            if optimizer == "sgd"
+            else torch.optim.AdamW(model.parameters(), 0.2, (0.6, 0.999), weight_decay=0.01)
+        )
+        for step in range(5):
+            rule.param_groups[0]["lr"] = 0.2 * (1 - step / 5)
+            rule.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+            rule.step()
+        wanted = model.state_dict()
+        for name, tensor in {**found.shared, **found.heads[0]}.items():
+            torch.testing.assert_close(tensor, wanted[name], atol=2e-5, rtol=1e-4)
+    with pytest.raises(MergeboundError, match="label_smoothing"):
+        train_fixed(start, data, _run(label_smoothing=0.1), seed=0)
+    with pytest.raises(MergeboundError, match="sam"):
+        train_fixed(start, data, _run(optimizer="sam"), seed=0)
+
+
+def test_early_stopping_ends_a_rate_that_gets_no_better() -> None:
+    start, data = _small_start()
+    spec = MultitaskSpec(bases=("strong",), rates=(1e-30,), budget=8.0, every=1, patience=3)
+    found = train_optimised(start, data, data, _run(weight_decay=0.0), spec, seed=0)
+    assert [step for _, step, _ in found.trace] == [1, 2, 3, 4]  # a loss that never moves: the first, then patience
+    assert (found.steps, found.trained) == (1, 4)
 
 
 def test_multitask_training_on_one_task_is_gradient_descent_written_out() -> None:

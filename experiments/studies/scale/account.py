@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from experiments import statistics as st
+from experiments.studies.scale.comparisons import scalar_slopes
 from experiments.studies.scale.effects import Effects, Table, contrast, estimate, joined, slope_weights
-from experiments.studies.scale.findings import scalar_slopes
 from experiments.studies.scale.spec import ScaleSpec
 
 OF_MERGES = ("dispersion", "curved", "secant_risk", "tangent_risk", "average_risk", "gap")

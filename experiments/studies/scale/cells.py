@@ -98,6 +98,8 @@ def family_grid(spec: ScaleSpec, family: FamilySpec) -> GridSpec:
 def _base(spec: ScaleSpec, family: FamilySpec, architecture: str, base: str) -> dict[str, Any]:
     content = dict(spec.bases[base])
     pattern = str(content.pop("architecture", "{}"))
+    if base in family.qualities:
+        content["quality"] = {**content["quality"], **family.qualities[base]}
     return {**content, "architecture": pattern.replace("{}", architecture), "options": dict(family.options)}
 
 

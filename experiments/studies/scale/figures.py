@@ -101,7 +101,7 @@ def against_number(table: pd.DataFrame, spec: ScaleSpec, measure: str, what: str
 
 def effects_figure(findings: pd.DataFrame, spec: ScaleSpec) -> Picture:
     """Every finding's own effects with intervals, in units of their larger end, and the paper's direction."""
-    part = findings[findings["papers_own"].isin(["yes", "other family"])].reset_index(drop=True)
+    part = findings[findings["papers_own"].isin(["yes", "optimised multitask", "other family"])].reset_index(drop=True)
     if part.empty:
         raise ValueError("effects: no finding was measured")
     height = 0.42 * len(part) + 0.9

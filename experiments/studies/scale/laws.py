@@ -139,14 +139,34 @@ def judged(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(tier="calibrated", seed=spec.seed)
 
 
-def compared(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
+def rising_cells(losses: pd.DataFrame) -> dict[str, int]:
+    """By target: in how many cells the loss at the largest k is above that at k = 1.
+
+    There the empirical law, which can only fall (a >= 0), is no more than a constant, and a comparison with it is
+    one-sided.
+    """
+    out: dict[str, int] = {}
+    for (*_, target), part in losses.groupby([*CELL, "target"], sort=False):
+        own = part.sort_values("k")["loss"].to_numpy(dtype=float)
+        out[str(target)] = out.get(str(target), 0) + int(own[-1] > own[0])
+    return out
+
+
+def compared(found: pd.DataFrame, losses: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
     """Mean error of every law, and its paired difference to the empirical law, with intervals over cells.
+
+    Args:
+        found: as :func:`judged` gives it.
+        losses: as :func:`curves` gives it.
+        spec: the study.
 
     Returns:
         ``target``, ``law``, ``held_out`` (inner or largest k), ``error`` with ``_low`` and ``_high``, ``difference``
-        (error minus that of the empirical law) with ``_low`` and ``_high``, ``cells``, ``tier``, ``seed``.
+        (error minus that of the empirical law) with ``_low`` and ``_high``, ``rising`` (see :func:`rising_cells`),
+        ``cells``, ``tier``, ``seed``.
     """
     rows = []
+    rising = rising_cells(losses) if len(losses) else {}
     if found.empty:
         return pd.DataFrame()
     named = found.assign(cell=found["architecture"] + " " + found["base"])
@@ -161,7 +181,8 @@ def compared(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
             rows.append(
                 {"target": target, "law": law, "held_out": "largest k" if beyond else "inner k", "error": own.value,
                  "error_low": own.low, "error_high": own.high, "difference": gap.value, "difference_low": gap.low,
-                 "difference_high": gap.high, "cells": int(part["cell"].nunique())}
+                 "difference_high": gap.high, "rising": rising.get(str(target), 0),
+                 "cells": int(part["cell"].nunique())}
             )  # fmt: skip
     return pd.DataFrame(rows).assign(tier="calibrated", seed=spec.seed)
 

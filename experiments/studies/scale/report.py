@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from experiments.atomic import write_atomically
@@ -15,11 +13,16 @@ from experiments.page import Page, Section, write_page
 from experiments.plots import Picture
 from experiments.studies.scale import figures
 from experiments.studies.scale.account import account_table, along_table, says_table
+from experiments.studies.scale.checks import CHECKS, open_checks
 from experiments.studies.scale.effects import RESAMPLES, Table, summary, table_of
-from experiments.studies.scale.findings import CHECKS, FINDINGS, findings_table, shape_table
+from experiments.studies.scale.findings import findings_table
 from experiments.studies.scale.laws import compared, curves, fits, judged
 from experiments.studies.scale.runner import Measured
+from experiments.studies.scale.saying import law_words, say
+from experiments.studies.scale.scores_table import images_table, score_points, scores_table
 from experiments.studies.scale.spec import ScaleSpec
+from experiments.studies.scale.training_table import choices, with_stops
+from experiments.studies.scale.verdicts import mean_chance
 from experiments.validation import to_markdown
 
 
@@ -48,12 +51,14 @@ def make_tables(spec: ScaleSpec, measured: Measured, resamples: int = RESAMPLES)
     cell = ["family", "architecture", "parameters", "base"]
     found = curves(table, spec)
     held = judged(found, spec)
+    findings = findings_table(table, spec, mean_chance(measured.classes, spec.held_in))
+    training = with_stops(measured.multitask, spec)
     frames = {
-        "findings": findings_table(table, spec),
-        "open_checks": shape_table(measured.shape, spec),
+        "findings": findings,
+        "open_checks": open_checks(findings, measured.shape, spec),
         "account": account_table(measured.terms, spec),
         "terms_and_loss": along_table(measured.terms, table, spec),
-        "laws": compared(held, spec),
+        "laws": compared(held, found, spec),
         "law_fits": fits(found, spec) if len(found) else pd.DataFrame(),
         "law_predictions": held,
         "law_losses": found,
@@ -63,11 +68,15 @@ def make_tables(spec: ScaleSpec, measured: Measured, resamples: int = RESAMPLES)
             ["held_in", "held_in_accuracy", *(f"held_out_accuracy/{t}" for t in spec.transfers),
              *(f"held_out/{t}" for t in spec.transfers)], seed=spec.seed,
         ),
-        "multitask_training": measured.multitask,
+        "multitask_choices": choices(training, spec),
+        "multitask_training": training,
         "shape": measured.shape,
         "terms": measured.terms,
         "cells": measured.about,
         "points": table.rows,
+        "score_points": score_points(measured),
+        "scores": scores_table(measured),
+        "test_images": images_table(measured),
     }  # fmt: skip
     return Tables(
         frames,
@@ -97,7 +106,7 @@ def write_report(
 def readme(spec: ScaleSpec, measured: Measured, tables: Tables, command: str = "") -> str:
     """The verdicts as Markdown: what the documentation shows of a run."""
     frames = tables.frames
-    lead, lines = say(spec, measured, tables)
+    lead, lines = say(spec, measured, frames)
     own = frames["findings"][frames["findings"]["papers_own"].isin(["yes", "other family"])]
     verdicts = to_markdown(own, {**_FINDING, "interval_over": "Interval over"})
     parts = [
@@ -105,19 +114,21 @@ def readme(spec: ScaleSpec, measured: Measured, tables: Tables, command: str = "
         lead,
         "\n".join(f"* {line}" for line in lines),
         "## Verdicts",
-        "Effects with 95 % intervals; 'agrees' and 'disagrees' compare directions only, where the interval leaves zero "
-        "out. Tier: measured.",
+        _VERDICTS,
         verdicts,
     ]
     if len(frames["open_checks"]):
-        parts += ["## Open checks", to_markdown(frames["open_checks"], {**_FINDING, "mean": "Mean"})]
+        parts += ["## Open checks", "\n".join(f"* {name}: {what}" for name, what in CHECKS.items())]
+        parts.append(to_markdown(frames["open_checks"], _CHECK))
+    if len(frames["multitask_choices"]):
+        parts += ["## The optimised multitask models", to_markdown(frames["multitask_choices"])]
     if len(frames["account"]):
         strongest = frames["account"][frames["account"]["scope"].str.contains(spec.strongest)]
         clear = strongest[strongest["moves"] != "undecided"]
         parts += ["## The theory's account", _SAID, to_markdown(clear, _ACCOUNT)]
         parts.append("\n".join(f"* {row['finding']}: {row['theory']}" for row in says_table().to_dict("records")))
     if len(frames["laws"]):
-        parts += ["## Laws in the number of experts", _LAWS, to_markdown(frames["laws"])]
+        parts += ["## Laws in the number of experts", _LAWS, law_words(frames["laws"]), to_markdown(frames["laws"])]
     parts += ["## How to reproduce", f"`{command}`, seed {spec.seed}, specification {spec.digest()}."]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -148,8 +159,7 @@ def make_page(
     ]
     sections = (
         _section(
-            "Verdicts", "Each finding of the paper with its effect here. 'agrees' and 'disagrees' compare directions "
-            "only, where the 95 % interval (over tasks and test images, not over training seeds) leaves zero out.",
+            "Verdicts", f"Each finding of the paper with its effect here. {_VERDICTS}",
             {"verdicts": own}, [("effects", lambda: figures.effects_figure(frames["findings"], spec))], _FINDING,
         ),
         _section("Size and base", "Held-in: merged / expert. Held-out: frozen features, merged / base.", {}, scaled),
@@ -158,11 +168,12 @@ def make_page(
         _section(
             "Baselines", "Experts on their own tasks and with frozen features; base with the experts' heads; the "
             "multitask model trained for as many steps as all experts, and with an optimised budget.",
-            {"baselines": frames["baselines"], "multitask_training": frames["multitask_training"]}, [],
+            {"multitask_choices": frames["multitask_choices"], "baselines": frames["baselines"],
+             "multitask_training": frames["multitask_training"]}, [],
         ),
         _section(
             "Open checks", "; ".join(f"{k}: {v}" for k, v in CHECKS.items()), {"open_checks": frames["open_checks"]},
-            [("shape", lambda: figures.shape_figure(measured.shape, spec))], {**_FINDING, "mean": "mean"},
+            [("shape", lambda: figures.shape_figure(measured.shape, spec))], _CHECK,
         ),
         _section(
             "The theory's account", "Which term moves with size, base and number of experts (change of log10 of the "
@@ -172,14 +183,14 @@ def make_page(
         ),
         _section(
             "Laws in the number of experts", "Errors are |log(predicted / measured)| on a number of experts that the "
-            "fit did not see; differences are to the empirical law, paired over cells.",
+            f"fit did not see; differences are to the empirical law, paired over cells. {law_words(frames['laws'])}",
             {"laws": frames["laws"], "law_fits": frames["law_fits"]},
             [("laws", lambda: figures.laws_figure(frames["law_losses"], spec))],
         ),
         _section("All effects", "Other bases, scores and baselines: for the shape of the result, not for the verdict.",
                  {"findings": frames["findings"]}, [], _FINDING),
     )  # fmt: skip
-    lead, lines = say(spec, measured, tables)
+    lead, lines = say(spec, measured, frames)
     printed = {name for one in sections for name in one.tables}
     return Page(
         f"Study of scale: {spec.name}",
@@ -213,10 +224,17 @@ _ACCOUNT = {
     "moves": "Moves",
     "tier": "Tier",
 }
+_VERDICTS = (
+    "'agrees' and 'disagrees' compare directions only, where the 95 % interval (over tasks and test images, not over "
+    "training seeds) leaves zero out. Experts: the accuracy of the poorest side's experts on their own tasks. In "
+    "accuracy: the same effect without dividing by experts or base, with the verdict it would have. Tier: measured."
+)
 _FINDING = {
-    "finding": "Finding", "scope": "Scope", "measure": "Measure", "effect": "Effect",
-    "unit": "Unit", "paper": "Paper", "verdict": "Verdict", "comparisons": "Comparisons", "tier": "Tier",
+    "finding": "Finding", "scope": "Scope", "verdict": "Verdict", "borderline": "Borderline", "effect": "Effect",
+    "unit": "Unit", "paper": "Paper", "experts_accuracy": "Experts", "in_accuracy": "In accuracy",
+    "verdict_in_accuracy": "Verdict in accuracy", "measure": "Measure", "comparisons": "Comparisons", "tier": "Tier",
 }  # fmt: skip
+_CHECK = {"check": "Check", **{k: v for k, v in _FINDING.items() if k != "finding"}, "mean": "Mean"}
 
 
 def _section(
@@ -232,44 +250,3 @@ def _section(
     kept = {name: frame for name, frame in tables.items() if len(frame)}
     named = {name: columns for name in kept} if columns else {}
     return Section(title, note, kept, named, pictures, skipped)
-
-
-def say(spec: ScaleSpec, measured: Measured, tables: Tables) -> tuple[str, tuple[str, ...]]:
-    """The main sentence of a report, and its further lines."""
-    rows = tables.frames["findings"]
-    own = rows[rows["papers_own"] == "yes"]
-    counts = {name: int((own["verdict"] == name).sum()) for name in ("agrees", "disagrees")}
-    counts["undecided"] = len(own) - sum(counts.values())
-    merges = int((tables.table.rows["kind"] == "merge").sum() / max(1, tables.table.rows["measure"].nunique()))
-    lead = (
-        f"Of the paper's five findings, {counts['agrees']} agree in direction here, {counts['disagrees']} disagree and "
-        f"{counts['undecided']} stay undecided ({merges} merges in {len(measured.points)} cells, family "
-        f"{spec.families[0].name})."
-    )
-    lines = [
-        f"{FINDINGS[row['finding']]} {row['scope']}: {_number(row)} {row['unit']}, {row['verdict']}."
-        for row in own.to_dict("records")
-    ]
-    other = rows[rows["papers_own"] == "other family"]
-    for name in dict.fromkeys(f.name for f in spec.families[1:]):
-        part = other[other["scope"].str.startswith(f"{name}:")]
-        said = ", ".join(f"{str(r['finding'])[0]} {r['verdict']}" for r in part.to_dict("records"))
-        if said:
-            lines.append(f"Other family ({name}): {said}.")
-    if spec.scope:
-        lines.append(spec.scope.strip())
-    if measured.missing:
-        lines.append(
-            f"Not finished: {measured.done} of {measured.total} files; missing cells: "
-            f"{', '.join(cell.folder for cell in measured.missing)}."
-        )
-    return lead, tuple(lines)
-
-
-def _number(row: Mapping[Any, Any]) -> str:
-    if not np.isfinite(row["effect"]):
-        return "no value,"
-    value = f"{row['effect']:+.3g}"
-    if np.isfinite(row["effect_low"]) and np.isfinite(row["effect_high"]):
-        return f"{value} [{row['effect_low']:+.3g}, {row['effect_high']:+.3g}]"
-    return value

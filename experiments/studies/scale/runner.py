@@ -10,15 +10,27 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from experiments.bases.spec import BaseSpec
+from experiments.models import head_prefix
 from experiments.runner import one_thread_children
+from experiments.store import Store
 from experiments.studies.scale.cells import Cell, cells, family_grid, runs_of
-from experiments.studies.scale.measure import ABOUT, MULTITASK, POINTS, SHAPE, TERMS, finished, measure_cell, stages
+from experiments.studies.scale.measure import (
+    ABOUT,
+    MULTITASK,
+    POINTS,
+    SHAPE,
+    TERMS,
+    cell_runs,
+    finished,
+    measure_cell,
+    stages,
+)
 from experiments.studies.scale.points import Points, read_points
 from experiments.studies.scale.spec import ScaleSpec
 from theory.errors import MergeboundError
@@ -39,6 +51,7 @@ class Measured:
             ``parameters``.
         done, total: files of cells.
         missing: cells that are not finished.
+        classes: of every held-in task, from the experts' heads; empty where their stores are not there.
     """
 
     points: Mapping[Cell, Points]
@@ -49,6 +62,7 @@ class Measured:
     done: int
     total: int
     missing: tuple[Cell, ...]
+    classes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -221,7 +235,23 @@ def read_study(spec: ScaleSpec, work: Path) -> Measured:
         done=sum(finished(spec, c, place / c.folder) for c in every),
         total=sum(len(stages(spec, c)) for c in every),
         missing=tuple(c for c in every if c not in whole),
+        classes=classes_of(spec, place, whole[0]),
     )
+
+
+def classes_of(spec: ScaleSpec, place: Path, cell: Cell) -> dict[str, int]:
+    """Classes of every held-in task, from the heads of a cell's experts; empty where their store is not there."""
+    store = place / f"experts-{cell.family}"
+    family = next(one for one in spec.families if one.name == cell.family)
+    base = runs_of(spec, family)[cell][0].base
+    try:
+        with Store.open(store, "r") as opened:
+            runs = cell_runs(opened, spec, cell, base, spec.seeds[0])
+            prefix = head_prefix(opened.base(opened.digests(runs[0])[0]).model())
+            heads = [opened.state(run)[f"{prefix}weight"] for run in runs]
+    except (MergeboundError, KeyError):
+        return {}
+    return {task: int(head.shape[0]) for task, head in zip(spec.held_in, heads, strict=True)}
 
 
 def _joined(place: Path, whole: list[Cell], name: str, about: pd.DataFrame | None) -> pd.DataFrame:

@@ -34,6 +34,8 @@ class FamilySpec(_Strict):
         architectures: small to large; at least two.
         options: of the networks (``img_size``, ``in_chans``).
         bases: names of the study's bases that this family takes; default all.
+        qualities: of pretrained bases by name, where this family needs other numbers than ``bases`` say to learn: they
+            are added to, or stand instead of, the base's own ``quality``.
         recipe: hyperparameters of a grid (:class:`experiments.grid.spec.GridSpec`): ``learning_rate``, ``steps``,
             ``batch_size`` and so on; the same for every size and base.
     """
@@ -42,6 +44,7 @@ class FamilySpec(_Strict):
     architectures: Annotated[tuple[str, ...], Field(min_length=2)]
     options: dict[str, Any] = {}
     bases: tuple[str, ...] | None = None
+    qualities: dict[str, dict[str, Any]] = {}
     recipe: dict[str, Any]
 
     @model_validator(mode="after")
@@ -101,6 +104,21 @@ class LawSpec(_Strict):
     bootstrap: Annotated[int, Field(ge=2)] = 100
 
 
+class RuleSpec(_Strict):
+    """How verdicts are given.
+
+    Attributes:
+        chance_times: an effect is *not testable* where, on some side of its comparison (a base, a network), the 95 %
+            interval of the experts' own test accuracy does not lie above this many times chance: then merged and
+            unmerged networks are both guesses, and their ratio says nothing.
+        borderline: an interval whose end nearest to zero is closer to it than this share of the interval's width is
+            *borderline*: with a few hundred resamples the ends move by about as much.
+    """
+
+    chance_times: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    borderline: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
 class ScaleSpec(_Strict):
     """Everything that a study of scale draws and does.
 
@@ -121,6 +139,7 @@ class ScaleSpec(_Strict):
         test_images: of every held-in and held-out task.
         fit_images, validation_images: of held-out tasks, for class means, neighbours and probe.
         multitask, terms, landscape, laws: further parts; ``None`` leaves one out.
+        rule: of the verdicts.
         scope: what the size is, and what it leaves out compared with the paper; printed in the report.
     """
 
@@ -144,6 +163,7 @@ class ScaleSpec(_Strict):
     terms: TermsSpec | None = None
     landscape: LandscapeSpec | None = None
     laws: LawSpec = LawSpec()
+    rule: RuleSpec = RuleSpec()
     scope: str = ""
 
     @model_validator(mode="after")
@@ -164,6 +184,9 @@ class ScaleSpec(_Strict):
             for name in family.bases or ():
                 if name not in self.bases:
                     raise ValueError(f"families.{family.name}.bases: {name!r}: {nearest(name, tuple(self.bases))}")
+            for name in family.qualities:
+                if not isinstance(self.bases.get(name, {}).get("quality"), dict):
+                    raise ValueError(f"families.{family.name}.qualities: {name!r} is no base with numbers as quality")
         for field, part in (("multitask", self.multitask), ("terms", self.terms), ("landscape", self.landscape)):
             for name in part.bases if part is not None else ():
                 if name not in self.bases:
@@ -190,8 +213,15 @@ class ScaleSpec(_Strict):
         return tuple(self.bases)[-1]
 
     def digest(self) -> str:
-        """Content hash, 12 hexadecimal digits; the words of ``scope`` do not count."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"scope"}), sort_keys=True)
+        """Content hash of what is run, 12 hexadecimal digits.
+
+        The rule of verdicts and ``scope`` do not count, nor do ``qualities`` that a family does not give.
+        """
+        content = self.model_dump(mode="json", exclude={"scope", "rule"})
+        for family in content["families"]:
+            if not family["qualities"]:
+                del family["qualities"]
+        text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
