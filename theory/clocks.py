@@ -352,9 +352,10 @@ def convex_momentum_log_response(
     g_k`` and ``z_K = x_K``; by cocoercivity ``<dx, dg> >= ||dg||^2/L`` the quantity ``||dz||^2 + a_k ||dv||^2`` of two
     runs on common batches never grows (a 2x2 determinant in ``(dv, dg)`` is zero), and a kick u sets it to ``(gamma_k^2
     + a_{k+1}) u^2``.  Constant learning rate: holds for all k if ``eta L <= 2(1-beta)^2/(1+beta)`` (heavy ball) or
-    ``2(1-beta)^2/(1-beta+2 beta^2)`` (Nesterov), and w tends to ``eta (1-beta^(K-k))/(1-beta)``, the response without
-    curvature, as ``eta L -> 0``.  Steps before the last one that breaks the condition continue by the matrices A_l from
-    the row ``(1, sqrt(c^2 + a))``.  Source: theory section 4, Lyapunov argument, here with a schedule.
+    ``2(1-beta)^2/(1-beta+2 beta^2)`` (Nesterov), and w tends to ``eta (1-beta^(K-k))/(1-beta)`` (Nesterov: the power
+    is K-k+1), the response without curvature, as ``eta L -> 0``.  Steps before the last one that breaks the condition
+    continue by the matrices A_l from the row ``(1, sqrt(c^2 + a))``.  Source: theory section 4, Lyapunov argument, here
+    with a schedule.
 
     >>> w = np.exp(convex_momentum_log_response([0.1] * 3, 0.0, 0.9, 1e-9))
     >>> w.round(6).tolist()  # 0.1 (1 + 0.9 + 0.81), 0.1 (1 + 0.9), 0.1

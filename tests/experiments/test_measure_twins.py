@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from experiments.bases.spec import BaseSpec
+from experiments.finetune.optimizers import heavy_ball
 from experiments.finetune.reference import train_run
+from experiments.finetune.schedules import schedule
 from experiments.grid.run_spec import RunSpec
 from experiments.measure.twins.estimates import stability, summary
 from experiments.measure.twins.merges import MergeChoice, MergeTwins
@@ -222,6 +224,23 @@ def test_clock_and_elasticities() -> None:
     share = (tau / 1000) ** 2 / ((tau / 1000) ** 2 + gamma)
     assert slopes["steps"] == pytest.approx(share + (1 - share) / 2, abs=0.01)
     assert slopes["n"] == pytest.approx(-(share + (1 - share) / 2), abs=0.02)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_the_response_is_that_of_the_optimiser_to_one_gradient(nesterov: bool, decay: str) -> None:
+    run = spec(momentum=0.9, nesterov=nesterov, schedule=decay, steps=5, checkpoints=(5,))
+    factor = schedule(run.schedule, run.steps)
+    moved = []
+    for kicked in range(run.steps):
+        x = torch.zeros(1, dtype=torch.float64)
+        update = heavy_ball(x, run.momentum, nesterov=nesterov)
+        for k in range(run.steps):
+            update(x, torch.full_like(x, float(k == kicked)), run.learning_rate * factor(k))
+        moved.append(-x.item())
+    np.testing.assert_allclose(response(run), moved, rtol=1e-12)
+    if decay == "constant":  # 0.1 (1 + ... + 0.9^j), j = 4 ... 0 for heavy ball and 5 ... 1 for Nesterov
+        assert response(run).sum() == pytest.approx(1.682969 if nesterov else 1.31441)
 
 
 def test_augmented_samples_keep_their_draws() -> None:

@@ -4,8 +4,10 @@
   over j is D_2 at that state; the rms of each pair's largest is the envelope, its largest D_inf: lower estimates, since
   few states are looked at.
 * *kappa*: how fast a small difference grows under common batches, from twins that are kicked once.
-* *clock*: with momentum, ``w_k = eta_k (1 - beta^(K-k))/(1 - beta) exp(kappa sum_{l>k} eta_l/(1 - beta))``, the
-  response to x-independent gradients with the measured growth: *estimated* (theory.md section 4, trap).
+* *clock*: with momentum, ``w_k = w_hat_k exp(kappa sum_{l>k} eta_l/(1 - beta))``, the response to x-independent
+  gradients with the measured growth: *estimated* (theory.md section 4, trap).  ``w_hat_k`` is the step that one
+  gradient makes in the end (:func:`theory.drift.buffer_weights`): at a constant rate
+  ``eta (1 - beta^(K-k))/(1 - beta)`` for heavy ball, ``eta (1 - beta^(K-k+1))/(1 - beta)`` for Nesterov's form.
 
 With kappa = 0 the bound is one of hyperparameters and gap alone, in which a neural network's expansion is not counted.
 """
@@ -21,14 +23,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from experiments.finetune.schedules import schedule
 from experiments.finetune.trained import trains
 from experiments.grid.run_spec import RunSpec
 from experiments.inputs.training_data import TrainingData
+from experiments.measure.noise.recipe import learning_rates
 from experiments.measure.twins.pairs import Pairs
 from experiments.measure.twins.train import TwinRun
 from experiments.models.parts import head_tensors
 from theory.clocks import write_out
+from theory.drift import buffer_weights
 from theory.recipe import Expert
 from theory.stability import epsilon_cap, epsilon_rms, epsilon_sup, gamma_of_weights
 
@@ -112,17 +115,16 @@ def growth(kicked: TwinRun, run: RunSpec) -> float:
 
 def rates(run: RunSpec) -> np.ndarray:
     """(K,) eta_k/(1 - beta), the pace of the run's time."""
-    factor = schedule(run.schedule, run.steps, warm_up=run.warm_up)
-    return run.learning_rate * np.array([factor(k) for k in range(run.steps)]) / (1 - run.momentum)
+    return learning_rates(run) / (1 - run.momentum)
 
 
 def response(run: RunSpec, kappa: float = 0.0) -> np.ndarray:
     """w_k, (K,): see the module's docstring."""
     pace = rates(run)
     after = pace[::-1].cumsum()[::-1] - pace
-    settled = 1 - run.momentum ** (run.steps - np.arange(run.steps))
+    settled = buffer_weights(learning_rates(run), run.momentum, nesterov=run.nesterov)
     with np.errstate(over="ignore"):
-        return np.asarray(pace * settled * np.exp(kappa * after))
+        return np.asarray(settled * np.exp(kappa * after))
 
 
 def as_expert(run: RunSpec, n: int) -> Expert:
@@ -150,6 +152,11 @@ def theorem2(run: RunSpec, n: int, gaps: np.ndarray, kappa: float = 0.0) -> tupl
         "envelope": float(np.sqrt((size.max(1) ** 2).mean())),
         "sup": float(size.max()),
     }
+    return with_constants(run, n, constants, kappa)
+
+
+def with_constants(run: RunSpec, n: int, constants: Mapping[str, float], kappa: float = 0.0) -> tuple[Theorem2, ...]:
+    """The bound's forms from known constants: of each form (``rms``: D_2, ``envelope``, ``sup``: D_inf) its gap."""
     if run.optimizer != "sgd" or run.clip_norm is not None or not np.isfinite(kappa):
         nan = float("nan")
         return tuple(Theorem2(form, nan, gap, kappa, nan, nan) for form, gap in constants.items())
