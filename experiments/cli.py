@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Annotated, Any
 
@@ -24,6 +25,12 @@ Start with **mergebound demo** (embedded data, about five minutes), go on with *
 your own, and **mergebound merge** them with the coefficients that it prints."""
 
 INTERRUPTED = "interrupted: what was finished is kept; run the same command again to continue"
+NOTHING_KEPT = "interrupted: nothing is kept to go on from; the same command begins anew"
+KEEPING = (
+    ("demo",), ("finetune",), ("grid",), ("study",), ("merge",), ("base",), ("data",), ("advise", "training"),
+    ("advise", "compare"),
+)  # fmt: skip
+"""Commands of which the next run goes on where an interrupted one stopped."""
 
 
 def build_app() -> typer.Typer:
@@ -77,6 +84,11 @@ class _OneLine(logging.Handler):
         self._console.print(f"[bold]{level}:[/] {escape(self.format(record))}", highlight=False, soft_wrap=True)
 
 
+def interruption(words: Sequence[str]) -> str:
+    """What to say of a command that was interrupted, given the words behind ``mergebound``."""
+    return INTERRUPTED if any(tuple(words[: len(kept)]) == kept for kept in KEEPING) else NOTHING_KEPT
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``mergebound`` command."""
     errors = Console(stderr=True)
@@ -89,10 +101,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:  # typer turns Ctrl-C into this
-            errors.print(INTERRUPTED, highlight=False)
+            errors.print(interruption(sys.argv[1:] if argv is None else argv), highlight=False)
         raise
     except KeyboardInterrupt:
-        errors.print(INTERRUPTED, highlight=False)
+        errors.print(interruption(sys.argv[1:] if argv is None else argv), highlight=False)
         sys.exit(130)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import main
+from experiments.cli import INTERRUPTED, interruption, main
 
 Capture = pytest.CaptureFixture[str]
 
@@ -111,6 +111,19 @@ def test_an_interruption_says_that_the_next_run_continues(capsys: Capture, monke
     assert code == 130
     assert "Traceback" not in shown.err
     assert "run the same command again to continue" in shown.err
+
+
+def test_an_interruption_of_what_keeps_nothing_says_so(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.commands.about_experts.Chosen.open", interrupted)
+    checkpoints = ("--base", "b", "--experts", "e", "--data", "d")
+    for words in (("twins", "--learning-rate", "0.1", "--steps", "3"), ("curvature",), ("landscape",)):
+        assert exit_code("measure", *words, *checkpoints) == 130
+        assert "nothing is kept to go on from" in capsys.readouterr().err
+    kept = [("grid", "run"), ("advise", "training"), ("merge",)], [("advise", "merge"), ("predict",), ()]
+    assert [[interruption(words) == INTERRUPTED for words in some] for some in kept] == [[True] * 3, [False] * 3]
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(capsys: Capture, tmp_path: Path) -> None:
