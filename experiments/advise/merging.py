@@ -103,7 +103,8 @@ def advise_merge(
     )  # fmt: skip
     own, base = _alone(judging, seed), _of_base(judging, seed)
     account_found = account(jury, judging, alpha, (real or predicted).value, seed=seed)
-    average = table[table["label"] == "average"].iloc[0]
+    usual = next(k for k, one in enumerate(found) if one.label == "average")
+    average = table.iloc[usual]
     average_number = Number(
         float(average["predicted"]), float(average["low"]), float(average["high"]), "estimated", seed
     )  # fmt: skip
@@ -114,11 +115,11 @@ def advise_merge(
         )  # fmt: skip
     risk = real or predicted
     if real is None:
-        losses = {k: _priced(judging, found[k], judge) for k in (best, int(average.name))}
+        losses = {k: _priced(judging, found[k], judge) for k in (best, usual)}
     mine = losses.get(best, [])
     chosen_merge = Chosen(
         winner.label, risk.value, risk.tier,
-        (average_number.value - risk.value, _paired_error(losses.get(int(average.name), []), mine, judging)),
+        (average_number.value - risk.value, _paired_error(losses.get(usual, []), mine, judging)),
         (base.value - risk.value, _paired_error(_losses(judging, _base_logits(judging)), mine, judging)),
         Z95 if real is None else simultaneous(checked, _LEVEL),
     )  # fmt: skip

@@ -189,7 +189,8 @@ def pilot_rows(
     Returns:
         One row per recipe, checkpoint, group and scale: ``recipe``, ``step``, the coordinates, hyperparameters,
         ``experts`` (N), ``group`` (indices of tasks), ``scale`` (lambda N), ``risk`` with ``standard_error`` (joint,
-        nats), ``accuracy``, ``own_risk`` and ``own_accuracy`` (of the experts alone), ``training_risk`` (last batches
+        nats), ``accuracy`` with ``accuracy_error``, ``own_risk`` with ``own_error`` and ``own_accuracy`` (of the
+        experts alone), ``base_risk`` with ``base_error`` (the base on the same images), ``training_risk`` (last batches
         of the logs), ``finite``, ``tier``, ``seed``; and whether the network has BatchNorm.
     """
     from experiments.engines.workplace import Workplace
@@ -227,6 +228,8 @@ def _measured(
 ) -> list[dict[str, Any]]:
     size = subject.size
     own = [_losses(subject, j, subject.vectors[j]) for j in range(size)]
+    base = [_losses(subject, j, subject.base)[0] for j in range(size)]
+    names = [split.source + j * (1 << 24) for j, split in enumerate(subject.calibration)]
     rng = np.random.default_rng(list(seed))
     groups = [tuple(range(size))]
     groups += [tuple(sorted(int(i) for i in rng.permutation(size)[:k])) for k in range(2, size)]
@@ -241,7 +244,7 @@ def _measured(
             alpha[list(group)] = scale / len(group)
             vector = point_at(subject, alpha)
             losses = [_losses(subject, j, vector) for j in group]
-            sources = [subject.calibration[j].source + j * (1 << 24) for j in group]
+            sources = [names[j] for j in group]
             risk = float(np.mean([loss.mean() for loss, _ in losses]))
             rows.append(
                 {
@@ -250,9 +253,13 @@ def _measured(
                     "scale": scale,
                     "risk": min(risk, cap),
                     "standard_error": joint_standard_error([loss for loss, _ in losses], sources),
-                    "accuracy": float(np.mean([hits for _, hits in losses])),
+                    "accuracy": float(np.mean([hits.mean() for _, hits in losses])),
+                    "accuracy_error": joint_standard_error([hits for _, hits in losses], sources),
                     "own_risk": min(float(np.mean([own[j][0].mean() for j in group])), cap),
-                    "own_accuracy": float(np.mean([own[j][1] for j in group])),
+                    "own_error": joint_standard_error([own[j][0] for j in group], sources),
+                    "own_accuracy": float(np.mean([own[j][1].mean() for j in group])),
+                    "base_risk": float(np.mean([base[j].mean() for j in group])),
+                    "base_error": joint_standard_error([base[j] for j in group], sources),
                     "finite": risk <= cap,
                     "tier": "measured",
                     "seed": pilot.seed,
@@ -261,22 +268,23 @@ def _measured(
     return rows
 
 
-def _losses(subject: Subject, j: int, vector: Tensor) -> tuple[np.ndarray, float]:
-    """Losses of task j at merged coordinates (nats, clipped at 1e6), and accuracy."""
+def _losses(subject: Subject, j: int, vector: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of task j at merged coordinates (nats, clipped at 1e6), and hits (0 or 1), by image."""
     split = subject.calibration[j]
     parts = [subject.networks[j].features(vector, part) for part in torch.split(split.images, 256)]
     logits = np.nan_to_num(torch.cat(parts).double().numpy(), nan=0.0, posinf=1e6, neginf=-1e6)
     labels = split.labels.numpy()
-    return np.minimum(cross_entropy(logits, labels), 1e6), float((logits.argmax(axis=-1) == labels).mean())
+    return np.minimum(cross_entropy(logits, labels), 1e6), (logits.argmax(axis=-1) == labels).astype(float)
 
 
 def _diverged(
     about: dict[str, Any], pilot: PilotSpec, digests: Sequence[str], classes: Sequence[int]
 ) -> list[dict[str, Any]]:
-    cap = pilot.cap * float(np.mean(np.log(classes)))
+    cap, nan = pilot.cap * float(np.mean(np.log(classes))), float("nan")
     row = {
         "experts": len(digests), "group": ";".join(str(j) for j in range(len(digests))), "scale": 1.0, "risk": cap,
-        "standard_error": 0.0, "accuracy": 0.0, "own_risk": cap, "own_accuracy": 0.0, "training_risk": cap,
+        "standard_error": nan, "accuracy": 0.0, "accuracy_error": nan, "own_risk": cap, "own_error": nan,
+        "own_accuracy": 0.0, "base_risk": nan, "base_error": nan, "training_risk": cap,
         "finite": False, "tier": "measured", "seed": pilot.seed,
     }  # fmt: skip
     return [about | row]

@@ -69,6 +69,12 @@ def considered(pilot: Pilot, risk: Response, samples: float, caution: float) -> 
 
 def _momentum(pilot: Pilot, row: Mapping[Any, Any]) -> float:
     """The momentum of the pilot's finite recipe that is nearest in training time and noise."""
-    usable = pilot.rows[pilot.rows["finite"]]
+    return float(nearest(pilot.rows, row)["momentum"])
+
+
+def nearest(rows: pd.DataFrame, row: Mapping[Any, Any] | pd.Series) -> pd.Series:
+    """Of a pilot's finite rows the one that is nearest in training time and noise."""
+    usable = rows[rows["finite"]]
     distance = (np.log(usable["time"] / row["time"])) ** 2 + (np.log(usable["noise"] / row["noise"])) ** 2
-    return float(usable.loc[distance.idxmin(), "momentum"])
+    found: pd.Series = usable.loc[distance.idxmin()]
+    return found

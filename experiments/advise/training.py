@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.advise.expected import by_pilot, by_response, small_budget
 from experiments.advise.numbers import Number
 from experiments.advise.pilot import Pilot, run_pilot
 from experiments.advise.pilot_spec import PilotSpec
 from experiments.advise.recipes import considered
 from experiments.advise.response import Response, features, fit_response
 from experiments.advise.theory_side import TheoryAdvice, theory_advice
-from experiments.advise.training_tables import by_number, elasticities_table, single_changes, usual_run
+from experiments.advise.training_tables import elasticities_table, single_changes, usual_run
 from experiments.bases.spec import BaseSpec
 from experiments.grid.run_spec import RunSpec
 from theory.errors import MergeboundError
@@ -37,16 +38,17 @@ class TrainingAdvice:
         method, coefficient: how to merge them; ``coefficient`` is lambda of task arithmetic (1/N for the average).
         experts: how many of them to merge into one model, by ``keep``.
         predicted: joint validation risk of the merge of all tasks, nats.
-        own: predicted risk of the experts alone.
-        accuracy: predicted accuracy of the average of all tasks' experts.
+        own: risk of the experts alone, nats; predicted, or measured where the response is not trusted.
+        base: risk of the base, nats, measured on the same images.
+        accuracy: of the average of all tasks' experts; likewise.
         source: ``response``, or ``best of the pilot`` where the response is not trusted.
         active: the largest of training risk, generalization gap and merging cost at the recommended recipe (nats).
-        parts: these three.
+        parts: these three; they sum to ``predicted``, and the last two may be negative.
         theory: what the bound alone says.
         changes: what to change first, starting from `mergebound finetune`'s defaults: columns ``what``, ``gain``
             (nats), ``predicted``, ``low``, ``high``, ``inside`` (whether the pilot covers it), ``tier``, ``seed``.
         elasticities: d log(risk) / d log(hyperparameter) at the recommended recipe.
-        numbers: predicted risk and accuracy by number of experts.
+        numbers: risk and accuracy by number of experts; measured where the response is not trusted.
         candidates: the best recipes by cautious prediction.
         quality: of the response on recipes that were left out.
         pilot: that was run.
@@ -62,6 +64,7 @@ class TrainingAdvice:
     experts: int
     predicted: Number
     own: Number
+    base: Number
     accuracy: Number
     source: str
     active: str
@@ -138,12 +141,6 @@ def advise_training(
     if good.empty:
         raise MergeboundError("pilot: every recipe diverged or collapsed; lower rates, or take another base")
     risk = fit_response(found.rows, "risk", seed=found.spec.seed)
-    once = found.rows[whole & (found.rows["scale"] == 1.0)]  # experts alone do not depend on how they are merged
-    own = fit_response(once, "own_risk", seed=found.spec.seed)
-    own_accuracy = fit_response(once, "own_accuracy", log=False, seed=found.spec.seed)
-    accuracy = fit_response(
-        found.rows[found.rows["scale"] == 1.0], "accuracy", log=False, seed=found.spec.seed
-    )  # fmt: skip
     table = considered(found, risk, left, caution)
     trusted = risk.quality.spearman >= TRUSTED and len(table) > 0
     row = table.iloc[0] if trusted else _of_pilot(good)
@@ -151,19 +148,12 @@ def advise_training(
     # predictions stay with what the pilot saw: of a longer run the response knows nothing
     recipe, scale = _recipe(_longer(row, left) if extended else row), float(row["scale"])
     point = features(pd.DataFrame([row]))
-    plainly = features(pd.DataFrame([row.to_dict() | {"scale": 1.0, "experts": len(found.tasks)}]))
-    training = fit_response(once[once["training_risk"] > 0], "training_risk", seed=found.spec.seed)
-    values = {name: float(r.predict(plainly)[0][0]) for name, r in (("own", own), ("training", training))}
-    values["risk"] = float(risk.predict(point)[0][0])
-    parts = {
-        "training": values["training"],
-        "instability": max(values["own"] - values["training"], 0.0),
-        "dispersion": max(values["risk"] - values["own"], 0.0),
-    }
+    at_it = by_response(found, row, risk, keep, extended) if trusted else by_pilot(found, row, keep, extended)
+    parts = at_it.parts
     asked = _silent_theory(found) if not theory else theory_advice(
         found, int(_of_pilot(good)["recipe"]), left, batch_size=int(recipe["batch_size"]), root=root
     )  # fmt: skip
-    numbers = by_number(found, row, risk, accuracy, own_accuracy, keep)
+    numbers = at_it.numbers
     fits = numbers[numbers["kept"] >= keep]
     changed = default or usual_run(found, samples)
     return TrainingAdvice(
@@ -171,9 +161,10 @@ def advise_training(
         method="average" if abs(scale - 1.0) < 1e-9 else "task_arithmetic",
         coefficient=scale / len(found.tasks),
         experts=int(fits["experts"].max()) if len(fits) else 1,
-        predicted=_number(risk, point, found, row, trusted, extended),
-        own=_number(own, plainly, found, None, True),
-        accuracy=_number(accuracy, plainly, found, None, True),
+        predicted=at_it.predicted,
+        own=at_it.own,
+        base=at_it.base,
+        accuracy=at_it.accuracy,
         source="response" if trusted else "best of the pilot",
         active=max(parts, key=lambda name: parts[name]),
         parts=parts,
@@ -186,7 +177,10 @@ def advise_training(
         pilot=found,
         samples={"pilot": found.samples, "training": float(recipe["steps"] * recipe["batch_size"]), "left": left},
         seconds=time.perf_counter() - started,
-        notes=_notes(found, risk, trusted, extended, asked, point[0]),
+        notes=(
+            *small_budget(at_it, float(np.mean(np.log(found.classes)))),
+            *_notes(found, risk, trusted, extended, asked, point[0]),
+        ),
         seed=found.spec.seed,
     )
 
@@ -226,29 +220,6 @@ def _longer(row: pd.Series, samples: float) -> pd.Series:
 def _recipe(row: pd.Series) -> dict[str, float]:
     names = ("learning_rate", "batch_size", "steps", "momentum", "weight_decay")
     return {name: float(row[name]) for name in names} | {"data_share": 1.0}
-
-
-def _number(
-    response: Response,
-    point: np.ndarray,
-    pilot: Pilot,
-    row: pd.Series | None,
-    trusted: bool,
-    extended: bool = False,
-) -> Number:
-    if not trusted and row is not None:
-        value, error = float(row["risk"]), float(row["standard_error"])
-        note = "validation images of the pilot; best of several, so a little too low"
-        if extended:
-            note = "of the pilot's shorter run with the same recipe"
-        return Number(
-            value, max(value - 1.96 * error, 0.0), value + 1.96 * error, "measured", pilot.spec.seed, note
-        )  # fmt: skip
-    value, low, high = (float(v[0]) for v in response.predict(point))
-    note = "90 % of left-out pilot recipes lie inside with all their merges"
-    if extended:
-        note += "; of the shorter run that the pilot covers"
-    return Number(value, low, high, "calibrated", pilot.spec.seed, note)
 
 
 def _silent_theory(pilot: Pilot) -> TheoryAdvice:

@@ -46,16 +46,16 @@ def summary(advice: TrainingAdvice) -> tuple[str, list[str]]:
     lines = [
         f"How many experts in one merge: {advice.experts} of {size} (the most that are predicted to keep "
         f"{advice.numbers['wanted'].iloc[0]:.0%} of the experts' accuracy).",
-        f"Experts alone: {advice.own} nats; accuracy of the average: {advice.accuracy}.",
+        f"Experts alone: {advice.own} nats; the base: {advice.base} nats; accuracy of the average: {advice.accuracy}.",
         f"Active term: {advice.active} (training {advice.parts['training']:.3g}, generalization "
-        f"{advice.parts['instability']:.3g}, merging {advice.parts['dispersion']:.3g} nats; calibrated).",
+        f"{advice.parts['instability']:.3g}, merging {advice.parts['dispersion']:.3g} nats; {advice.predicted.tier}).",
         f"Source: {advice.source}. Left-out pilot recipes: Spearman {quality.spearman:.2f}, median error "
         f"{quality.median_error:.0%}, {quality.rows} merges of {quality.recipes} recipes.",
         f"Theory: {advice.theory.verdict}; {advice.theory.words}"
         + (f"; active term of the bound: {advice.theory.active}." if advice.theory.active else "."),
     ]
     singles = advice.changes[advice.changes["what"] != "everything as recommended"]
-    if len(singles) and float(singles.iloc[0]["gain"]) > 0.0:
+    if advice.source == "response" and len(singles) and float(singles.iloc[0]["gain"]) > 0.0:
         best = singles.iloc[0]
         lines.append(
             f"First change to `mergebound finetune`'s defaults: {best['what']} (predicted gain {best['gain']:.3g} "
@@ -92,7 +92,9 @@ def response_figure(advice: TrainingAdvice) -> plots.Picture:
         [time], [found.value], [[found.value - found.low], [found.high - found.value]], fmt="*", color=RED,
         markersize=11, capsize=3, label="recommended: predicted",
     )  # fmt: skip
-    ax.axhline(advice.own.value, color=GREEN, linestyle=":", linewidth=1.1, label="experts alone, predicted")
+    ax.axhline(
+        advice.own.value, color=GREEN, linestyle=":", linewidth=1.1, label="experts alone at the recommended recipe"
+    )
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("training time eta K / (1 - beta)", fontsize=8, color=INK)
@@ -102,7 +104,8 @@ def response_figure(advice: TrainingAdvice) -> plots.Picture:
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=6.5, frameon=False, ncols=2)
     caption = (
-        f"Averages of the pilot's experts (measured) and the recommended merge (calibrated; 90 %). Seed {advice.seed}."
+        f"Averages of the pilot's experts (measured) and the recommended merge ({advice.predicted.tier}; "
+        f"{'95' if advice.predicted.tier == 'measured' else '90'} %). Seed {advice.seed}."
     )
     return Picture(figure, caption)
 
@@ -120,7 +123,8 @@ def training_page(advice: TrainingAdvice, meta: Mapping[str, Any] | None = None)
         Section(
             "What to change first",
             "Starting from the defaults of `mergebound finetune` with all samples and averaging: predicted risk after "
-            "one change at a time. `inside`: the pilot covers both recipes; elsewhere the response is extrapolated.",
+            "one change at a time. `inside`: the pilot covers both recipes; elsewhere the response is extrapolated. "
+            "Where the source is `best of the pilot`, the response is not trusted, nor are these gains.",
             {"changes": advice.changes},
         ),
         Section(
@@ -182,7 +186,7 @@ def plain(advice: TrainingAdvice, finetune: str = "") -> dict[str, Any]:
         "changes", "elasticities", "numbers",
     ):  # fmt: skip
         found[name] = clean(getattr(advice, name))
-    for name in ("predicted", "own", "accuracy", "quality"):
+    for name in ("predicted", "own", "base", "accuracy", "quality"):
         found[name] = clean(asdict(getattr(advice, name)))
     theory = asdict(advice.theory)
     del theory["constants"]

@@ -27,6 +27,7 @@ from experiments.advise.pilot_spec import PilotSpec, pilot_of, recipes
 from experiments.advise.recipes import considered
 from experiments.advise.response import features, fit_response, sensitivity
 from experiments.advise.training import advise_training
+from experiments.advise.training_page import summary as training_summary
 from experiments.bases.spec import BaseSpec
 from experiments.grid.run_spec import RunSpec
 from experiments.measure.predictors import collect_fields, point_at
@@ -315,6 +316,7 @@ def made_pilot(seed: int = 0, count: int = 8, flat: bool = False) -> Pilot:
                      "batch_size": run.batch_size, "momentum": run.momentum, "weight_decay": run.weight_decay,
                      "experts": experts, "group": "", "scale": scale, "risk": value, "standard_error": 0.01,
                      "accuracy": float(np.exp(-value)), "own_risk": own, "own_accuracy": float(np.exp(-own)),
+                     "own_error": 0.01, "accuracy_error": 0.01, "base_risk": 2.5, "base_error": 0.02,
                      "training_risk": 0.9 * own, "finite": True, "tier": "measured", "seed": seed}
                 )  # fmt: skip
     digests = tuple(("a", "b", "c", "d") for _ in runs)
@@ -384,6 +386,9 @@ def test_the_recommended_recipe_is_close_to_the_best_of_the_law() -> None:
     assert found.predicted.low <= mine <= found.predicted.high
     assert found.predicted.tier == "calibrated"
     assert found.active == "dispersion"
+    assert sum(found.parts.values()) == pytest.approx(found.predicted.value)
+    assert found.base.value == 2.5
+    assert not any("guessing" in text or "the base (" in text for text in found.notes)
     assert found.theory.verdict == "not informative"
     assert set(found.numbers["experts"]) == {2, 3, 4}
     assert {"gain", "low", "high", "inside", "tier", "seed"} <= set(found.changes.columns)
@@ -397,6 +402,21 @@ def test_a_response_that_cannot_rank_falls_back_to_the_pilot() -> None:
     assert found.predicted.tier == "measured"
     assert found.predicted.value == pytest.approx(float(whole["risk"].min()))
     assert any("own best recipe" in text for text in found.notes)
+    row = whole.loc[whole["risk"].idxmin()]  # nothing comes from the response that was refused
+    assert found.own.value == row["own_risk"]
+    assert found.own.tier == found.accuracy.tier == "measured"
+    assert found.parts["training"] == row["training_risk"]
+    assert sum(found.parts.values()) == pytest.approx(row["risk"])
+    assert set(found.numbers["tier"]) == {"measured"}
+    lines = " ".join(training_summary(found)[1])
+    assert "First change" not in lines
+    assert "calibrated" not in lines
+    # merges that are no better than the base, or than guessing, are said to be so
+    for low, word in ((1.9, "no better than the base"), (2.02, "not told from the base"), (9.0, "from guessing")):
+        rows = pilot.rows.assign(risk=np.maximum(pilot.rows["risk"], 2.0 if low < 3 else 2.3), base_risk=low)
+        weak = replace(pilot, rows=rows.assign(standard_error=0.02))
+        said = advise_training(("a", "b", "c", "d"), BASE, 25_600.0, Path("nowhere"), made=weak, theory=False).notes
+        assert any(word in text for text in said), word
 
 
 def test_a_pilot_spends_its_share_and_refuses_too_little() -> None:
