@@ -112,7 +112,8 @@ def _own(architecture: str, classes: int) -> Maker | None:
     match = _MEMBER.fullmatch(architecture)
     assert match is not None
     member, grouped = family(match[1])[int(match[2]) - 1], bool(match[3])
-    takes = ("in_chans", "img_size", *(("norm",) if member.kind == "resnet" and not grouped else ()))
+    further = ("patch_size",) if member.kind == "vit" else () if grouped else ("norm",)
+    takes = ("in_chans", "img_size", *further)
     return _checked(
         architecture, lambda options: build_member(member, classes, **_normed(grouped, _squared(options))), *takes
     )

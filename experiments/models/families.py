@@ -111,7 +111,13 @@ def closest(kind: str, parameters: float) -> str:
 
 
 def build_member(
-    member: FamilyMember, classes: int = 10, *, img_size: int = 32, in_chans: int = 3, norm: str = "bn"
+    member: FamilyMember,
+    classes: int = 10,
+    *,
+    img_size: int = 32,
+    in_chans: int = 3,
+    norm: str = "bn",
+    patch_size: int | None = None,
 ) -> nn.Module:
     """Build one member with fresh weights (from PyTorch's current random state).
 
@@ -120,13 +126,14 @@ def build_member(
         img_size: side of the images, pixels.
         in_chans: channels of the images.
         norm: ``"bn"`` or ``"gn"``, for ResNets.
+        patch_size: side of a ViT's patches, pixels; default as the module says.
 
     Raises:
         MergeboundError: an image size that does not divide into patches, or an unknown norm.
     """
     if img_size < 1 or in_chans < 1:
         raise MergeboundError(f"img_size = {img_size}, in_chans = {in_chans}: give positive numbers")
-    model = _vit(member, classes, img_size, in_chans) if member.kind == "vit" else None
+    model = _vit(member, classes, img_size, in_chans, patch_size) if member.kind == "vit" else None
     if model is None:
         model = _resnet(member, classes, img_size, in_chans, norm)
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -169,12 +176,14 @@ def head_size(width: int) -> int:
     return next(size for size in (64, 32, 16) if width % size == 0 and width // size >= 3)
 
 
-def _vit(member: FamilyMember, classes: int, img_size: int, in_chans: int) -> nn.Module:
+def _vit(member: FamilyMember, classes: int, img_size: int, in_chans: int, patch_size: int | None) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
+    if patch_size is not None and (patch_size < 1 or img_size % patch_size):
+        raise MergeboundError(f"patch_size = {patch_size}: give a divisor of img_size = {img_size}")
     model: nn.Module = VisionTransformer(
         img_size=img_size,
-        patch_size=patch_of(img_size),
+        patch_size=patch_of(img_size) if patch_size is None else patch_size,
         in_chans=in_chans,
         num_classes=classes,
         embed_dim=member.width,

@@ -13,6 +13,7 @@ from torch import nn
 
 from experiments.bases.spec import BaseSpec
 from experiments.grid.run_spec import RunSpec
+from experiments.models.build import build_shapes
 from experiments.statistics import Estimate
 from experiments.studies.scale.cells import Cell, cells, chains, runs_of
 from experiments.studies.scale.checks import open_checks
@@ -73,6 +74,13 @@ def test_every_size_is_a_grid_with_one_run_per_cell_task_and_seed(size: str) -> 
             }
             assert all(run.base == runs[0].base for run in runs)
             assert runs[0].base.architecture.startswith(cell.architecture)
+
+
+def test_a_vit_of_the_family_takes_patches_that_divide_the_image() -> None:
+    model = build_shapes("vit_s1", 10, img_size=8, in_chans=1, patch_size=2)
+    assert model.patch_embed.num_patches == 16  # type: ignore[union-attr]
+    with pytest.raises(MergeboundError, match="divisor"):
+        build_shapes("vit_s1", 10, img_size=8, patch_size=3)
 
 
 def test_groups_of_a_chain_are_nested_and_the_group_of_all_is_there_once(tiny: ScaleSpec) -> None:

@@ -234,7 +234,7 @@ _FINDING = {
     "unit": "Unit", "paper": "Paper", "experts_accuracy": "Experts", "in_accuracy": "In accuracy",
     "verdict_in_accuracy": "Verdict in accuracy", "measure": "Measure", "comparisons": "Comparisons", "tier": "Tier",
 }  # fmt: skip
-_CHECK = {"check": "Check", **{k: v for k, v in _FINDING.items() if k != "finding"}, "mean": "Mean"}
+_CHECK = {"check": "Check", **_FINDING, "mean": "Mean"}
 
 
 def _section(
