@@ -14,7 +14,7 @@ from docs.building.api_pages import PACKAGES
 from docs.building.blocks import blocks_of, commands, faults, pages
 from docs.building.captions import captioned
 from docs.building.command_pages import cell, command_pages
-from docs.building.docstrings import escape_bars
+from docs.building.docstrings import escape_bars, together
 from docs.building.links import dead
 from docs.building.run_pages import Failed, run_block
 from experiments.cli import build_app, main
@@ -244,6 +244,8 @@ def test_text_of_the_code_survives_markup() -> None:
         "\\|x\\| and ``|y|``", "so::", "", "    a | b", "", "and \\|z\\|",
     ]  # fmt: skip
     assert escape_bars([]) == []
+    assert together(":ivar a, b: two, both: here") == ":ivar a,b: two, both: here"
+    assert together(":param a: one, alone") == ":param a: one, alone"
     assert escape_bars(["|a\nb|", ""]) == ["\\|a", "b\\|", ""]
     assert cell("as `a|b` or --out [x*y]") == "as `a\\|b` or --out \\[x\\*y\\]"
     named = "<!-- file: a.py -->\n<!-- prints: x -->\n```python\npass\n```"

@@ -47,7 +47,7 @@ PACKAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("The validation run", ("demo", "spec", "validation")),
         ("Tasks, models, bases", (
             "tasks", "tasks.named", "tasks.images", "models", "models.families", "models.parts",
-            "models.form", "models.norms", "models.extraction", "bases", "bases.base",
+            "models.form", "models.norms", "models.extraction", "bases.base",
         )),
         ("Pretraining", ("bases.pretraining", "bases.training")),
         ("Fine-tuning", ("finetune.task_expert", "finetune.reference", "inputs.resident", "inputs.shares")),

@@ -1,20 +1,26 @@
-"""Docstrings on the pages of the programming interface: a bar in them is a norm or a condition."""
+"""Docstrings on the pages of the programming interface: bars are norms, and fields may be described together."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+_TOGETHER = re.compile(r"^(:(?:param|ivar) )(\*{0,2}\w+(?:, \*{0,2}\w+)+)(?=:)")
 _LITERAL = re.compile(r"(``.*?``)", re.S)
 
 
 def setup_docstrings(app: Any) -> None:
-    """Have every docstring pass through :func:`escape_bars` before it is read as reStructuredText."""
-    app.connect("autodoc-process-docstring", _process)
+    """Have every docstring corrected after napoleon has turned its sections into fields."""
+    app.connect("autodoc-process-docstring", _process, priority=600)
 
 
 def _process(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = escape_bars(lines)
+    lines[:] = escape_bars([together(line) for line in lines])
+
+
+def together(line: str) -> str:
+    """``:ivar a, b:`` without the blank: Sphinx would read a field ``b`` of the type ``a,`` and look for a class."""
+    return _TOGETHER.sub(lambda m: m[1] + m[2].replace(" ", ""), line)
 
 
 def escape_bars(lines: list[str]) -> list[str]:
