@@ -273,7 +273,7 @@ def test_findings_of_scores_that_were_made_up(tiny: ScaleSpec) -> None:
     assert set(checks["check"]) == {"optimised multitask"}
     assert set(checks["verdict"]) == {"not measured"}
     merges = table.where(kind="merge", measure="held_out/ncm_cosine", base="strong")
-    assert len(number_effects(merges, spec)) == 4 * spec.chains * len(spec.methods)
+    assert len(number_effects(merges, spec)) == len(spec.families[0].architectures) * spec.chains * len(spec.methods)
 
 
 def test_points_survive_the_disk(tmp_path: Path, tiny: ScaleSpec) -> None:

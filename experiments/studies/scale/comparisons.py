@@ -39,16 +39,13 @@ def number_effects(table: Table, spec: ScaleSpec) -> Effects:
     """
     largest = spec.experts[-1]
     rows = table.rows
-    places = [k for k in range(len(rows))]
-    chains = sorted({int(c) for c, n in zip(rows["chain"], rows["experts"], strict=True) if n != largest})
+    about = list(zip(rows["chain"].astype(int), rows["experts"].astype(int), rows["seed"].astype(int), strict=True))
+    chains = sorted({chain for chain, experts, _ in about if experts != largest})
     copies: list[int] = []
     numbers: list[int] = []
-    for k in places:
-        row = rows.iloc[k]
-        if int(row["experts"]) == largest and largest == len(spec.held_in):
-            own = [c for c in chains if spec.seeds[c % len(spec.seeds)] == int(row["seed"])]
-        else:
-            own = [int(row["chain"])]
+    for k, (chain, experts, seed) in enumerate(about):
+        every = experts == largest == len(spec.held_in)
+        own = [c for c in chains if spec.seeds[c % len(spec.seeds)] == seed] if every else [chain]
         copies += [k] * len(own)
         numbers += own
     if not copies:

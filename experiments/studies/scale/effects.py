@@ -205,13 +205,14 @@ def contrast(
     value, draws, members = [], [], []
     w = np.asarray(weights, dtype=float)
     numbers = rows["value"].to_numpy(dtype=float)
+    behind = [str(text) for text in rows["members"]]
     for places in found.values():
         if not all(level in places for level in levels):
             continue
         chosen = [places[level] for level in levels]
         value.append(float(w @ numbers[chosen]))
         draws.append(w @ table.draws[chosen])
-        named = [str(rows["members"].iloc[k]) for k in chosen]
+        named = [behind[k] for k in chosen]
         members.append(min((text for text in named if text), key=lambda text: text.count(";"), default="all"))
     width = table.draws.shape[1]
     return Effects(np.asarray(value, dtype=float), np.asarray(draws).reshape(len(value), width), tuple(members))
