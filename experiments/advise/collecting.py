@@ -20,7 +20,7 @@ LARGEST = 8
 TANGENT_WORK = 3e11
 """Parameters x images x experts^2 up to which tangents are collected without a budget."""
 LEAST = 8
-"""Images of each task in either half at least: fewer give no standard error that is worth its name."""
+"""Images of each task in either half at least; fewer give no standard error that is worth its name."""
 Progress = Callable[[str, int, int], None]
 
 
