@@ -89,8 +89,8 @@ def decide(group: Group, options: Options) -> tuple[tuple[str, ...], bool, bool,
         notes.append("secant only: an under-estimate where merging hurts; --tangent adds the other end of the bracket")
     if in_hull(group, options) and options.hull is None and not options.simplex:
         notes.append(
-            "BatchNorm: risk_optimal and the best scale keep their coefficients' sum at most 1, above which running "
-            "variances become negative; --no-hull allows all of --bounds"
+            "BatchNorm: risk_optimal and the best scale keep their coefficients nonnegative with sum at most 1, beyond "
+            "which running variances can become negative; --no-hull allows all of --bounds"
         )
     return methods, tangent, cheap if options.bound is None else options.bound, notes
 

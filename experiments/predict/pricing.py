@@ -88,7 +88,7 @@ def _verdict(joint: Mapping[Objective, Estimate], base_risk: float, clamped: flo
             None,
             "wide",
             f"{clamped:.1%} of BatchNorm's running variances become negative and are clamped at 0, which no prediction "
-            "sees: expect collapse; keep the coefficients' sum at most 1, or re-estimate the statistics",
+            "sees: expect collapse; keep coefficients nonnegative with sum at most 1, or re-estimate the statistics",
         )
     if "tangent" not in joint:
         return None, "unknown", "secant only: no bracket; --tangent adds it"
