@@ -117,7 +117,7 @@ def get(name: str) -> Method:
         return known[name]
     if name.endswith(".py"):
         raise MethodError(f"'{name}' is a file: name the Method in it too, as {name}:METHOD")
-    close = get_close_matches(name.lower().replace("-", "_"), known, n=3, cutoff=0.5)
+    close = get_close_matches(name.lower().replace("-", "_"), known, n=3, cutoff=0.56)
     hint = f"did you mean {' or '.join(close)}?" if close else f"choose among {', '.join(known)}"
     raise MethodError(f"unknown merging method '{name}': {hint}")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from experiments.commands.about_experts import Chosen, ExpertsCommand, about_experts, telling
+from experiments.commands.measure_settings import MethodSettings, listed, method_settings
 from experiments.commands.options import AsJson, Out
 from experiments.commands.showing import show
 from theory.errors import MergeboundError
@@ -40,9 +40,7 @@ def function_space(
         list[str] | None, typer.Option("--alpha", help="Coefficients of a merge, comma-separated; repeatable.")
     ] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="Comma-separated; see `mergebound methods`.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A method's parameter, as `ties.density=0.2`; repeatable.")
-    ] = None,
+    settings: MethodSettings = None,
     residual: Annotated[
         str,
         typer.Option(
@@ -76,7 +74,7 @@ def function_space(
 
     loss = Loss(target, temperature, clip)  # type: ignore[arg-type]
     wanted = _merges(subject, alpha or (), methods, settings or ())
-    names = None if predictors is None else list(ZOO) if predictors == "all" else _listed(predictors)
+    names = None if predictors is None else list(ZOO) if predictors == "all" else listed(predictors)
     kinds = STANDARD if names is None else kinds_for(names)
     kinds = (*kinds, *(kinds_for([optimal]) if optimal else ()))
     if by != "all":
@@ -103,7 +101,7 @@ def function_space(
     if len(broken):
         notes.append(
             f"{', '.join(broken['merge'])}: running variances of BatchNorm become negative, so nothing is predicted; "
-            "keep the coefficients' sum at most 1"
+            "keep the coefficients nonnegative with sum at most 1"
         )
     tables: dict[str, pd.DataFrame] = {
         "predictions": frame.sort_values(["merge", "risk"], kind="stable").reset_index(drop=True),
@@ -136,14 +134,9 @@ def function_space(
 _SHOWN = ("merge", "predictor", "risk", "low", "high", "accuracy", "gap", "flag", "certificate_remainder", "tier")
 
 
-def _listed(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _merges(subject: Subject, alphas: Sequence[str], methods: str | None, settings: Sequence[str]) -> list[Merge]:
     """What is asked for; without anything the usual methods."""
     from experiments.measure.predictors import Merge
-    from merging.registry import get
 
     found = []
     for text in alphas:
@@ -152,29 +145,12 @@ def _merges(subject: Subject, alphas: Sequence[str], methods: str | None, settin
         except ValueError:
             raise MergeboundError(f"--alpha {text}: give numbers, comma-separated, one per expert") from None
         found.append(Merge(alpha=values))
-    chosen = _listed(methods) if methods is not None else [] if alphas else list(USUAL)
-    given: dict[str, dict[str, Any]] = {name: {} for name in chosen}
-    for text in settings:
-        place, equals, value = text.partition("=")
-        name, dot, setting = place.partition(".")
-        if not (equals and dot and setting):
-            raise MergeboundError(f"--set {text}: write method.parameter=value, as ties.density=0.2")
-        if name not in given:
-            raise MergeboundError(f"--set {text}: {name!r} is not among the methods ({', '.join(chosen) or 'none'})")
-        given[name][setting] = _value(value)
-    for name in chosen:
-        get(name)
-        found.append(Merge(method=name, settings=given[name]))
+    chosen = listed(methods) if methods is not None else [] if alphas else list(USUAL)
+    given = method_settings(chosen, settings)
+    found += [Merge(method=name, settings=given[name]) for name in chosen]
     if not found:
         raise MergeboundError("nothing to predict: give --methods or --alpha")
     return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _best(statistics: FieldStatistics, name: str) -> Merge:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from experiments.commands.about_experts import Chosen, ExpertsCommand, about_experts
+from experiments.commands.measure_settings import MethodSettings, listed, method_settings
 from experiments.commands.options import AsJson, Out
 from experiments.commands.showing import show
 from theory.errors import MergeboundError
 
 if TYPE_CHECKING:
     from experiments.measure.subject import Subject
-    from experiments.measure.twins.study import TwinJob
+    from experiments.measure.twins.merges import MergeChoice
+    from experiments.measure.twins.study import ExpertTwins, TwinJob
 
 _STABILITY = ("expert", "step", "part", "value", "low", "high", "error", "count")
 _MERGES = ("expert", "method", "sensitivity", "low", "high", "largest", "theory", "guarantee")
+_ABOVE = {
+    "local": "the theory's c_i is local: a change that alters what the method chooses may move the merge further",
+    "mean square": "the theory's c_i holds in the mean over the method's draws, and all twins share one draw",
+    "none": "the theory's c_i is no bound here",
+    "global": "it should bound every change: check the settings, and report this",
+}
+_EXACT = 1e-6
+"""Rounding that is not called a difference."""
 _BOUNDS = ("expert", "form", "value", "measured", "ratio", "gap", "tau", "gamma")
 
 
@@ -35,6 +46,7 @@ def twins(
     methods: Annotated[
         str | None, typer.Option("--methods", help="Merging methods, comma-separated. Default: all that fit.")
     ] = None,
+    settings: MethodSettings = None,
     merge: Annotated[bool, typer.Option("--merge/--no-merge", help="Carry twins through merging methods.")] = True,
     chunk: Annotated[int | None, typer.Option("--chunk", min=1, help="Twins at a time.")] = None,
     memory: Annotated[int | None, typer.Option("--memory", min=1, help="MiB that all but the data may take.")] = None,
@@ -52,9 +64,9 @@ def twins(
 
     Each expert is trained again from its base, and with it its twins, which see the same batches but one other sample.
     """
-    from experiments.measure.twins.merges import MergeChoice, default_choices
     from experiments.measure.twins.study import frames, growth_figure, jobs_from_subject, measure_expert
 
+    given = _chosen(methods, settings or ())
     if about.store is not None:
         subject, jobs = _grid(about, about.store)
     else:
@@ -70,10 +82,7 @@ def twins(
     chosen = [i for i, name in enumerate(names) if only is None or only in (name, subject.names[i])]
     if not chosen:
         raise MergeboundError(f"--of {only!r}: no such expert; choose from {', '.join(names)}")
-    choices = None
-    if methods is not None:
-        known = {choice.method: choice for choice in default_choices(subject.size)}
-        choices = [known.get(name, MergeChoice(name)) for name in methods.split(",")]
+    choices = _choices(subject.size, given)
     found = [
         measure_expert(
             jobs[i],
@@ -101,6 +110,25 @@ def twins(
         as_json=as_json,
         out=out,
     )
+
+
+def _choices(experts: int, given: Mapping[str, Mapping[str, Any]] | None) -> list[MergeChoice] | None:
+    """The methods that are named, with what is set of them over what they have by default."""
+    from experiments.measure.twins.merges import MergeChoice, default_choices
+
+    if given is None:
+        return None
+    usual = {choice.method: choice.settings for choice in default_choices(experts)}
+    return [MergeChoice(name, {**usual.get(name, {}), **settings}) for name, settings in given.items()]
+
+
+def _chosen(methods: str | None, settings: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+    """Settings of the named methods; nothing where none is named, which leaves all that fit as they are."""
+    if methods is None:
+        if settings:
+            raise MergeboundError(f"--set {settings[0]}: name its method with --methods, too")
+        return None
+    return method_settings(listed(methods), settings)
 
 
 def _grid(about: Chosen, folder: Path) -> tuple[Subject, tuple[TwinJob, ...]]:
@@ -136,6 +164,22 @@ def _notes(found: Any, checkpoints: bool) -> list[str]:
         )
     if checkpoints:
         notes.append("experts were trained anew by the given recipe from half of the images, with frozen heads")
+    notes += _above_theory(found)
     for name, reason in (found[0].skipped if found else {}).items():
         notes.append(f"not merged by {name}: {reason}")
+    return notes
+
+
+def _above_theory(found: Sequence[ExpertTwins]) -> list[str]:
+    """Why a measured sensitivity may lie above the theory's: one note for every method where it surely does."""
+    above = {
+        (one.method, one.theory, one.guarantee, one.reason)
+        for each in found
+        for one in each.merges
+        if one.sensitivity.low > one.theory * (1 + _EXACT)
+    }
+    notes = []
+    for method, theory, guarantee, reason in sorted(above):
+        why = f"{_ABOVE[guarantee]} ({reason.partition(';')[0]})"
+        notes.append(f"{method}: measured c_i lies above {theory:.3g} with its whole interval; {why}")
     return notes

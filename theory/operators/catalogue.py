@@ -38,7 +38,7 @@ def operator(name: str) -> Operator:
     known = operators()
     if name in known:
         return known[name]
-    close = get_close_matches(str(name).lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    close = get_close_matches(str(name).lower().replace("-", "_"), known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
     raise RecipeError(f"operator: there is no method {name!r}; {hint}")
 
