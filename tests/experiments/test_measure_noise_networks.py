@@ -199,6 +199,9 @@ def test_measured_drift_against_every_form() -> None:
     assert rows.loc["6(b) noise at the base", "why"].endswith(
         "from lower estimates (kappa): no upper limit, and no proof"
     )
+    moving = table.loc["expert 0"].droplevel("part").loc["6(b) noise at the base"]  # momentum: the clock needs L, too
+    assert moving["why"].endswith("from lower estimates (kappa, L): no upper limit, and no proof")
+    assert [entry.partition(" = ")[0] for entry in moving["inputs"].split(", ")][-2:] == ["kappa", "L"]
     assert (rows.loc[log, "high"] == rows.loc[log, "bound"]).all()  # a triangle inequality on the log is exact
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from experiments.measure.noise.constants import Constants
-from experiments.measure.noise.drift import ENDS, drift_table, lower_note
+from experiments.measure.noise.drift import ENDS, clock_inputs, drift_table, lower_note
 from experiments.measure.noise.recipe import expert_of, recipe_of
 from experiments.measure.subject import Subject
 from theory import master_bound
@@ -111,18 +111,19 @@ def _stability(subject: Subject, j: int, constants: Constants, measured_kappa: b
     for form, (names, compute) in _FORMS.items():
         values: list[float] = []
         why, inputs, tier = "constants seen at a few points of the path", "", "estimated"
+        timed: tuple[str, ...] = ()
         try:
             for which in ENDS:
                 expert = expert_of(subject, j, found, which=which, measured_kappa=measured_kappa)
                 values.append(_epsilon(expert, form, compute))
                 if which == "value":
-                    inputs = _inputs(expert, names)
+                    inputs, timed = _inputs(expert, names), clock_inputs(expert)
         except MergeboundError as error:
             values, why = [np.nan] * 3, str(error).split("; ")[0]
         else:
             if not constants.per_sample_loss:
                 why += "; A3 violated: constants of the evaluation loss"
-        lower = found.lower_estimates((*names, "kappa" if measured_kappa else "L"))
+        lower = found.lower_estimates((*names, *timed))
         low, high, note = _ends(values, lower)
         why += note
         rows.append(
@@ -150,6 +151,7 @@ def _inputs(expert: Expert, names: tuple[str, ...]) -> str:
     timing = clock(expert)
     shown: dict[str, Any] = {name: getattr(expert, name) for name in names}
     shown |= {"kappa": expert.kappa if expert.kappa is not None else expert.L}
+    shown |= {name: getattr(expert, name) for name in clock_inputs(expert)}
     shown |= {"tau": timing.tau, "nu": timing.nu, "Gamma": gamma(expert, timing), "n": expert.n}
     return ", ".join(f"{name} = {float(value):.4g}" for name, value in shown.items() if value is not None)
 

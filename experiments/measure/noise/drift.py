@@ -41,12 +41,13 @@ _FORMS: dict[str, Callable[[Expert], np.ndarray]] = {
     "6(d) loss log": drift_losses,
 }
 INPUTS = {
-    "6(a) noise on the path": ("initial_gradient_norm", "sigma", "kappa"),
-    "6(b) noise at the base": ("initial_gradient_norm", "sigma0", "kappa"),
+    "6(a) noise on the path": ("initial_gradient_norm", "sigma"),
+    "6(b) noise at the base": ("initial_gradient_norm", "sigma0"),
     "6(c) energy": ("initial_risk", "training_risk", "sigma", "L"),
     "6(d) loss log": ("L",),
 }
-"""Measured constants behind each form, as fields of the recipe."""
+"""Measured constants behind each form, as fields of the recipe, but for those of the clock (:func:`clock_inputs`)."""
+_CLOCKED = ("6(a) noise on the path", "6(b) noise at the base")
 
 
 def drift_table(subject: Subject, constants: Constants) -> pd.DataFrame:
@@ -160,15 +161,23 @@ def _by_constants(subject: Subject, j: int, found: ExpertConstants, form: str, p
         except MergeboundError as error:
             return _row(found.name, form, "all", measured, (np.nan,) * 3, str(error).split("; ")[0], inputs="")
     centre = expert_of(subject, j, found)
-    shown = {name: getattr(centre, name) for name in INPUTS[form]}
+    names = (*INPUTS[form], *(clock_inputs(centre) if form in _CLOCKED else ()))
+    shown = {name: getattr(centre, name) for name in names}
     inputs = ", ".join(f"{name} = {value:.4g}" for name, value in shown.items() if value is not None)
     why = f"in expectation, with constants seen at {len(found.points)} points"
     if not per_sample:
         why += "; A3 violated: constants of the evaluation loss, training used batch statistics"
-    lower = found.lower_estimates(INPUTS[form])
+    lower = found.lower_estimates(names)
     why += lower_note(lower)
     low, high = min(values), max(values)
     return _row(found.name, form, "all", measured, (values[0], low, high), why, open_end=bool(lower), inputs=inputs)
+
+
+def clock_inputs(expert: Expert) -> tuple[str, ...]:
+    """Measured constants that the clock takes: kappa (L where it is not known), and with momentum L, too, for the
+    stiffness of the buffer's recursion (:func:`theory.clocks.log_response`)."""
+    rate = "L" if expert.kappa is None else "kappa"
+    return tuple(dict.fromkeys((rate, "L"))) if np.any(np.asarray(expert.momentum) != 0) else (rate,)
 
 
 def lower_note(names: Sequence[str]) -> str:
@@ -184,4 +193,4 @@ def _expert(subject: Subject, j: int, found: ExpertConstants, which: Which, form
     return expert
 
 
-__all__ = ["INPUTS", "drift_table", "lengths", "log_covers", "log_table", "lower_note"]
+__all__ = ["INPUTS", "clock_inputs", "drift_table", "lengths", "log_covers", "log_table", "lower_note"]
