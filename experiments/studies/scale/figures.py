@@ -122,7 +122,8 @@ def effects_figure(findings: pd.DataFrame, spec: ScaleSpec) -> Picture:
         said = "not measured"
         if np.isfinite(row["effect"]):
             ax.plot(sign * row["effect"] / scale, y, "o", color=colour, markersize=5)
-            said = f"{row['effect']:+.3g} {row['unit']}: {row['verdict']}"
+            edge = " (borderline)" if row["borderline"] == "yes" else ""
+            said = f"{row['effect']:+.3g} {row['unit']}: {row['verdict']}{edge}"
         ax.annotate(said, (1.1, y), fontsize=7, va="center", color=colour, annotation_clip=False)
         labels.append(f"{row['finding']}\n{row['scope']}")
     ax.set_yticks(range(len(part))[::-1], labels, fontsize=7)

@@ -98,13 +98,17 @@ def write_report(
 ) -> Tables:
     """Write ``report.html``, ``README.md``, a CSV for every table, and the figures; returns the tables."""
     tables = make_tables(spec, measured, resamples)
-    write_page(out, make_page(spec, measured, tables, command, versions or {}))
-    write_atomically(out / "README.md", readme(spec, measured, tables, command).encode())
+    page = make_page(spec, measured, tables, command, versions or {})
+    write_page(out, page)
+    pictures = {name: picture.caption for section in page.sections for name, picture in section.figures.items()}
+    write_atomically(out / "README.md", readme(spec, measured, tables, command, pictures).encode())
     return tables
 
 
-def readme(spec: ScaleSpec, measured: Measured, tables: Tables, command: str = "") -> str:
-    """The verdicts as Markdown: what the documentation shows of a run."""
+def readme(
+    spec: ScaleSpec, measured: Measured, tables: Tables, command: str = "", pictures: Mapping[str, str] | None = None
+) -> str:
+    """The verdicts as Markdown: what the documentation shows of a run; ``pictures``: captions by name of the figure."""
     frames = tables.frames
     lead, lines = say(spec, measured, frames)
     own = frames["findings"][frames["findings"]["papers_own"].isin(["yes", "other family"])]
@@ -129,6 +133,9 @@ def readme(spec: ScaleSpec, measured: Measured, tables: Tables, command: str = "
         parts.append("\n".join(f"* {row['finding']}: {row['theory']}" for row in says_table().to_dict("records")))
     if len(frames["laws"]):
         parts += ["## Laws in the number of experts", _LAWS, law_words(frames["laws"]), to_markdown(frames["laws"])]
+    if pictures:
+        shown = [f"![{name.replace('_', ' ')}](figures/{name}.png)\n\n{text}" for name, text in pictures.items()]
+        parts += ["## Figures", *shown]
     parts += ["## How to reproduce", f"`{command}`, seed {spec.seed}, specification {spec.digest()}."]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -231,8 +238,8 @@ _VERDICTS = (
 )
 _FINDING = {
     "finding": "Finding", "scope": "Scope", "verdict": "Verdict", "borderline": "Borderline", "effect": "Effect",
-    "unit": "Unit", "paper": "Paper", "experts_accuracy": "Experts", "in_accuracy": "In accuracy",
-    "verdict_in_accuracy": "Verdict in accuracy", "measure": "Measure", "comparisons": "Comparisons", "tier": "Tier",
+    "experts_accuracy": "Experts", "in_accuracy": "In accuracy", "verdict_in_accuracy": "Verdict in accuracy",
+    "unit": "Unit", "paper": "Paper", "measure": "Measure", "comparisons": "Comparisons", "tier": "Tier",
 }  # fmt: skip
 _CHECK = {"check": "Check", **_FINDING, "mean": "Mean"}
 
