@@ -121,7 +121,8 @@ def landscape(
             own = {name: (i,) for i, name in enumerate(subject.names)}
             measured = flatness(
                 subject, panel(subject, part, flat_images, about.seed), around, tasks=own,
-                options=dataclasses.replace(FlatnessOptions(), radius=radius), seed=about.seed, progress=tell,
+                options=dataclasses.replace(FlatnessOptions(), radius=radius), batchnorm=batchnorm,  # type: ignore[arg-type]
+                seed=about.seed, progress=tell,
             )  # fmt: skip
             tables["flatness"], tables["rises"] = measured.to_frame(), measured.rises_frame()
             if drawn:

@@ -572,6 +572,10 @@ def test_running_statistics_are_no_weights_unless_asked_for(head: bool) -> None:
     everything = merged.tables["eigenvalues"].set_index("end")["eigenvalue"]
     assert everything["largest"] > ends["largest"] * 1.001 or everything["smallest"] < ends["smallest"] * 1.001
     assert set(merged.tables["traces"]["coordinates"]) == {"merged"}
+    assert not any("limits are missing" in note for note in merged.notes)
+    short = measure_curvature(group, Options(wanted=("spectrum",), steps=2))
+    assert np.isinf(short.tables["eigenvalues"]["limit"]).all()
+    assert any("2 Lanczos steps are too few" in note for note in short.notes)
 
 
 # --- smoothness ------------------------------------------------------------------------------------------------------

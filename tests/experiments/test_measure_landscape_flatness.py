@@ -15,7 +15,7 @@ from torch import Tensor
 from experiments.measure.landscape.directions import filter_normalised, gaussian, units
 from experiments.measure.landscape.flatness import FlatnessOptions, flatness
 from experiments.measure.landscape.objective import NetworkLoss, value
-from experiments.measure.landscape.scores import panel
+from experiments.measure.landscape.scores import evaluator, panel
 from experiments.measure.landscape.sharpness import (
     average_sharpness,
     epsilon_sharpness,
@@ -24,6 +24,7 @@ from experiments.measure.landscape.sharpness import (
     sam_sharpness,
 )
 from merging.flat import FlatSpace
+from tests.experiments.reference_nets import Net as Normed
 from tests.experiments.test_measure_landscape import Net, data, small, subject_of
 from theory.errors import MergeboundError
 
@@ -224,3 +225,30 @@ def test_the_report_holds_every_measure_once() -> None:
     assert expert.rise.mean[1] == pytest.approx(expert.loss)
     with pytest.raises(MergeboundError, match="unknown"):
         FlatnessOptions(measures=("sharp",))
+
+
+def test_statistics_are_estimated_again_around_the_same_points_as_on_lines() -> None:
+    torch.manual_seed(0)
+    model = Normed()
+    states = [
+        {n: t + 0.3 * torch.rand(t.shape) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+        for _ in range(3)
+    ]
+    splits = [data(16, (1, 4, 4), seed, torch.float32) for seed in range(2)]
+    subject = subject_of(model, states, splits, torch.float32)
+    on = panel(subject)
+    x = subject.vectors.mean(dim=0)
+    options = FlatnessOptions(measures=("sam",), directions=0)
+    found = {}
+    for kind in ("merged", "reestimated", "task"):
+        measured = flatness(
+            subject, on, {"middle": x, "own": x}, tasks={"own": (1,)}, options=options, batchnorm=kind
+        )  # fmt: skip
+        middle, own = measured.points
+        judge = evaluator(subject, on, batchnorm=kind, path="plain")
+        pooled = judge if kind != "task" else evaluator(subject, on, batchnorm="reestimated", path="plain")
+        assert middle.loss == pytest.approx(pooled.score(x).mean_loss(), rel=1e-5)
+        assert own.loss == pytest.approx(judge.score(x, (1,)).mean_loss(), rel=1e-5)
+        assert (middle.batchnorm, own.batchnorm) == ("reestimated" if kind == "task" else kind, kind)
+        found[kind] = own.loss
+    assert len({round(loss, 4) for loss in found.values()}) == 3

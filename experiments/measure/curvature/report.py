@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -135,7 +135,22 @@ def measure_curvature(
         notes.append("a network has no global L: only the head's bound, with the other layers fixed, is certified")
     if "precision" in o.wanted:
         _precision(subject, o, tables)
+    notes += _without_limit(tables, o.steps)
     return CurvatureReport(tables, gram, found, segments, densities, tuple(notes), o.seed)
+
+
+def _without_limit(tables: Mapping[str, pd.DataFrame], steps: int) -> list[str]:
+    """Says so where Lanczos was too short for a probable limit, which is infinite then (null in JSON)."""
+    columns = [
+        tables[name].loc[:, [c for c in tables[name].columns if c.endswith("limit")]].to_numpy(dtype=float)
+        for name in ("eigenvalues", "smoothness")
+        if name in tables
+    ]
+    if not any(np.isinf(values).any() for values in columns):
+        return []
+    return [
+        f"some limits are missing (inf; null with --json): {steps} Lanczos steps are too few for one; raise --steps"
+    ]
 
 
 def _segments(

@@ -24,6 +24,8 @@ _STATISTICS = {
     "task": "running statistics are estimated again at every point, on the calibration images of the task",
 }
 _COLUMNS = 3
+_ROOM = 13
+"""Letters of an end's name beside which the middle of a panel's axis has room for its own label."""
 
 
 def lines_figure(lines: Sequence[Line], quantity: str = "loss") -> Picture:
@@ -55,7 +57,9 @@ def lines_figure(lines: Sequence[Line], quantity: str = "loss") -> Picture:
         ends = line.joint
         rises = f"+{ends.loss_barrier.value:.2g} nats, +{100 * ends.error_barrier.value:.1f} % error"
         ax.set_title(f"{rises}: {ends.verdict}", fontsize=8.5, loc="left", color=INK)
-        ax.set_xticks([0.0, 0.5, 1.0], [_short(line.start), "½", _short(line.end)], fontsize=8.5)
+        first, last = _short(line.start), _short(line.end)
+        middle = "½" if max(len(first), len(last)) <= _ROOM else ""
+        ax.set_xticks([0.0, 0.5, 1.0], [first, middle, last], fontsize=8.5)
         for label, side in zip(ax.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set_horizontalalignment(side)
         ax.set_ylim(bottom=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch import Tensor
 from experiments.measure.landscape.directions import units
 from experiments.measure.landscape.lines import JOINT
 from experiments.measure.landscape.objective import NetworkLoss, value
-from experiments.measure.landscape.scores import Panel, Progress
+from experiments.measure.landscape.running import reestimated
+from experiments.measure.landscape.scores import BatchNorm, Panel, Progress
 from experiments.measure.landscape.sharpness import (
     Rise,
     Sharpness,
@@ -83,6 +84,8 @@ class PointFlatness:
         rise: along filter-normalised directions, if asked for.
         images: that F is a mean over.
         part: where they come from.
+        batchnorm: running statistics at the point: ``merged``, or estimated again (``reestimated`` of all tasks,
+            ``task`` of the point's one task).
     """
 
     point: str
@@ -92,6 +95,7 @@ class PointFlatness:
     rise: Rise | None
     images: int
     part: str
+    batchnorm: BatchNorm = "merged"
 
     def __getitem__(self, measure: str) -> Sharpness:
         for one in self.sharpness:
@@ -113,7 +117,8 @@ class Flatness:
         rows = []
         for point in self.points:
             about = {"point": point.point, "task": point.task, "loss": point.loss}
-            rows += [about | vars(one) | {"images": point.images, "part": point.part} for one in point.sharpness]
+            how = {"images": point.images, "part": point.part, "batchnorm": point.batchnorm}
+            rows += [about | vars(one) | how for one in point.sharpness]
         return pd.DataFrame(rows)
 
     def rises_frame(self) -> pd.DataFrame:
@@ -137,25 +142,32 @@ def flatness(
     *,
     tasks: Mapping[str, Sequence[int]] | None = None,
     options: FlatnessOptions | None = None,
+    batchnorm: BatchNorm = "merged",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Flatness:
     """Measure how flat the loss is around points.
 
-    Running statistics and heads stay as they are; the parameters move.
+    Running statistics and heads stay as they are at the point; the parameters move.
 
     Args:
         on: images.
         points: names and vectors (P,).
         tasks: by point, the tasks whose mean loss counts; default all (for an expert, give its own).
         options: which measures, and how.
+        batchnorm: running statistics at the points, before anything moves: ``merged`` are the point's own;
+            ``reestimated`` are estimated on the calibration images of all tasks; ``task`` on those of the point's task,
+            or of all where several count (then they are called ``reestimated``).
         seed: names random directions, the same for all points.
     """
     chosen = options or FlatnessOptions()
     found = []
     for done, (name, vector) in enumerate(points.items()):
         members = tuple((tasks or {}).get(name, range(subject.size)))
-        found.append(_point(subject, on, name, vector, members, chosen, seed))
+        kind: BatchNorm = "reestimated" if batchnorm == "task" and len(members) > 1 else batchnorm
+        own = members[0] if kind == "task" else None
+        settled = vector if kind == "merged" else reestimated(subject, vector, own)
+        found.append(replace(_point(subject, on, name, settled, members, chosen, seed), batchnorm=kind))
         if progress is not None:
             progress("flatness", done + 1, len(points))
     return Flatness(tuple(found))
