@@ -26,7 +26,7 @@ from experiments.studies.hyperparameters.constants import (
 )
 from experiments.studies.hyperparameters.designs import centre_of, draw
 from experiments.studies.hyperparameters.grids import StudyGrid, study_grids
-from experiments.studies.hyperparameters.joined import calibrated, curves, joined
+from experiments.studies.hyperparameters.joined import calibrated, curves, joined, shared_between_halves
 from experiments.studies.hyperparameters.law import centre_curves, law_of
 from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.pricing import PriceUnit, Wanted, key_of, pools, price
@@ -38,6 +38,8 @@ from experiments.studies.hyperparameters.spec import (
     study_presets,
 )
 from experiments.studies.hyperparameters.trends import (
+    at_every_level,
+    estimate,
     group_slopes,
     position,
     regression_slopes,
@@ -176,7 +178,7 @@ def test_groups_are_matched_at_every_level_and_hold_the_centre(folder: Path) -> 
 def test_slopes_and_kinds_of_known_curves() -> None:
     x = np.array([1.0, 2.0, 4.0, 8.0])
     rng = np.random.default_rng(0)
-    tasks = [[f"t{(k + j) % 8}" for j in range(6)] for k in range(10)]
+    tasks = at_every_level([[f"t{(k + j) % 8}" for j in range(6)] for k in range(10)], 4)
     noise = rng.normal(size=(10, 4))
     power = 3.0 * x**-0.7
     assert group_slopes(x, np.log(power)[None])[0] == pytest.approx(-0.7)
@@ -206,7 +208,52 @@ def test_intervals_cover_the_slope_when_tasks_have_effects_of_their_own() -> Non
         own = level + 0.3 * rng.normal(size=8)
         groups = [sorted(rng.choice(8, size=4, replace=False)) for _ in range(10)]
         logs = np.array([[own[g].mean() * np.log(v) for v in x] for g in groups]) + 0.01 * rng.normal(size=(10, 3))
-        found = trend(x, np.exp(logs), [[tasks[i] for i in g] for g in groups], RULE, seed).slope
+        named = at_every_level([[tasks[i] for i in g] for g in groups], len(x))
+        found = trend(x, np.exp(logs), named, RULE, seed).slope
+        covered.append(found.low <= level <= found.high)
+    assert np.mean(covered) > 0.85
+
+
+def test_draws_of_one_group_have_no_interval_and_leave_the_trend() -> None:
+    """Eight tasks have one group of eight: ten draws of it are one number, not an interval of no width."""
+    rng, sizes = np.random.default_rng(2), (2, 4, 8)
+    effects = 0.3 * rng.normal(size=8)
+    orders = [rng.permutation(8) for _ in range(10)]
+    tasks = [[[f"t{i}" for i in order[:n]] for n in sizes] for order in orders]
+    groups = np.array([[";".join(sorted(names)) for names in row] for row in tasks], dtype=object)
+    # effect of a group: mean over its tasks; over n it rises like n to the power 0.5
+    values = np.array([[np.sqrt(n) * np.exp(effects[o[:n]].mean()) for n in sizes] for o in orders])
+    alone = estimate(values[:, 2], [row[2] for row in tasks], list(groups[:, 2]), RULE, 0)
+    assert alone.value == pytest.approx(values[0, 2])
+    assert np.isnan([alone.low, alone.high]).all()
+    found = trend(np.array(sizes, dtype=float), values, tasks, RULE, 0, groups)
+    assert (found.used, found.left_out, found.draws) == ((2.0, 4.0), (8.0,), 10)
+    slopes = np.log(values[:, 1] / values[:, 0]) / np.log(2.0)
+    assert found.slope.value == pytest.approx(slopes.mean())
+    assert found.slope.low < 0.5 < found.slope.high
+    # a draw that is repeated ten times moves the mean, and adds no group to the interval
+    often = [0] * 10 + list(range(1, 10))
+    pairs = [[row[0]] for row in tasks]
+    many = estimate(values[often, 0], [pairs[k][0] for k in often], [groups[k, 0] for k in often], RULE, 0)
+    once = estimate(values[:, 0], [own[0] for own in pairs], list(groups[:, 0]), RULE, 0)
+    assert many.value == pytest.approx(values[often, 0].mean())
+    assert many.high - many.low > 0.8 * (once.high - once.low)
+
+
+def test_intervals_over_the_number_of_experts_cover_its_slope() -> None:
+    """Groups that are parts of each other, of tasks with effects and with pairs that do not go together."""
+    sizes, level, covered = (2, 3, 4, 6), 0.2, []
+    for seed in range(100):
+        rng = np.random.default_rng([seed, 7])
+        own, pair = 0.3 * rng.normal(size=8), 0.15 * rng.normal(size=(8, 8))
+        orders = [rng.permutation(8) for _ in range(10)]
+        logs = np.array([
+            [level * np.log(n) + own[o[:n]].mean() + pair[np.ix_(o[:n], o[:n])].mean() - np.trace(pair) / 8 / n
+             for n in sizes] for o in orders
+        ])  # fmt: skip
+        logs -= np.array([pair.sum() / 64 * (1 - 1 / n) for n in sizes])  # what pairs alone do to the mean over draws
+        tasks = [[[f"t{i}" for i in o[:n]] for n in sizes] for o in orders]
+        found = trend(np.array(sizes, dtype=float), np.exp(logs), tasks, RULE, seed).slope
         covered.append(found.low <= level <= found.high)
     assert np.mean(covered) > 0.85
 
@@ -381,15 +428,23 @@ def test_calibrated_predictions_never_see_their_own_half() -> None:
     in_a = (frame["half"] == "A").to_numpy()
     assert np.array_equal(first[in_a], second[in_a])  # fitted on B, where nothing changed
     assert np.allclose(second[~in_a] / first[~in_a], 7.0, rtol=0.1)
+    # a merge that both halves drew is in neither fit: its loss moves no calibrated prediction at all
+    frame.loc[frame["seed"].isin([0, 1]) & (frame["level"] == 1.0), "key"] = "both"
+    both = (frame["key"] == "both").to_numpy()
+    same = calibrated(frame, study)
+    other = calibrated(frame.assign(loss=np.where(both, 50.0 * frame["loss"], frame["loss"])), study)
+    assert np.array_equal(same, other)
+    assert shared_between_halves(frame).iloc[0]["merges"] == 1
 
 
 def test_curves_keep_the_order_of_the_specification_and_pair_by_seed() -> None:
     losses = np.arange(6.0).reshape(2, 3) + 1
     frame = joined(table_of(losses).sample(frac=1.0, random_state=0), [], [], spec())
-    (levels, values, tasks) = curves(frame, "learning_rate", "loss", (1.0, 0.01, 0.1))["b"]
-    assert levels == [1.0, 0.01, 0.1]
-    assert np.array_equal(values, losses[:, [2, 0, 1]])
-    assert tasks == [["t0", "t1"], ["t1", "t2"]]
+    found = curves(frame, "learning_rate", "loss", (1.0, 0.01, 0.1))["b"]
+    assert found.levels == (1.0, 0.01, 0.1)
+    assert np.array_equal(found.values, losses[:, [2, 0, 1]])
+    assert found.tasks == ((("t0", "t1"),) * 3, (("t1", "t2"),) * 3)
+    assert found.distinct == (2, 2, 2)
     assert frame["error"].to_numpy() == pytest.approx(np.full(6, 0.1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -69,8 +70,9 @@ def _bound_columns(row: Row) -> dict[str, object]:
 def calibrated(table: pd.DataFrame, spec: StudySpec) -> pd.Series:
     """A place between two predictions with a constant factor, fitted by network on groups of one half, for the other.
 
-    Groups of both halves share experts, since every task has one expert per recipe: what is judged is transfer to
-    other groups, not to other experts.
+    Halves are of the *groups* (by the parity of their seeds).  A merge that both halves drew is never fitted on: no
+    row is judged by a fit that saw its merge.  Groups of both halves share experts, since every task has one expert per
+    recipe: what is judged is transfer to other groups, not to other experts.
     """
     found = pd.Series(np.nan, index=table.index)
     columns = [f"pred_{name}" for name in spec.calibrated]
@@ -79,8 +81,8 @@ def calibrated(table: pd.DataFrame, spec: StudySpec) -> pd.Series:
     usable = np.asarray(np.isfinite(table[[*columns, "loss"]].to_numpy(dtype=float)).all(axis=1))
     for _, part in table.loc[usable].groupby("base_digest", sort=True):
         for half in ("A", "B"):
-            fitting = part.loc[part["half"] != half].drop_duplicates("key")
             judged = part.loc[part["half"] == half]
+            fitting = part.loc[(part["half"] != half) & ~part["key"].isin(judged["key"])].drop_duplicates("key")
             if not len(judged):
                 continue
             try:
@@ -91,24 +93,62 @@ def calibrated(table: pd.DataFrame, spec: StudySpec) -> pd.Series:
     return found
 
 
-Curve = tuple[list[object], np.ndarray, list[list[str]]]
-"""Levels in order, values of matched groups (G, L), and tasks of each group (of its largest level)."""
+def shared_between_halves(table: pd.DataFrame) -> pd.DataFrame:
+    """What both halves of the groups have in common, one row per network: ``experts`` in both of ``experts_all``, and
+    ``merges`` in both of ``merges_all``."""
+    rows = []
+    for architecture, part in table.groupby("architecture", sort=True):
+        about: dict[str, object] = {"architecture": architecture}
+        for name, own in (("experts", part["experts"].astype(str).str.split(";")), ("merges", part["key"])):
+            sets = [set(own[part["half"] == half].explode()) for half in ("A", "B")]
+            about |= {name: len(sets[0] & sets[1]), f"{name}_all": len(sets[0] | sets[1])}
+        rows.append(about)
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity over the levels of a factor.
+
+    Attributes:
+        levels: in order, L of them.
+        values: of matched draws, (G, L); NaN where one was not measured.
+        tasks: of every draw at every level, (G, L) lists; as long as its group is large.
+        groups: names of the merges, (G, L): draws that drew the same merge have the same name.
+    """
+
+    levels: tuple[object, ...]
+    values: np.ndarray
+    tasks: tuple[tuple[tuple[str, ...], ...], ...]
+    groups: np.ndarray
+
+    @property
+    def distinct(self) -> tuple[int, ...]:
+        """Different merges at every level, (L,)."""
+        columns = zip(self.groups.T, np.isfinite(self.values).T, strict=True)
+        return tuple(len(set(names[there])) for names, there in columns)
 
 
 def curves(table: pd.DataFrame, factor: str, quantity: str, levels: Sequence[object]) -> Mapping[str, Curve]:
     """The curve of a quantity over a factor, by the digest of the base.
 
-    Levels that were not measured are left out; a group that lacks one has NaN there.
+    Levels that were not measured are left out; a draw that lacks one has NaN there.
     """
     found = {}
     rows = table[table["factor"] == factor]
     for base, part in rows.groupby("base_digest", sort=True):
         there = [level for level in levels if (part["level"] == level).any()]
-        wide = part.pivot_table(index="seed", columns="level", values=quantity, aggfunc="first", dropna=False)
-        values = wide.reindex(columns=there).to_numpy(dtype=float)
-        tasks = [
-            sorted({task for text in part.loc[part["seed"] == seed, "tasks"] for task in str(text).split(";")})
-            for seed in wide.index
-        ]
-        found[str(base)] = (there, values, tasks)
+
+        def wide(column: str, own: pd.DataFrame = part, at: list[object] = there) -> pd.DataFrame:
+            made: pd.DataFrame = own.pivot_table(
+                index="seed", columns="level", values=column, aggfunc="first", dropna=False
+            )
+            return made.reindex(columns=at)
+
+        tasks = tuple(
+            tuple(tuple(str(text).split(";")) if isinstance(text, str) else () for text in row)
+            for row in wide("tasks").to_numpy(dtype=object)
+        )
+        names = np.asarray(wide("key").fillna("").to_numpy(dtype=object), dtype=str)
+        found[str(base)] = Curve(tuple(there), wide(quantity).to_numpy(dtype=float), tasks, names)
     return found

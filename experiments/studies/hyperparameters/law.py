@@ -53,6 +53,8 @@ LAWS: Mapping[tuple[str, str], Law] = {
 def law_of(factor: str, quantity: str, levels: Sequence[object]) -> Law | None:
     """The law for a factor and quantity over some levels; ``None`` where the theory states none."""
     if (factor, quantity) == ("experts", "V"):
+        if len(levels) < 2:
+            return None
         x = position(factor, levels)
         slope = float(group_slopes(x, np.log(1.0 - 1.0 / x)[None])[0])
         return Law(slope, slope, f"{_S11}: V (1 - 1/N), orthogonal task vectors, over these levels")

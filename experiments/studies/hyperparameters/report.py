@@ -39,6 +39,7 @@ VERDICTS = {
     "verdict": "Verdict",
     "heterogeneous": "heterogeneous groups",
     "groups": "groups",
+    "left_out": "left out",
 }
 PAPER = {
     "architecture": "Architecture",
@@ -116,7 +117,7 @@ def write_report(
         "hashes": {"specification": hashlib.sha256(text.encode()).hexdigest(), **stores},
         "settings": {
             "study": spec.name,
-            "groups": f"{spec.groups} matched groups of {spec.size} experts per level",
+            "groups": f"{spec.groups} matched draws of {spec.size} experts per level",
             "images": f"{spec.calibration_images} for calibration, {spec.test_images or 'all'} for tests, per task",
             "rule": spec.rule.model_dump_json(),
             "measured": f"{len(table)} of {planned} merges",
@@ -129,7 +130,8 @@ def write_report(
     page = Page(title, first, tuple(further), sections, _assumptions(spec, experts), meta, data)
     pictures = {name: picture.caption for one in sections for name, picture in one.figures.items()}
     done = f"{len(table)} of {planned} merges are measured."
-    text = words.readme(spec, title, [first, *further[1:]], command, pictures, done)
+    said = [first, *further[1:], words.calibrated_note(spec, table)]
+    text = words.readme(spec, title, said, command, pictures, done)
     write_atomically(place.out / "README.md", text.encode())
     return write_page(place.out, page)
 
@@ -139,31 +141,28 @@ def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Sect
     predicted = predictions(spec, table)
     near = [name for column, (name, _) in predicted.items() if column.startswith("pred_")]
     bounds = [name for column, (name, _) in predicted.items() if column.startswith("bound_")]
-    matched = (
-        f"Means over {spec.groups} matched groups of {spec.size} tasks, the same at every level; bands are "
-        f"{spec.rule.level:.0%} intervals, the hull of resampling experts and groups. Seed {spec.seed}."
-    )
     drawn: dict[str, dict[str, Callable[[], plots.Picture]]] = {"loss": {}, "accuracy": {}, "bound": {}, "term": {}}
     for network in networks:
         who = plots.pretty(network)
-        drawn["loss"][f"loss_{network}"] = lambda n=network, w=who: figures.curves_figure(
+        matched = words.matched_note(spec, tables.levels, network)
+        drawn["loss"][f"loss_{network}"] = lambda n=network, w=who, m=matched: figures.curves_figure(
             tables.levels, n, ["loss", *near], f"Test loss of merges by factor, {w}: measured, and predicted on "
-            f"calibration images (estimated; calibrated: fitted on the other half of groups). {matched}",
+            f"calibration images (estimated; calibrated: fitted on the other half of the groups). {m}",
             text="loss (nats)",
         )  # type: ignore[misc]  # fmt: skip
-        drawn["accuracy"][f"accuracy_{network}"] = lambda n=network, w=who: figures.curves_figure(
+        drawn["accuracy"][f"accuracy_{network}"] = lambda n=network, w=who, m=matched: figures.curves_figure(
             tables.levels, n, ["accuracy", *[f"accuracy, {name}" for name in spec.predictors]],
-            f"Test accuracy of merges by factor, {w}: measured and predicted. {matched}", log=False, text="accuracy",
+            f"Test accuracy of merges by factor, {w}: measured and predicted. {m}", log=False, text="accuracy",
         )  # type: ignore[misc]  # fmt: skip
         if bounds:
-            drawn["bound"][f"bound_{network}"] = lambda n=network, w=who: figures.curves_figure(
+            drawn["bound"][f"bound_{network}"] = lambda n=network, w=who, m=matched: figures.curves_figure(
                 tables.levels, n, ["loss", *bounds], f"The master bound by factor, {w}, beside the measured loss. "
-                f"Estimated: constants are measured. {matched}", text="loss (nats)",
+                f"Estimated: constants are measured. {m}", text="loss (nats)",
             )  # type: ignore[misc]  # fmt: skip
             terms = [f"sqrt {name} term" for name in ("training", "dispersion", "instability")]
-            drawn["term"][f"terms_{network}"] = lambda n=network, w=who, t=terms: figures.curves_figure(
+            drawn["term"][f"terms_{network}"] = lambda n=network, w=who, t=terms, m=matched: figures.curves_figure(
                 tables.levels, n, t, f"Square roots of the three terms of the bound from the recipe, {w}. "
-                f"Estimated. {matched}", text="sqrt(loss)",
+                f"Estimated. {m}", text="sqrt(loss)",
             )  # type: ignore[misc]  # fmt: skip
     seed = f"Seed {spec.seed}."
     loss_of = {column: name for column, (name, _) in predicted.items() if column.startswith("pred_")}
@@ -178,7 +177,13 @@ def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Sect
             {"verdicts": lambda: figures.verdict_figure(tables.verdicts, verdict_caption)},
         ),
         _section("Against the paper", words.PAPER, {"paper": against_paper(tables.verdicts)}, {"paper": PAPER}, {}),
-        _section("Loss of merges by factor", words.calibrated_note(spec), {}, {}, drawn["loss"]),
+        _section(
+            "Loss of merges by factor",
+            "Homogeneous groups. " + words.calibrated_note(spec, table),
+            {},
+            {},
+            drawn["loss"],
+        ),
         _section("Accuracy", "Test accuracy, on the same images.", {}, {}, drawn["accuracy"]),
         _section("The bound", words.BOUND, {}, {}, drawn["bound"]),
         _section("Terms of the bound", "Training, dispersion, instability.", {}, {}, drawn["term"]),

@@ -15,7 +15,7 @@ from experiments.studies.hyperparameters.columns import RANKING, predictions, qu
 from experiments.studies.hyperparameters.joined import Curve, curves
 from experiments.studies.hyperparameters.law import QUANTITIES, centre_curves, law_of
 from experiments.studies.hyperparameters.spec import StudySpec
-from experiments.studies.hyperparameters.trends import Trend, estimate, position, trend, verdict
+from experiments.studies.hyperparameters.trends import Trend, at_every_level, estimate, position, trend, verdict
 from experiments.studies.hyperparameters.work import Row
 
 
@@ -50,12 +50,13 @@ def compute(spec: StudySpec, table: pd.DataFrame, experts: Mapping[str, Row], re
     levels, rows = [], []
     for factor in factors:
         for column, (name, tier) in quantities(spec, table).items():
-            for base, (values_at, values, tasks) in _curves(spec, table, factor, column):
+            for base, curve in _curves(spec, table, factor, column):
                 about = {"architecture": names[base], "factor": factor, "quantity": name, "tier": tier}
-                levels += _levels(about, values_at, values, tasks, spec)
-                found = trend(position(factor, values_at), values, tasks, spec.rule, spec.seed)
+                levels += _levels(about, curve, spec)
+                places = position(factor, curve.levels)
+                found = trend(places, curve.values, curve.tasks, spec.rule, spec.seed, curve.groups)
                 kinds[base, factor, column] = found
-                rows.append(_trend_row(about, found, values_at, spec))
+                rows.append(_trend_row(about, found, curve.levels, spec))
     hetero = heterogeneous(spec, table, recipes)
     return Tables(
         verdicts(spec, table, kinds, hetero, names, factors),
@@ -70,18 +71,17 @@ def compute(spec: StudySpec, table: pd.DataFrame, experts: Mapping[str, Row], re
 def _curves(spec: StudySpec, table: pd.DataFrame, factor: str, column: str) -> list[tuple[str, Curve]]:
     """Curves over the levels of the specification that have at least two of them."""
     found = curves(table, factor, column, spec.levels.of(factor))
-    return [(base, curve) for base, curve in found.items() if len(curve[0]) > 1]
+    return [(base, curve) for base, curve in found.items() if len(curve.levels) > 1]
 
 
-def _levels(
-    about: dict[str, Any], levels: Sequence[object], values: np.ndarray, tasks: list[list[str]], spec: StudySpec
-) -> list[Row]:
+def _levels(about: dict[str, Any], curve: Curve, spec: StudySpec) -> list[Row]:
     rows = []
-    for k, level in enumerate(levels):
-        found = estimate(values[:, k], st.membership(tasks), spec.rule, spec.seed)
-        count = int(np.isfinite(values[:, k]).sum())
+    for k, level in enumerate(curve.levels):
+        own = [row[k] for row in curve.tasks]
+        found = estimate(curve.values[:, k], own, list(curve.groups[:, k]), spec.rule, spec.seed)
+        draws = int(np.isfinite(curve.values[:, k]).sum())
         rows.append(about | {"level": level, "value": found.value, "value_low": found.low, "value_high": found.high,
-                             "groups": count, "seed": spec.seed})  # fmt: skip
+                             "groups": curve.distinct[k], "draws": draws, "seed": spec.seed})  # fmt: skip
     return rows
 
 
@@ -91,7 +91,12 @@ def _trend_row(about: dict[str, Any], found: Trend, levels: Sequence[object], sp
     row |= {"change": found.change.value, "change_low": found.change.low, "change_high": found.change.high}
     if about["factor"] in RANKING:
         row |= dict.fromkeys(("exponent", "exponent_low", "exponent_high"), np.nan)
-    return row | {"groups": found.groups, "seed": spec.seed}
+    return row | {"groups": found.groups, "draws": found.draws, "left_out": _left_out(found), "seed": spec.seed}
+
+
+def _left_out(found: Trend) -> str:
+    """Levels (of the number of experts) that a trend leaves out, since all draws are the same group there."""
+    return ";".join(f"{place:g}" for place in found.left_out)
 
 
 def verdicts(
@@ -138,6 +143,8 @@ def verdicts(
                         "verdict": verdict(measured.kind, found.kind),
                         "heterogeneous": verdict(joint["loss"], joint[name]) if {"loss", name} <= set(joint) else "",
                         "groups": found.groups,
+                        "draws": found.draws,
+                        "left_out": _left_out(found),
                         "seed": spec.seed,
                     }
                 )
@@ -164,7 +171,8 @@ def exponents(
             formula = {} if factor == "experts" else _formula(spec, table, experts, base, factor, levels)
             for quantity in QUANTITIES:
                 about = {"architecture": architecture, "factor": factor, "quantity": quantity, "seed": spec.seed}
-                law = law_of(factor, quantity, levels)
+                fitted = kinds.get((base, factor, "V")) if factor == "experts" else None
+                law = law_of(factor, quantity, levels if fitted is None else list(fitted.used))
                 if law is not None:
                     found = st.Estimate((law.low + law.high) / 2, law.low, law.high)
                     rows.append(_exponent(about, "law", "theory", found, law.source))
@@ -197,5 +205,5 @@ def _formula(
         return {}
     x = position(factor, levels)
     made = centre_curves([experts[name] for name in own], factor, levels, spec)
-    one_each = [[name] for name in own]
+    one_each = at_every_level([[name] for name in own], len(levels))
     return {q: trend(x, values, one_each, spec.rule, spec.seed).slope for q, values in made.items()}

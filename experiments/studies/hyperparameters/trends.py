@@ -1,18 +1,19 @@
 """Trends over the levels of a factor with intervals, and verdicts by the rule of the specification.
 
-Groups are matched: one row per group, one column per level, the same tasks in a row.  Tasks are shared by groups, and
-groups are draws: an interval is the hull of two, one from resampling experts (by task, the same at every level;
-:mod:`experiments.statistics`) and one from resampling groups.
+Groups are matched: one row per draw, one column per level; the same tasks in a row, or, over the number of experts,
+groups that are parts of each other.  Tasks are shared by groups, and groups are draws: an interval is the hull of two,
+one from resampling experts (by task, the same at every level; :mod:`experiments.statistics`) and one from resampling
+different groups; over the number of experts of the second alone, widened for few groups (:func:`contrast`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from experiments import statistics as st
 from experiments.studies.hyperparameters.spec import Rule
@@ -33,7 +34,10 @@ class Trend:
         slope: mean over groups of the log-log slope (the fitted exponent).
         change: mean over groups of log(last / first).
         turn: index of the inner level of a minimum or maximum, else -1.
-        groups: with finite values at every level.
+        groups: different groups with finite values at every level.
+        draws: of them; several may have drawn the same group.
+        used: positions of the levels that it is over.
+        left_out: positions of levels at which all draws are the same group.
     """
 
     kind: Kind
@@ -41,6 +45,9 @@ class Trend:
     change: st.Estimate
     turn: int
     groups: int
+    draws: int
+    used: tuple[float, ...]
+    left_out: tuple[float, ...]
 
 
 NOTHING = st.Estimate(float("nan"), float("nan"), float("nan"))
@@ -61,61 +68,152 @@ def group_slopes(x: Floats, logs: Floats) -> Floats:
     return np.asarray(logs @ place / (place @ place))
 
 
-def estimate(values: Floats, members: st.Membership, rule: Rule, seed: int, level: float | None = None) -> st.Estimate:
-    """Mean over groups with its interval; NaN limits with fewer than two groups."""
+@dataclass(frozen=True)
+class Draws:
+    """Matched draws of groups over some levels.
+
+    Attributes:
+        members: tasks of each draw, (G, tasks).
+        same: (G,), draws with the same number drew the same groups, which count as one.
+        matched: whether every draw has the same tasks at all levels.
+    """
+
+    members: st.Membership
+    same: NDArray[np.int64]
+    matched: bool
+
+    @property
+    def distinct(self) -> int:
+        """Different groups."""
+        return len(set(self.same.tolist()))
+
+
+def draws_of(tasks: Sequence[Sequence[Sequence[str]]], groups: NDArray[Any] | None = None) -> Draws:
+    """Draws from their tasks at every level, (G, L) of names, and the names of their merges, (G, L); without names all
+    draws are different."""
+    members = st.membership([sorted({name for own in row for name in own}) for row in tasks])
+    rows = [(g,) for g in range(len(tasks))] if groups is None else [tuple(row) for row in groups.tolist()]
+    order: dict[tuple[Any, ...], int] = {}
+    same = np.array([order.setdefault(row, len(order)) for row in rows], dtype=np.int64)
+    return Draws(members, same, all(set(own) == set(row[0]) for row in tasks for own in row))
+
+
+def at_every_level(tasks: Sequence[Sequence[str]], levels: int) -> list[list[Sequence[str]]]:
+    """Tasks of draws that have the same ones at every level, for :func:`draws_of`."""
+    return [[own] * levels for own in tasks]
+
+
+def contrast(
+    values: Floats, weights: ArrayLike, draws: Draws, rule: Rule, seed: int, level: float | None = None
+) -> st.Estimate:
+    """Mean over draws of a linear combination over levels, with its interval.
+
+    Where draws have the same tasks at all levels: the hull of two resamplings, of tasks and of different groups (each
+    with all of its draws).  Where their groups grow (over the number of experts), a draw goes through most tasks there
+    are, and resampling tasks says nothing about it: different groups are resampled alone, and the interval is widened
+    by ``t / z * sqrt(D / (D - 1))`` for D of them, as for a mean of D values.  NaN limits with fewer than two different
+    groups: draws that all drew the same group say nothing about others.
+
+    Args:
+        values: (G, L), finite.
+        weights: of the levels, (L,).
+        draws: of the rows.
+        rule, seed: of the intervals.
+        level: default the rule's.
+    """
+    from scipy.stats import norm, t
+
     wanted = rule.level if level is None else level
-    good = np.isfinite(values)
-    if not good.any():
-        return NOTHING
-    kept = values[good]
-    if len(kept) < 2:
-        return st.Estimate(float(kept.mean()), float("nan"), float("nan"))
-    by_expert = st.mean_interval(values, members, rule.resamples, seed, level=wanted)
-    rng = np.random.default_rng([seed, GROUPS])
-    weights = rng.multinomial(len(kept), np.full(len(kept), 1.0 / len(kept)), size=rule.resamples) / len(kept)
+    own = values @ np.asarray(weights, dtype=np.float64)
+    centre, D = float(own.mean()), draws.distinct
+    if D < 2:
+        return st.Estimate(centre, float("nan"), float("nan"))
+    often = np.random.default_rng([seed, GROUPS]).multinomial(D, np.full(D, 1.0 / D), size=rule.resamples)
+    means = (often @ np.bincount(draws.same, weights=own)) / (often @ np.bincount(draws.same))
     tail = (1.0 - wanted) / 2.0
-    low, high = np.quantile(weights @ kept, [tail, 1.0 - tail])
-    ends = [by_expert.low, by_expert.high, float(low), float(high)]
-    return st.Estimate(float(kept.mean()), float(np.nanmin(ends)), float(np.nanmax(ends)))
+    low, high = (float(v) for v in np.quantile(means, [tail, 1.0 - tail]))
+    if not draws.matched:
+        wider = float(t.ppf(1.0 - tail, D - 1) / norm.ppf(1.0 - tail)) * np.sqrt(D / (D - 1))
+        return st.Estimate(centre, centre - wider * (centre - low), centre + wider * (high - centre))
+    by_task = st.mean_interval(own, draws.members, rule.resamples, seed, level=wanted)
+    ends = [by_task.low, by_task.high, low, high]
+    return st.Estimate(centre, float(np.nanmin(ends)), float(np.nanmax(ends)))
 
 
-def trend(x: Floats, values: Floats, tasks: Sequence[Sequence[str]], rule: Rule, seed: int = 0) -> Trend:
+def estimate(
+    values: Floats, tasks: Sequence[Sequence[str]], groups: Sequence[str] | None, rule: Rule, seed: int
+) -> st.Estimate:
+    """Mean over draws at one level with its interval (:func:`contrast`).
+
+    Args:
+        values: (G,); those that are not finite are left out.
+        tasks: of the draws.
+        groups: names of their merges; draws of the same merge count as one group.
+        rule, seed: of the interval.
+    """
+    good = [g for g, value in enumerate(values) if np.isfinite(value)]
+    if not good:
+        return NOTHING
+    names = None if groups is None else np.array([[groups[g]] for g in good])
+    draws = draws_of([[tasks[g]] for g in good], names)
+    return contrast(values[good][:, None], [1.0], draws, rule, seed)
+
+
+def trend(
+    x: Floats,
+    values: Floats,
+    tasks: Sequence[Sequence[Sequence[str]]],
+    rule: Rule,
+    seed: int = 0,
+    groups: NDArray[Any] | None = None,
+) -> Trend:
     """The trend of a positive quantity over levels.
+
+    Levels at which all draws are the same group (all tasks there are) are left out where others are not: their value
+    has no interval.
 
     Args:
         x: positions of the levels, (L,), ascending and positive.
         values: (G, L); rows with a value that is not positive and finite are left out.
-        tasks: of each group.
+        tasks: of each draw at each level, (G, L) of names (:func:`at_every_level`).
         rule: levels of intervals and the smallest difference that counts.
         seed: of the resamples.
+        groups: names of the merges, (G, L); default all different.
     """
+    kept = [l for l in range(len(x)) if groups is None or len(set(groups[np.isfinite(values[:, l]), l])) > 1]
+    places = tuple(float(x[l]) for l in kept), tuple(float(v) for l, v in enumerate(x) if l not in kept)
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(values)
-    good = np.asarray(np.isfinite(logs).all(axis=1))
-    if good.sum() < 2:
-        return Trend("undecided", NOTHING, NOTHING, -1, int(good.sum()))
+        logs = np.log(values[:, kept])
+    good = [g for g, row in enumerate(logs) if np.isfinite(row).all()]
+    if len(good) < 2 or len(kept) < 2:
+        return Trend("undecided", NOTHING, NOTHING, -1, len(good), len(good), *places)
     logs = logs[good]
-    members = st.membership([list(own) for own, kept in zip(tasks, good, strict=True) if kept])
-    slope = estimate(group_slopes(x, logs), members, rule, seed)
-    change = estimate(logs[:, -1] - logs[:, 0], members, rule, seed)
-    inner = range(1, logs.shape[1] - 1)
+    draws = draws_of(
+        [[tasks[g][l] for l in kept] for g in good], None if groups is None else groups[np.ix_(good, kept)]
+    )
+    place = np.log(x[kept]) - np.log(x[kept]).mean()
+    unit = np.eye(len(kept))
+    slope = contrast(logs, place / (place @ place), draws, rule, seed)
+    change = contrast(logs, unit[-1] - unit[0], draws, rule, seed)
+    about = (draws.distinct, len(good), *places)
+    inner = range(1, len(kept) - 1)
     corrected = 1.0 - (1.0 - rule.level) / max(len(inner), 1)
     for sign, kind in ((-1.0, "minimum"), (1.0, "maximum")):
         beyond = [
             k
             for k in inner
             if all(
-                _above(estimate(sign * (logs[:, k] - logs[:, end]), members, rule, seed, corrected), rule.least)
+                _above(contrast(logs, sign * (unit[k] - unit[end]), draws, rule, seed, corrected), rule.least)
                 for end in (0, -1)
             )
         ]
         if beyond:
             turn = max(beyond, key=lambda k: sign * logs[:, k].mean())
-            return Trend(kind, slope, change, turn, int(good.sum()))  # type: ignore[arg-type]
+            return Trend(kind, slope, change, kept[turn], *about)  # type: ignore[arg-type]
     decided = (slope.low > 0 or slope.high < 0) and abs(change.value) >= rule.least
     if not decided or np.sign(slope.value) != np.sign(change.value):
-        return Trend("undecided", slope, change, -1, int(good.sum()))
-    return Trend("rises" if slope.value > 0 else "falls", slope, change, -1, int(good.sum()))
+        return Trend("undecided", slope, change, -1, *about)
+    return Trend("rises" if slope.value > 0 else "falls", slope, change, -1, *about)
 
 
 def _above(found: st.Estimate, least: float) -> bool:

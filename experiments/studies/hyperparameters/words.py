@@ -11,6 +11,7 @@ import pandas as pd
 from experiments.plots import pretty
 from experiments.studies.hyperparameters.designs import Drawn
 from experiments.studies.hyperparameters.figures import label
+from experiments.studies.hyperparameters.joined import shared_between_halves
 from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.spec import Rule, StudySpec
 from experiments.studies.hyperparameters.tables import Tables
@@ -98,15 +99,48 @@ def rule_note(rule: Rule) -> str:
         f"{rule.level:.0%} interval of its log-log slope leaves out 0 and its ends differ by {rule.least:g} or more in "
         "log; else it is undecided. A prediction agrees where both curves do the same; the verdict is undecided where "
         "one of them is. Heterogeneous groups: the sign of the regression's slope. Momentum is read as 1/(1 - beta); "
-        "over sampling a slope is a ranking in the order in which Gamma (Theorem 2) grows."
+        "over sampling a slope is a ranking in the order in which Gamma (Theorem 2) grows. Added after results of "
+        "size tiny had been looked at: draws that drew the same group count as one group; a number of experts at which "
+        "there is only one group has no interval and is left out of trends and exponents; over the number of experts "
+        "intervals resample groups alone, widened for their small number."
     )
 
 
-def calibrated_note(spec: StudySpec) -> str:
-    """What is calibrated, and on what."""
+def matched_note(spec: StudySpec, levels: pd.DataFrame, network: str) -> str:
+    """What means and bands of a figure over levels are of: draws and different groups, over the number of experts
+    apart."""
+    own = levels[(levels["architecture"] == network) & (levels["quantity"] == "loss")]
+    sizes, others = own[own["factor"] == "experts"], own[own["factor"] != "experts"]
+    parts = []
+    if len(others):
+        counts = sorted({int(n) for n in others["groups"]})
+        different = f"{counts[0]} of them different" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} different"
+        parts.append(
+            f"Means over {spec.groups} matched draws of {spec.size} tasks, the same at every level ({different})"
+        )
+    if len(sizes):
+        many = [f"{int(row['groups'])} of {int(row['level'])}" for row in sizes.to_dict("records")]
+        alone = [str(int(row["level"])) for row in sizes.to_dict("records") if int(row["groups"]) < 2]
+        lone = f"; of {' and '.join(alone)} one, without interval" if alone else ""
+        parts.append(
+            f"{'o' if parts else 'O'}ver the number of experts, groups that are parts of each other (different ones: "
+            f"{', '.join(many)} tasks{lone})"
+        )
+    parts.append(f"bands are {spec.rule.level:.0%} intervals, the hull of resampling experts and groups")
+    return f"{'; '.join(parts)}. Seed {spec.seed}."
+
+
+def calibrated_note(spec: StudySpec, table: pd.DataFrame) -> str:
+    """What is calibrated, on what, and what both halves share."""
+    shared = [
+        f"{row['experts']} of {row['experts_all']} experts of {pretty(str(row['architecture']))} are in groups of both "
+        f"halves ({row['merges']} of {row['merges_all']} merges too: never fitted on)"
+        for row in shared_between_halves(table).to_dict("records")
+    ]
     return (
-        f"Homogeneous groups. Calibrated: between {' and '.join(pretty(n) for n in spec.calibrated)} in log, with a "
-        "constant factor, fitted on groups of one parity of seeds and judged on the other; both halves share experts."
+        f"Calibrated: between {' and '.join(pretty(n) for n in spec.calibrated)} in log, with a constant factor, "
+        "fitted on groups of one parity of seeds and judged on the other. Halves of the groups, not of the experts: "
+        f"{'; '.join(shared)}."
     )
 
 
@@ -129,7 +163,8 @@ def readme(
         f"{done} Specification `{spec.name}` ({spec.digest()}), seed {spec.seed}; groups have the seeds {spec.seed} to "
         f"{spec.seed + spec.groups - 1}. Tables: `verdicts.csv`, `levels.csv` (every curve), `trends.csv`, "
         "`exponents.csv`, `heterogeneous.csv`, `ranks.csv`, `merges.csv` (one row per merge and factor). Tiers: "
-        "measured, estimated (constants or calibration images), calibrated (fitted on the other half of groups).",
+        "measured, estimated (constants or calibration images), calibrated (fitted on the other half of the "
+        "groups; experts are in both).",
         rule_note(spec.rule),
         "\n".join(f"* {line}" for line in said),
         *(f"![{name}](figures/{name}.png)\n\n{caption}" for name, caption in pictures.items()),
