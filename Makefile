@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev,ray]'
 	touch $@
 
-demo: $(STAMP)  ## fine-tune, predict, merge, measure and report on the embedded digits (about 4 minutes)
+demo: $(STAMP)  ## fine-tune, predict, merge, measure and report on the embedded digits (about 5 minutes)
 	$(BIN)/mergebound demo --out out/demo
 
 test: $(STAMP)  ## run the test suite (under 6 minutes on 2 cores)
