@@ -354,7 +354,8 @@ def _progress() -> Progress:
 def _show(value: Estimate | None, plus: bool = False) -> str:
     if value is None or math.isnan(value.value):
         return "-"
-    return f"{value.value:{'+' if plus else ''}.3f} ±{value.standard_error:.3f}"
+    error = f"{value.standard_error:.3f}" if not math.isnan(value.standard_error) else "unknown"
+    return f"{value.value:{'+' if plus else ''}.3f} ±{error}"
 
 
 def _print(report: Report, written: Path | None) -> None:

@@ -68,18 +68,26 @@ def priced(
 
 
 def joint_estimate(group: Group, losses: Sequence[Array]) -> Estimate:
-    """Mean over tasks of the mean loss; tasks on the same images are added image by image before the error is taken."""
+    """Mean over tasks of the mean loss; tasks on the same images are added image by image before the error is taken.
+
+    The error is NaN where a source has one image: its spread is not known.
+    """
     p = uniform_weights(group.size)
     by_source: dict[int, Array] = {}
     for j, source in enumerate(group.sources):
         by_source[source] = by_source.get(source, 0.0) + p[j] * losses[j]
     value = sum(float(values.mean()) for values in by_source.values())
-    variance = sum(float(values.var()) / max(len(values) - 1, 1) for values in by_source.values())
+    variance = sum(_squared_error(values) for values in by_source.values())
     return Estimate(value, float(np.sqrt(variance)))
 
 
 def task_estimate(losses: Array) -> Estimate:
-    return Estimate(float(losses.mean()), float(losses.std() / np.sqrt(max(len(losses) - 1, 1))))
+    """Mean loss with its standard error (NaN for one image)."""
+    return Estimate(float(losses.mean()), float(np.sqrt(_squared_error(losses))))
+
+
+def _squared_error(losses: Array) -> float:
+    return float(losses.var()) / (len(losses) - 1) if len(losses) > 1 else float("nan")
 
 
 def _verdict(joint: Mapping[Objective, Estimate], base_risk: float, clamped: float) -> tuple[float | None, str, str]:
@@ -94,8 +102,10 @@ def _verdict(joint: Mapping[Objective, Estimate], base_risk: float, clamped: flo
         return None, "unknown", "secant only: no bracket; --tangent adds it"
     values = [joint[name].value for name in OBJECTIVES]
     low, high = min(values), max(values)
-    error = max(joint["secant"].standard_error, joint["tangent"].standard_error)
+    error = float(np.maximum(joint["secant"].standard_error, joint["tangent"].standard_error))  # NaN wins
     width = high - low
+    if not np.isfinite(error):
+        return width, "unknown", "one image of a task tells no sampling error: give more images"
     if low > base_risk + 2.0 * error:
         return width, "wide", "worse than the base by every prediction: collapse; do not merge like this"
     if width <= max((NARROW - 1.0) * low, error):

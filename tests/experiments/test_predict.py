@@ -196,6 +196,14 @@ def test_standard_error_counts_shared_images_once(linear: list[Path]) -> None:
     assert any("share calibration images" in note for note in report.notes)
 
 
+def test_one_image_has_no_standard_error(linear: list[Path]) -> None:
+    one = predict(group_of(linear, images=1), Options(methods=("average",)))
+    two = predict(group_of(linear, images=2), Options(methods=("average",)))
+    assert np.isnan(one.methods[0].secant.standard_error)
+    assert one.methods[0].verdict == "unknown"
+    assert two.methods[0].secant.standard_error > 0.0
+
+
 # --- real networks ---------------------------------------------------------------------------------------------------
 
 
