@@ -119,8 +119,7 @@ def _noise(subject: Subject, images: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _curvature(subject: Subject, gram: CurvatureGram, groups: Sequence[Chosen]) -> list[dict[str, Any]]:
-    cut = shared_size(subject)
-    squares = subject.deltas[:, :cut].double().square().sum(1).numpy()
+    squares = subject.deltas.double().square().sum(1).numpy()  # over what is merged, as in the forms
     forms = [gram.forms(j)[0] for j in range(subject.size)]
     rows = []
     for j, name in enumerate(subject.tasks):
