@@ -358,7 +358,7 @@ def _least_squares(d: Drawer) -> Case:
 
 
 def _logit_fields(d: Drawer) -> list[theory.LogitField]:
-    images, classes = int(d.rng.choice([2, d.experts, d.steps])), int(d.rng.choice([2, 3]))
+    images, classes = max(2, int(d.rng.choice([2, d.experts, d.steps]))), int(d.rng.choice([2, 3]))
     return [
         theory.secant(
             d.rng.normal(size=(images, classes)),
