@@ -15,8 +15,13 @@ _LOCKED = 600.0  # seconds after which another writer's renaming is taken to be 
 _PAUSE = 0.02
 
 
-def hold(path: Path, patience: float) -> int | Literal[False] | None:
+def hold(path: Path, patience: float, done: Callable[[], bool] = lambda: False) -> int | Literal[False] | None:
     """Lock a file, which is created if need be: a descriptor, or false if it is locked, ``None`` if nothing can be.
+
+    Args:
+        path: the lock file.
+        patience: seconds to wait for another holder.
+        done: whether waiting has become pointless; asked again and again.
 
     Raises:
         OSError: it cannot be created.
@@ -33,7 +38,7 @@ def hold(path: Path, patience: float) -> int | Literal[False] | None:
             if _is_at(descriptor, path):
                 return descriptor
         except BlockingIOError:
-            if time.monotonic() >= until:
+            if time.monotonic() >= until or done():
                 os.close(descriptor)
                 return False
             time.sleep(_PAUSE)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PAUSE = 0.05
+from merging.file_locks import hold
 
 
 @contextmanager
@@ -23,42 +22,11 @@ def alone(path: Path, limit: float, done: Callable[[], bool] = lambda: False) ->
     Yields:
         Whether the lock is held.  False: the limit has passed, ``done`` said so, or files cannot be locked here.
     """
-    descriptor = _lock(path, limit, done)
+    descriptor = hold(path, limit, done)
     try:
-        yield descriptor is not None
+        yield descriptor is not None and descriptor is not False
     finally:
-        if descriptor is not None:
+        if descriptor is not None and descriptor is not False:
             with suppress(OSError):
                 path.unlink()
             os.close(descriptor)
-
-
-def _lock(path: Path, limit: float, done: Callable[[], bool]) -> int | None:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    until = time.monotonic() + limit
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
-                return descriptor
-        except BlockingIOError:
-            if time.monotonic() >= until or done():
-                os.close(descriptor)
-                return None
-            time.sleep(_PAUSE)
-        except OSError:  # some network file systems cannot lock
-            os.close(descriptor)
-            return None
-        os.close(descriptor)  # held by another process, or removed by one before it was locked here
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has its name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False

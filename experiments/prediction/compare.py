@@ -25,7 +25,7 @@ from experiments.measure.layerwise import (
 from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.predictors.zoo import ZOO
 from experiments.prediction.bank import Bank
-from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.draws import Pool, StudyGroup, group_columns
 from experiments.prediction.material import Material
 from experiments.prediction.measuring import form, measure_sets
 from experiments.prediction.spec import ComparisonSpec, StudySpec
@@ -139,13 +139,7 @@ def compare_rows(
     ) -> None:
         rows.append(
             {
-                "regime": pool.key.regime,
-                "architecture": pool.key.architecture,
-                "half": pool.key.half,
-                "seed": spec.seed,
-                "group": f"{pool.key.folder}-{group.number}",
-                "N": len(members),
-                "experts": ";".join(material.names[j] for j in members),
+                **group_columns(pool, group, material.names, spec.seed),
                 "method": name,
                 "measured_loss": loss,
                 "measured_accuracy": accuracy,

@@ -13,7 +13,7 @@ from experiments.measure.predictors.kinds import KINDS
 from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.predictors.zoo import predictors
 from experiments.prediction.bank import Bank
-from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.draws import Pool, StudyGroup, group_columns
 from experiments.prediction.material import Material, features
 from experiments.prediction.measuring import linear_coefficients
 from experiments.prediction.spec import StudySpec, label
@@ -56,13 +56,7 @@ def curve_rows(
                 for predictor in predictors(None, some):
                     rows.append(
                         {
-                            "regime": pool.key.regime,
-                            "architecture": pool.key.architecture,
-                            "half": pool.key.half,
-                            "seed": spec.seed,
-                            "group": f"{pool.key.folder}-{group.number}",
-                            "N": len(members),
-                            "experts": ";".join(material.names[j] for j in members),
+                            **group_columns(pool, group, material.names, spec.seed),
                             "method": method.name,
                             "images": count,
                             "images_used": float(np.mean(some.images)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,19 @@ class Pool:
     experts: tuple[StudyExpert, ...]
     groups: tuple[StudyGroup, ...]
     left_out: tuple[str, ...] = ()
+
+
+def group_columns(pool: Pool, group: StudyGroup, names: Sequence[str], seed: int) -> dict[str, Any]:
+    """The columns that say which group a row of a table is about; ``names`` are those of the pool's experts."""
+    return {
+        "regime": pool.key.regime,
+        "architecture": pool.key.architecture,
+        "half": pool.key.half,
+        "seed": seed,
+        "group": f"{pool.key.folder}-{group.number}",
+        "N": len(group.members),
+        "experts": ";".join(names[j] for j in group.members),
+    }
 
 
 def recipe_numbers(runs: Sequence[RunSpec]) -> dict[float, int]:

@@ -15,7 +15,7 @@ from experiments.measure.layerwise import risk_optimal_coefficients
 from experiments.measure.predictors.zoo import ZOO
 from experiments.prediction.bank import Bank
 from experiments.prediction.compare import LAYERED, Collected, bank_seconds, layer_statistics
-from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.draws import Pool, StudyGroup, group_columns
 from experiments.prediction.measuring import form, measure_sets
 from experiments.prediction.spec import StudySpec
 from experiments.spec import MethodSpec
@@ -71,13 +71,7 @@ def _measured(
     formed = form(material, members, MethodSpec(name="risk_optimal"), spec.seed, **coefficients.settings())
     found = measure_sets(material, formed.vector, members, [material.test])[0]
     return {
-        "regime": pool.key.regime,
-        "architecture": pool.key.architecture,
-        "half": pool.key.half,
-        "seed": spec.seed,
-        "group": f"{pool.key.folder}-{group.number}",
-        "N": len(members),
-        "experts": ";".join(material.names[j] for j in members),
+        **group_columns(pool, group, material.names, spec.seed),
         "method": name,
         "measured_loss": found.loss,
         "measured_accuracy": found.accuracy,

@@ -15,7 +15,7 @@ from experiments.measure.predictors.statistics import FieldStatistics
 from experiments.measure.predictors.zoo import predictors
 from experiments.measured import Measured
 from experiments.prediction.bank import Bank
-from experiments.prediction.draws import Pool, StudyGroup
+from experiments.prediction.draws import Pool, StudyGroup, group_columns
 from experiments.prediction.material import features
 from experiments.prediction.measuring import Formed, form, measure_sets, own_measured, per_image, reestimated, summary
 from experiments.prediction.spec import StudySpec, label
@@ -61,13 +61,7 @@ def merge_rows(spec: StudySpec, pool: Pool, bank: Bank, group: StudyGroup, known
         measured, same = summary(images), summary(same_images)
         even, odd = summary(images, slice(0, None, 2)), summary(images, slice(1, None, 2))
         row: Row = {
-            "regime": pool.key.regime,
-            "architecture": pool.key.architecture,
-            "half": pool.key.half,
-            "seed": spec.seed,
-            "group": f"{pool.key.folder}-{group.number}",
-            "N": size,
-            "experts": ";".join(material.names[j] for j in members),
+            **group_columns(pool, group, material.names, spec.seed),
             "tasks": ";".join(material.tasks[j] for j in members),
             "method": method.name,
             "settings": label(method),

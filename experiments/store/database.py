@@ -190,3 +190,14 @@ def explained(error: sqlite3.Error, file: Path) -> StoreError:
     if code == sqlite3.SQLITE_IOERR:
         return StoreError(f"{file}: the disk refuses ({text}); check space and quota, then run the command again")
     return StoreError(f"{file}: {text}; if it stays, check the store with `mergebound grid verify`")
+
+
+def present(connection: sqlite3.Connection, table: str, column: str, names: Sequence[str]) -> set[str]:
+    """Those of some names that a column has; ``table`` and ``column`` come from the code, never from a user."""
+    found: set[str] = set()
+    for start in range(0, len(names), 500):
+        part = names[start : start + 500]
+        marks = ", ".join("?" * len(part))
+        question = f"SELECT {column} FROM {table} WHERE {column} IN ({marks})"
+        found |= {row[0] for row in connection.execute(question, part)}
+    return found

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.store import tallies
-from experiments.store.database import Database
+from experiments.store.database import Database, present
 from experiments.store.errors import StoreError
 from experiments.store.leases import now
 from experiments.store.seals import merge_seal
@@ -42,7 +41,7 @@ def add_merges(database: Database, rows: Iterable[Mapping[str, Any]]) -> int:
         key = str(row[KEY]) if KEY in row else hashlib.sha256(record.encode()).hexdigest()
         ready.append((key, now(), record, merge_seal(key, record)))
     with database.writing() as connection:
-        there = _there(connection, [row[0] for row in ready])
+        there = present(connection, "merges", "key", [row[0] for row in ready])
         new = {row[0]: row for row in reversed(ready) if row[0] not in there}  # of a key that comes twice, the first
         connection.executemany("INSERT INTO merges (key, added, record, seal) VALUES (?, ?, ?, ?)", new.values())
         tallies.add(connection, "merges", [(key,) for key in new])
@@ -60,7 +59,7 @@ def read_merges(database: Database) -> pd.DataFrame:
 def forget_merges(database: Database, keys: Iterable[str]) -> int:
     """Make merges absent, so that the same command measures them again; returns how many were there."""
     with database.writing() as connection:
-        there = _there(connection, list(keys))
+        there = present(connection, "merges", "key", list(keys))
         connection.executemany("DELETE FROM merges WHERE key = ?", [(key,) for key in there])
         tallies.take(connection, "merges", [(key,) for key in there])
     return len(there)
@@ -69,16 +68,6 @@ def forget_merges(database: Database, keys: Iterable[str]) -> int:
 def merge_keys(database: Database) -> frozenset[str]:
     """Keys that are there."""
     return frozenset(row["key"] for row in database.read("SELECT key FROM merges"))
-
-
-def _there(connection: sqlite3.Connection, keys: Sequence[str]) -> set[str]:
-    """Those of some keys that are there."""
-    found: set[str] = set()
-    for start in range(0, len(keys), 500):
-        part = keys[start : start + 500]
-        marks = ", ".join("?" * len(part))
-        found |= {row[0] for row in connection.execute(f"SELECT key FROM merges WHERE key IN ({marks})", part)}
-    return found
 
 
 def _plain(value: Any) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.grid.result import Cohort, Plan
 from experiments.grid.run_spec import RunSpec
 from experiments.store import tallies
 from experiments.store.columns import OTHER, RUN_COLUMNS, run_row, spec_of
-from experiments.store.database import Database
+from experiments.store.database import Database, present
 from experiments.store.errors import StoreError
 from experiments.store.leases import cohort_of
 
@@ -41,23 +41,13 @@ def add_runs(
         rows.append(run_row(digest, run, of_base, of_split))
     columns, marks = ", ".join(RUN_COLUMNS), ", ".join("?" * len(RUN_COLUMNS))
     with database.writing() as connection:
-        there = _there(connection, list(runs))
+        there = present(connection, "runs", "digest", list(runs))
         new = [row for row in rows if row[0] not in there]
         connection.executemany(f"INSERT INTO runs ({columns}) VALUES ({marks})", new)
         if new:
             tallies.add(connection, "runs", [row[:1] for row in new])
             connection.execute("ANALYZE runs")
     return len(new)
-
-
-def _there(connection: sqlite3.Connection, digests: Sequence[str]) -> set[str]:
-    """Those of some runs that are known."""
-    found: set[str] = set()
-    for start in range(0, len(digests), 500):
-        part = digests[start : start + 500]
-        marks = ", ".join("?" * len(part))
-        found |= {row[0] for row in connection.execute(f"SELECT digest FROM runs WHERE digest IN ({marks})", part)}
-    return found
 
 
 def known(database: Database, digests: Iterable[str]) -> dict[str, tuple[RunSpec, str, str]]:
