@@ -21,6 +21,7 @@ def start(work: Callable[[], None]) -> int:
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS)
         work()
         status = 0
