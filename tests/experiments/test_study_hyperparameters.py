@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
+from experiments.bases.base import make_base
 from experiments.grid.expand import expand
 from experiments.measure.opening import from_store
 from experiments.studies.hyperparameters.bounds import bound_rows
@@ -25,11 +26,12 @@ from experiments.studies.hyperparameters.constants import (
     without_logs,
 )
 from experiments.studies.hyperparameters.designs import centre_of, draw
-from experiments.studies.hyperparameters.grids import StudyGrid, study_grids
+from experiments.studies.hyperparameters.grids import StudyGrid, complete, shares, study_grids
 from experiments.studies.hyperparameters.joined import calibrated, curves, joined, shared_between_halves
 from experiments.studies.hyperparameters.law import centre_curves, law_of
 from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.pricing import PriceUnit, Wanted, key_of, pools, price
+from experiments.studies.hyperparameters.run import count_study, drawn_groups, merges_of
 from experiments.studies.hyperparameters.spec import (
     ConstantsSpec,
     Rule,
@@ -47,6 +49,7 @@ from experiments.studies.hyperparameters.trends import (
     trend,
     verdict,
 )
+from experiments.studies.hyperparameters.words import done
 from experiments.studies.hyperparameters.work import add_rows, read_rows, run_units
 from tests.experiments.combine.stores import NAMES, finished_store
 from theory import master_bound
@@ -170,6 +173,58 @@ def test_groups_are_matched_at_every_level_and_hold_the_centre(folder: Path) -> 
         sizes[group.seed][group.level] = set(group.members)
     assert all(of[2] < of[3] for of in sizes.values())
     assert [m.settings["coefficient"] for m in drawn["coefficient"].methods] == [0.3, 0.5]
+
+
+def test_bases_that_a_grid_has_finished_are_studied_and_the_others_named(tmp_path: Path) -> None:
+    from experiments.store import Store
+    from tests.experiments.store.samples import BASE, result
+
+    moved = {name: value + 1 for name, value in BASE.state.items()}
+    made = {"mlp_8": BASE, "mlp_16": make_base(moved, "mlp", 2, {}, BASE.provenance)}
+    bases = [{"kind": "random", "architecture": name, "classes": 10} for name in ("mlp_8", "mlp_16")]
+    study = spec(base=bases)
+    grids = study_grids(study)
+    with pytest.raises(MergeboundError, match="no grid is finished for any base"):
+        drawn_groups(study, grids, tmp_path)
+    runs = grids[0].runs()
+    digests = [run.digest(base=made[run.base.architecture].digest, split=run.task) for run in runs]
+    with Store.create(tmp_path / "factors", meta={"digest": grids[0].spec.digest()}) as store:
+        for name, base in made.items():
+            store.add_base(base)
+            for task in NAMES:
+                own = {
+                    d: run
+                    for d, run in zip(digests, runs, strict=True)
+                    if (run.base.architecture, run.task) == (name, task)
+                }
+                store.add_runs(own, base.digest, task)
+        for k, (digest, run) in enumerate(zip(digests, runs, strict=True)):
+            if run.base.architecture == "mlp_8" or k == len(runs) - 1:
+                store.commit(digest, result(k))
+    small = {d for d, run in zip(digests, runs, strict=True) if run.base.architecture == "mlp_8"}
+    assert 0 < len(small) < len(runs) - 1
+
+    drawn, recipes, last, parts = drawn_groups(study, grids, tmp_path)
+    told = [(part.grid, part.architecture, len(part.finished), part.runs, part.complete) for part in parts]
+    half, joint = len(runs) // 2, len(grids[1].runs()) // 2
+    assert told == [
+        ("factors", "mlp_8", half, half, True), ("factors", "mlp_16", 1, half, False),
+        ("joint", "mlp_8", 0, joint, False), ("joint", "mlp_16", 0, joint, False),
+    ]  # fmt: skip
+    assert not complete(grids[0], tmp_path / "factors")
+    assert parts[0].finished == small == set(recipes["digest"]) == set(last)
+    assert {one.factor for one in drawn} == {"learning_rate", "step", "experts", "coefficient"}
+    assert {member.run for one in drawn for group in one.groups for member in group.members} <= small
+    lacking = [part for part in parts if not part.complete]
+    assert done(7, 84, lacking) == (
+        "7 of 84 merges are measured. Not finished and left out: mlp 16 in the grid factors (1 of "
+        f"{half} runs are done); mlp 8 in the grid joint (0 of {joint} runs are done); mlp 16 in the grid joint (0 of "
+        f"{joint} runs are done)."
+    )
+    assert [row["merges"] for row in count_study(study)] == [2 * merges_of(study, grid) for grid in grids] == [48, 6]
+
+    other = [replace(grid, spec=grid.spec.model_copy(update={"name": "another"})) for grid in grids]
+    assert not any(part.finished for part in shares(other[0], tmp_path / "factors")), "another grid's store"
 
 
 # --- trends

@@ -127,7 +127,8 @@ def curves_figure(
 
 
 def verdict_figure(verdicts: pd.DataFrame, caption: str) -> Picture:
-    """A field of verdicts: factors by predictions, one panel per network; the predicted kind is written in it.
+    """A field of verdicts: factors by predictions, a panel per network, one below the other; the predicted kind is
+    written in it.
 
     Raises:
         ValueError: nothing to draw.
@@ -137,20 +138,20 @@ def verdict_figure(verdicts: pd.DataFrame, caption: str) -> Picture:
     networks = list(dict.fromkeys(verdicts["architecture"]))
     factors = list(dict.fromkeys(verdicts["factor"]))
     names = list(dict.fromkeys(verdicts["prediction"]))
-    figure, axes = panel_grid(1, len(networks), 1.15 * (len(names) + 1), 0.36 * len(factors) + 1.0, 0.4)
+    figure, axes = panel_grid(len(networks), 1, 1.2 * (len(names) + 1), 0.36 * len(factors) + 1.0, 0.4)
     for c, network in enumerate(networks):
-        ax, part = axes[0, c], verdicts[verdicts["architecture"] == network]
+        ax, part = axes[c, 0], verdicts[verdicts["architecture"] == network]
         for row in part.to_dict("records"):
             x, y = names.index(row["prediction"]) + 1, factors.index(row["factor"])
             ax.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, color=SHADES[row["verdict"]], linewidth=0)
-            ax.text(x, y, row["predicted"].replace("undecided", "–"), ha="center", va="center", fontsize=7.5)
+            ax.text(x, y, row["predicted"].replace("undecided", "–"), ha="center", va="center", fontsize=9)
         for row in part.drop_duplicates("factor").to_dict("records"):
             word = row["measured"].replace("undecided", "–")
-            ax.text(0, factors.index(row["factor"]), word, ha="center", va="center", fontsize=7.5, weight="bold")
+            ax.text(0, factors.index(row["factor"]), word, ha="center", va="center", fontsize=9, weight="bold")
         heads = ["measured", *(pretty(n).replace(" ", "\n", 1) for n in names)]
-        ax.set_xticks(range(len(names) + 1), heads, fontsize=7)
+        ax.set_xticks(range(len(names) + 1), heads, fontsize=8)
         ax.xaxis.tick_top()
-        ax.set_yticks(range(len(factors)), [label(f) for f in factors] if c == 0 else [""] * len(factors), fontsize=8.5)
+        ax.set_yticks(range(len(factors)), [label(f) for f in factors], fontsize=9)
         ax.set_xlim(-0.5, len(names) + 0.5)
         ax.set_ylim(len(factors) - 0.5, -0.5)
         ax.grid(False)

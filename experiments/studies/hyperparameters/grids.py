@@ -175,14 +175,58 @@ def _start(folder: Path, root: str | Path | None, engine: Engine, watch: Callabl
     return run_local(folder, root, device=engine.device, workers=engine.workers, watch=watch)
 
 
-def complete(grid: StudyGrid, folder: Path) -> bool:
-    """Whether the store holds this very grid with every run done."""
+def merges_of(spec: StudySpec, grid: StudyGrid) -> int:
+    """Merges of a grid for each of its bases."""
+    merges = 0
+    if grid.role in ("factors", "both"):
+        merges += spec.groups * sum(len(spec.levels.of(factor)) for factor in spec.levels.factors)
+    if grid.role in ("joint", "both") and spec.heterogeneous is not None:
+        merges += spec.heterogeneous.groups
+    return merges
+
+
+@dataclass(frozen=True)
+class Share:
+    """How far a grid is for one base.
+
+    Attributes:
+        grid: name.
+        architecture: of the base.
+        runs: how many the grid has for it.
+        finished: digests of those that are done.
+    """
+
+    grid: str
+    architecture: str
+    runs: int
+    finished: frozenset[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run is done."""
+        return len(self.finished) >= self.runs
+
+
+def shares(grid: StudyGrid, folder: Path) -> tuple[Share, ...]:
+    """What of a grid is done in its store, one entry for each base in the order of the grid."""
     from experiments.store import Store
     from experiments.store.database import DATABASE
 
-    if not (folder / DATABASE).exists():
-        return False
-    with Store.open(folder, "r") as kept:
-        if kept.meta.get("digest") != grid.spec.digest() or not kept.runs() or kept.missing():
-            return False
-        return kept.meta.get("limit_runs") is None or len(kept.runs()) >= len(grid.runs())
+    wanted: dict[str, list[RunSpec]] = {}
+    for run in grid.runs():
+        wanted.setdefault(run.base.model_dump_json(), []).append(run)
+    found: dict[str, set[str]] = {base: set() for base in wanted}
+    if (folder / DATABASE).exists():
+        with Store.open(folder, "r") as kept:
+            if kept.meta.get("digest") == grid.spec.digest():
+                done = set(kept.runs()) - set(kept.missing())
+                for digest, (run, _, _) in kept.known(done).items():
+                    found.setdefault(run.base.model_dump_json(), set()).add(digest)
+    return tuple(
+        Share(grid.name, runs[0].base.architecture, len(runs), frozenset(found[base])) for base, runs in wanted.items()
+    )
+
+
+def complete(grid: StudyGrid, folder: Path) -> bool:
+    """Whether the store holds this very grid with every run done."""
+    return all(share.complete for share in shares(grid, folder))

@@ -16,7 +16,7 @@ from experiments.page import Page, Section, write_page
 from experiments.studies.hyperparameters import figures, words
 from experiments.studies.hyperparameters.columns import predictions
 from experiments.studies.hyperparameters.designs import Drawn, merges_frame
-from experiments.studies.hyperparameters.grids import StudyGrid
+from experiments.studies.hyperparameters.grids import Share, StudyGrid, merges_of
 from experiments.studies.hyperparameters.joined import joined
 from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.spec import StudySpec
@@ -90,10 +90,20 @@ def write_report(
     grids: Sequence[StudyGrid],
     drawn: Sequence[Drawn],
     recipes: pd.DataFrame,
+    parts: Sequence[Share],
     *,
     command: str = "",
 ) -> Path:
     """Tables, figures and page of whatever is finished; returns the page's path.
+
+    Args:
+        spec: the study.
+        place: where it is kept.
+        grids: of the study.
+        drawn: groups of what the grids have finished.
+        recipes: as :func:`experiments.studies.hyperparameters.run.drawn_groups` gives them.
+        parts: how far every grid is for every base.
+        command: that was typed.
 
     Raises:
         MergeboundError: no merge is measured yet.
@@ -107,7 +117,9 @@ def write_report(
     table = joined(merges, rows["predictions"], rows["bounds"], spec)
     experts = {str(row["expert"]): row for row in rows["constants"]}
     tables = compute(spec, table, experts, recipes)
-    planned = sum(len(one.groups) * len(one.methods) for one in drawn)
+    lacking = [part for part in parts if not part.complete]
+    of_grid = {grid.name: merges_of(spec, grid) for grid in grids}
+    planned = sum(len(one.groups) * len(one.methods) for one in drawn) + sum(of_grid[part.grid] for part in lacking)
     stores = {f"store of {grid.name}": grid.spec.digest() for grid in grids}
     text = spec.model_dump_json()
     meta: dict[str, Any] = {
@@ -123,13 +135,17 @@ def write_report(
             "measured": f"{len(table)} of {planned} merges",
         },
     }
+    done = words.done(len(table), planned, lacking)
     title = f"Hyperparameters of experts and their merge: {spec.name}"
-    first, further = words.lead(tables.verdicts), words.lines(spec, table, tables, drawn, planned)
+    first, further = (
+        words.lead(tables.verdicts),
+        words.lines(spec, table, tables, drawn, f"{done} Seed {spec.seed}."),
+    )
     sections = tuple(_sections(spec, table, tables))
     data = {"merges": _shown(table), "levels": tables.levels, "trends": tables.trends}
     page = Page(title, first, tuple(further), sections, _assumptions(spec, experts), meta, data)
     pictures = {name: picture.caption for one in sections for name, picture in one.figures.items()}
-    done = f"{len(table)} of {planned} merges are measured."
+    done = words.done(len(table), planned, lacking)
     said = [first, *further[1:], words.calibrated_note(spec, table)]
     text = words.readme(spec, title, said, command, pictures, done)
     write_atomically(place.out / "README.md", text.encode())

@@ -12,7 +12,16 @@ import pandas as pd
 
 from experiments.combine.groups import Group, Member
 from experiments.studies.hyperparameters.designs import Drawn, draw, merge_all, merges_frame
-from experiments.studies.hyperparameters.grids import Engine, StudyGrid, complete, run_grids, study_grids, write_grids
+from experiments.studies.hyperparameters.grids import (
+    Engine,
+    Share,
+    StudyGrid,
+    merges_of,
+    run_grids,
+    shares,
+    study_grids,
+    write_grids,
+)
 from experiments.studies.hyperparameters.pricing import key_of, price, step_of, units_of
 from experiments.studies.hyperparameters.spec import StudySpec
 from experiments.studies.hyperparameters.work import Row, Watch, add_rows, read_rows, run_units
@@ -91,7 +100,10 @@ def run_study(
         run_grids(grids, place.stores, root=place.root, engine=engine, say=hooks.say, watch=hooks.grid)
     if not set(stages) - {"grids"}:
         return
-    drawn, recipes, last = drawn_groups(spec, grids, place.stores)
+    drawn, recipes, last, parts = drawn_groups(spec, grids, place.stores)
+    for part in parts:
+        if not part.complete:
+            hooks.say(f"{part.grid}: left out {part.architecture}, {len(part.finished)} of {part.runs} runs are done")
     if "merges" in stages:
         hooks.say(f"merging: {sum(len(one.groups) * len(one.methods) for one in drawn)} merges")
         merge_all(
@@ -104,35 +116,43 @@ def run_study(
     if "report" in stages:
         from experiments.studies.hyperparameters.report import write_report
 
-        write_report(spec, place, grids, drawn, recipes, command=command)
+        write_report(spec, place, grids, drawn, recipes, parts, command=command)
 
 
 def drawn_groups(
     spec: StudySpec, grids: Sequence[StudyGrid], stores: Path
-) -> tuple[tuple[Drawn, ...], pd.DataFrame, dict[str, int]]:
-    """All groups, one row of hyperparameters for each checkpoint, and every run's last checkpoint.
+) -> tuple[tuple[Drawn, ...], pd.DataFrame, dict[str, int], tuple[Share, ...]]:
+    """All groups of the bases whose runs a grid has, one row of hyperparameters for each checkpoint, every run's last
+    checkpoint, and how far every grid is for every base.
 
     Raises:
-        MergeboundError: a grid that is not finished.
+        MergeboundError: no grid has all the runs of a base.
     """
     from experiments.combine.groups import grid_table
     from experiments.store import Store
 
     drawn: list[Drawn] = []
     tables = []
+    parts: list[Share] = []
     for grid in grids:
-        if not complete(grid, stores / grid.name):
-            raise MergeboundError(f"{stores / grid.name}: the grid is not finished; run the stage `grids` first")
+        own = shares(grid, stores / grid.name)
+        parts += own
+        finished: set[str] = set().union(*(share.finished for share in own if share.complete))
+        if not finished:
+            continue
         with Store.open(stores / grid.name, "r") as store:
             frame = store.frame()
+        frame = frame[frame["digest"].isin(finished)].reset_index(drop=True)
         drawn += draw(spec, grid, frame)
         table = grid_table(frame)
         table = table.assign(expert=[f"{d}@{s}" for d, s in zip(table["digest"], table["step"], strict=True)])
         table.attrs = {}
         tables.append(table)
+    if not drawn:
+        raise MergeboundError(f"{stores}: no grid is finished for any base; run the stage `grids` first")
     recipes = pd.concat(tables, ignore_index=True)
     last = {str(d): int(s) for d, s in recipes.groupby("digest")["step"].max().items()}
-    return tuple(drawn), recipes, last
+    return tuple(drawn), recipes, last, tuple(parts)
 
 
 def alphas_of(one: Drawn, group: Group) -> tuple[float, ...]:
@@ -228,20 +248,25 @@ def _text(root: str | Path | None) -> str | None:
 
 
 def count_study(spec: StudySpec) -> list[Row]:
-    """What a study does, before anything runs: one row per grid, and merges per base."""
+    """What a study does, before anything runs: one row per grid."""
     rows: list[Row] = []
     for grid in study_grids(spec):
         runs = grid.runs()
         bases = len({run.base.model_dump_json() for run in runs})
-        merges = 0
-        if grid.role in ("factors", "both"):
-            levels = sum(len(spec.levels.of(factor)) for factor in spec.levels.factors)
-            merges += bases * spec.groups * levels
-        if grid.role in ("joint", "both") and spec.heterogeneous is not None:
-            merges += bases * spec.heterogeneous.groups
         checkpoints = sum(len(run.checkpoints) for run in runs)
+        merges = bases * merges_of(spec, grid)
         rows.append({"grid": grid.name, "runs": len(runs), "checkpoints": checkpoints, "merges": merges})
     return rows
 
 
-__all__ = ["STAGES", "Hooks", "Place", "bound_all", "count_study", "drawn_groups", "merges_frame", "run_study"]
+__all__ = [
+    "STAGES",
+    "Hooks",
+    "Place",
+    "bound_all",
+    "count_study",
+    "drawn_groups",
+    "merges_frame",
+    "merges_of",
+    "run_study",
+]

@@ -11,6 +11,7 @@ import pandas as pd
 from experiments.plots import pretty
 from experiments.studies.hyperparameters.designs import Drawn
 from experiments.studies.hyperparameters.figures import label
+from experiments.studies.hyperparameters.grids import Share
 from experiments.studies.hyperparameters.joined import shared_between_halves
 from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.spec import Rule, StudySpec
@@ -51,9 +52,9 @@ def lead(verdicts: pd.DataFrame) -> str:
     )
 
 
-def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[Drawn], planned: int) -> list[str]:
-    """Further results, a sentence each."""
-    found = [f"{len(table)} of {planned} merges are measured; seed {spec.seed}."]
+def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[Drawn], first: str) -> list[str]:
+    """Further results, a sentence each, after a first one."""
+    found = [first]
     verdicts = tables.verdicts
     if len(verdicts):
         for network, part in verdicts.drop_duplicates(["architecture", "factor"]).groupby("architecture", sort=True):
@@ -63,23 +64,44 @@ def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[
             claims = part[part["paper"] != ""].to_dict("records")
             told = [f"{label(row['factor'])} {row['verdict']} (claimed: {row['paper']})" for row in claims]
             found.append(f"Against the paper's theory, {pretty(network)}: " + "; ".join(told) + ".")
-        for row in verdicts[verdicts["verdict"] == "disagrees"].to_dict("records"):
-            found.append(
-                f"Disagreement, {pretty(row['architecture'])}: over {label(row['factor'])} the loss has the trend "
-                f"'{row['measured']}', {pretty(row['prediction'])} says '{row['predicted']}'."
-            )
+        found += _disagreements(verdicts)
     if len(tables.ranks):
         own = tables.ranks[tables.ranks["groups_of"] == "heterogeneous"]
-        for row in own.to_dict("records"):
-            low, high = row["spearman_low"], row["spearman_high"]
+        for network, part in own.groupby("architecture", sort=True):
+            told = [
+                f"{pretty(row['prediction'])} {row['spearman']:.2f} ({row['spearman_low']:.2f} to "
+                f"{row['spearman_high']:.2f}), {row['ratio']:.3g}"
+                for row in part.to_dict("records")
+            ]
             found.append(
-                f"Heterogeneous groups, {pretty(row['architecture'])}, {pretty(row['prediction'])}: Spearman "
-                f"{row['spearman']:.2f} ({low:.2f} to {high:.2f}), predicted over measured {row['ratio']:.3g} "
-                f"(5 to 95 %: {row['ratio_q05']:.3g} to {row['ratio_q95']:.3g})."
+                f"Heterogeneous groups, {pretty(network)}, Spearman (interval) and predicted over measured: "
+                f"{'; '.join(told)}."
             )
     lost = sorted({text for one in drawn for text in one.left_out})
     if lost:
         found.append(f"Left out at every level, since some level lacks them: {'; '.join(lost)}.")
+    return found
+
+
+def done(measured: int, planned: int, lacking: Sequence[Share]) -> str:
+    """The share of the study that was run: merges, and bases of grids that are not finished and so left out."""
+    said = f"{measured} of {planned} merges are measured."
+    if not lacking:
+        return said
+    parts = [
+        f"{pretty(part.architecture)} in the grid {part.grid} ({len(part.finished)} of {part.runs} runs are done)"
+        for part in lacking
+    ]
+    return f"{said} Not finished and left out: {'; '.join(parts)}."
+
+
+def _disagreements(verdicts: pd.DataFrame) -> list[str]:
+    """A line for each network and prediction that disagrees somewhere."""
+    found = []
+    wrong = verdicts[verdicts["verdict"] == "disagrees"]
+    for (network, name), part in wrong.groupby(["architecture", "prediction"], sort=False):
+        told = [f"{label(row['factor'])} {row['measured']}, not {row['predicted']}" for row in part.to_dict("records")]
+        found.append(f"Disagreement, {pretty(network)}, {pretty(name)}: {'; '.join(told)}.")
     return found
 
 

@@ -49,6 +49,10 @@ def _line(ax: Axes, x: Sequence[float], part: pd.DataFrame, k: int, label: str, 
         ax.fill_between(np.asarray(x, dtype=float), low, high, color=colour, alpha=0.13, linewidth=0)
 
 
+def _base_label(spec: ScaleSpec, base: str) -> str:
+    return "random weights" if spec.bases[base].get("kind") == "random" else f"{base} base"
+
+
 def against_size(table: pd.DataFrame, spec: ScaleSpec, measure: str, what: str) -> Picture:
     """A measure against size: panels by family, colours by base; mean over merges of all methods and N."""
     part = table[table["measure"] == measure]
@@ -61,7 +65,7 @@ def against_size(table: pd.DataFrame, spec: ScaleSpec, measure: str, what: str) 
         for k, base in enumerate(spec.bases_of(family)):
             line = own[own["base"] == base].sort_values("parameters")
             if len(line):
-                _line(ax, list(line["parameters"]), line, k, f"{base} base", STYLES[k % 4])
+                _line(ax, list(line["parameters"]), line, k, _base_label(spec, base), STYLES[k % 4])
         _sizes(ax, list(own["parameters"]))
         ax.axhline(1.0, color=GREY, linewidth=0.8)
         ax.set_title(family.name, fontsize=9, color=INK)
@@ -182,7 +186,7 @@ def shape_figure(shape: pd.DataFrame, spec: ScaleSpec) -> Picture:
                 number += 1
                 means = own.groupby("parameters")["value"].mean()
                 ax.plot(list(means.index), list(means), color=colour, marker=marker, markersize=4, linewidth=1.4,
-                        label=f"{family.name}, {base}")  # fmt: skip
+                        label=f"{family.name}, {_base_label(spec, base)}")  # fmt: skip
                 if place is None:
                     ax.plot(own["parameters"], own["value"], ".", color=colour, alpha=0.3, markersize=3)
         _sizes(ax, list(part["parameters"]))
@@ -217,7 +221,7 @@ def terms_figure(terms: pd.DataFrame, spec: ScaleSpec) -> Picture:
                 number += 1
                 middle = own.groupby("parameters")["value"].median()
                 ax.plot(list(middle.index), list(middle), color=colour, marker=marker, markersize=4, linewidth=1.3,
-                        label=f"{family.name}, {base}")  # fmt: skip
+                        label=f"{family.name}, {_base_label(spec, base)}")  # fmt: skip
         _sizes(ax, list(part["parameters"]))
         if (part["value"] > 0).all() and len(part):
             ax.set_yscale("log")
