@@ -34,15 +34,18 @@ PACKAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "experiments": (
         ("Predictions of checkpoints", ("predict", "recipe_file", "bounds", "merge_job")),
         ("Advice", (
-            "advise.merging", "advise.collecting", "advise.making", "advise.training", "advise.pilot_spec",
+            "advise.merging", "advise.merge_advice", "advise.collecting", "advise.making", "advise.training",
+            "advise.pilot_spec",
             "advise.compare", "advise.compare_spec", "advise.numbers",
         )),
         ("Studies", (
             "studies.hyperparameters.run", "studies.hyperparameters.spec", "studies.hyperparameters.trends",
-            "studies.scale.runner", "studies.scale.spec", "studies.scale.findings", "studies.scale.laws",
+            "studies.hyperparameters.grids", "studies.scale.runner", "studies.scale.spec", "studies.scale.findings",
+            "studies.scale.checks", "studies.scale.verdicts", "studies.scale.laws",
         )),
         ("The prediction study", (
             "prediction.runner", "prediction.spec", "prediction.judged", "prediction.compare", "prediction.tables",
+            "prediction.aims",
         )),
         ("The validation run", ("demo", "spec", "validation")),
         ("Tasks, models, bases", (

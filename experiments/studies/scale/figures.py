@@ -8,14 +8,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.plots import Picture, pretty
-from experiments.plots.style import FAINT, GREY, INK, SERIES
+from experiments.plots.style import FAINT, GREY, INK, SERIES, legend_above
 from experiments.studies.scale.laws import LAWS
 from experiments.studies.scale.spec import ScaleSpec
 
 STYLES = ("-", "--", ":", "-.")
+APART = 1.3
+"""Sizes that are closer together than this factor share a tick."""
 
 
 def _panels(count: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
@@ -33,7 +35,11 @@ def _panels(count: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
 
 def _sizes(ax: Axes, values: Sequence[float]) -> None:
     ax.set_xscale("log")
-    ax.set_xticks(sorted(set(values)))
+    shown: list[float] = []
+    for value in sorted(set(values)):
+        if not shown or value >= APART * shown[-1]:
+            shown.append(value)
+    ax.set_xticks(shown)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:.2g}M" if v >= 1e5 else f"{v / 1e3:.0f}k"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.minorticks_off()
@@ -191,7 +197,7 @@ def shape_figure(shape: pd.DataFrame, spec: ScaleSpec) -> Picture:
                     ax.plot(own["parameters"], own["value"], ".", color=colour, alpha=0.3, markersize=3)
         _sizes(ax, list(part["parameters"]))
         ax.set_ylabel(title, fontsize=8)
-    axes[0].legend(fontsize=6.5, frameon=False)
+    legend_above(figure, axes[0].get_legend_handles_labels()[0])
     caption = (
         "Barriers along lines between experts (dots: pairs) and rise of the loss under noise of a fixed share of the "
         f"filters' norms, against size. Tier: measured (barriers), estimated (rise); seed {spec.seed}."
@@ -225,9 +231,11 @@ def terms_figure(terms: pd.DataFrame, spec: ScaleSpec) -> Picture:
         _sizes(ax, list(part["parameters"]))
         if (part["value"] > 0).all() and len(part):
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_ylabel(titles[name], fontsize=8)
-    axes[0].legend(fontsize=6.5, frameon=False)
+    legend_above(figure, axes[0].get_legend_handles_labels()[0])
     caption = (
         "Terms of the theory against size: medians over tasks (drift, noise, curvature) or groups (the others). Tier: "
         f"measured (drift, dispersion), estimated (the others); seed {spec.seed}."
