@@ -16,6 +16,10 @@ LONG = (
     "test_combine_store.py",
     "test_finetune_tasks.py",
     "test_bases_pretraining.py",
+    "test_engines.py",
+    "test_store_faults.py",
+    "test_store_tallies.py",
+    "test_unpack.py",
     "test_engines_ray.py",
     "test_pipeline.py",
     "test_predict.py",
@@ -25,7 +29,7 @@ LONG = (
     "test_operators_shipped.py",
     "test_merge_command_streaming.py",
 )
-"""The first four fork this process, and do so before others have threads in it."""
+"""Those before the one of Ray fork this process, and do so before it has threads that hold locks."""
 
 
 def pytest_configure() -> None:

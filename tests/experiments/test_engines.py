@@ -158,7 +158,7 @@ def test_owners_know_whether_their_process_runs() -> None:
     assert not is_gone(mine)
     assert mine != owner_name()
     ours, theirs = multiprocessing.get_context("fork").Pipe()
-    child = multiprocessing.get_context("fork").Process(target=_name, args=(theirs,))
+    child = multiprocessing.get_context("fork").Process(target=_name, args=(theirs,), daemon=True)
     child.start()
     assert ours.poll(30)
     other = ours.recv()

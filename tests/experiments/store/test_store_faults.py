@@ -59,7 +59,7 @@ def test_dying_at_any_write_leaves_the_run_absent_or_complete(tmp_path: Path) ->
         store.freeze(Plan(tuple(Cohort(f"c{k}", (name,)) for k, name in enumerate(names))))
     outcomes: list[bool] = []
     for moment, name in enumerate(names):
-        child = FORK.Process(target=_die_at, args=(tmp_path, name, moment))
+        child = FORK.Process(target=_die_at, args=(tmp_path, name, moment), daemon=True)
         child.start()
         child.join(60)
         with Store.open(tmp_path) as store:
@@ -251,7 +251,7 @@ def test_two_processes_share_one_store(tmp_path: Path) -> None:
         store.add_runs(runs, BASE.digest, "s")
         names = list(runs)
         store.freeze(Plan(tuple(Cohort(f"c{k}", tuple(names[k : k + 2])) for k in range(0, count, 2))))
-    children = [FORK.Process(target=_hammer, args=(tmp_path / "s", owner)) for owner in "ab"]
+    children = [FORK.Process(target=_hammer, args=(tmp_path / "s", owner), daemon=True) for owner in "ab"]
     for child in children:
         child.start()
     for child in children:

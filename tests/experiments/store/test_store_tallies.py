@@ -173,7 +173,7 @@ def _adding(folder: Path, first: int) -> None:
 
 def test_several_processes_count_together(store: Store) -> None:
     fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=_adding, args=(store.folder, first)) for first in (0, 10)]
+    children = [fork.Process(target=_adding, args=(store.folder, first), daemon=True) for first in (0, 10)]
     for child in children:
         child.start()
     for child in children:
