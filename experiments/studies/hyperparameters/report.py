@@ -146,8 +146,9 @@ def write_report(
     page = Page(title, first, tuple(further), sections, _assumptions(spec, experts), meta, data)
     pictures = {name: picture.caption for one in sections for name, picture in one.figures.items()}
     done = words.done(len(table), planned, lacking)
-    said = [first, *further[1:], words.calibrated_note(spec, table)]
-    text = words.readme(spec, title, said, command, pictures, done)
+    told = [line for line in further[1:] if not line.startswith(words.AGAINST)]
+    said = [first, *told, words.calibrated_note(spec, table)]
+    text = words.readme(spec, title, said, command, pictures, done, against_paper(tables.verdicts))
     write_atomically(place.out / "README.md", text.encode())
     return write_page(place.out, page)
 

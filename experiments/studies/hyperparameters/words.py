@@ -31,6 +31,7 @@ PAPER = (
     "Directions of arXiv 2601.21690's statements (abstract, Theorem 2), not of its plots. 'one side': a minimum is "
     "claimed, and the levels here lie on one side of it, which neither shows nor refutes it."
 )
+AGAINST = "Against the paper's theory"
 HETEROGENEOUS = (
     "Every expert has a recipe of its own. Elasticities: log loss regressed on the group's mean of every log "
     "hyperparameter at once."
@@ -63,7 +64,7 @@ def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[
         for network, part in against_paper(verdicts).groupby("architecture", sort=True):
             claims = part[part["paper"] != ""].to_dict("records")
             told = [f"{label(row['factor'])} {row['verdict']} (claimed: {row['paper']})" for row in claims]
-            found.append(f"Against the paper's theory, {pretty(network)}: " + "; ".join(told) + ".")
+            found.append(f"{AGAINST}, {pretty(network)}: " + "; ".join(told) + ".")
         found += _disagreements(verdicts)
     if len(tables.ranks):
         own = tables.ranks[tables.ranks["groups_of"] == "heterogeneous"]
@@ -95,6 +96,31 @@ def done(measured: int, planned: int, lacking: Sequence[Share]) -> str:
     return f"{said} Not finished and left out: {'; '.join(parts)}."
 
 
+def _no_exponent(row: Mapping[Any, Any]) -> bool:
+    """Whether a slope would say nothing: rankings, and factors that have a best value."""
+    return row["factor"] in ("sampling", "coefficient") or not bool(np.isfinite(row["measured_exponent"]))
+
+
+def _claims(paper: pd.DataFrame) -> pd.DataFrame:
+    """The table of the paper's directions as a page shows it."""
+    rows = []
+    for row in paper.to_dict("records"):
+        value, low, high = (row[f"measured_exponent{end}"] for end in ("", "_low", "_high"))
+        rows.append(
+            {
+                "Network": pretty(row["architecture"]),
+                "Factor": label(row["factor"]),
+                "Paper's theory": row["paper"] or "no claim",
+                "Measured": row["measured"],
+                "Exponent": "–" if _no_exponent(row) else f"{value:.2f} [{low:.2f}, {high:.2f}]",
+                "Verdict": "–" if row["verdict"] == "no claim" else row["verdict"],
+                "Groups": row["groups"],
+                "Tier": row["tier"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def _disagreements(verdicts: pd.DataFrame) -> list[str]:
     """A line for each network and prediction that disagrees somewhere."""
     found = []
@@ -107,7 +133,7 @@ def _disagreements(verdicts: pd.DataFrame) -> list[str]:
 
 def _trend(row: Mapping[Any, Any]) -> str:
     said = f"{label(row['factor'])} {row['measured']}"
-    if row["factor"] in ("sampling", "coefficient") or not np.isfinite(row["measured_exponent"]):
+    if _no_exponent(row):
         return said
     low, high = row["measured_exponent_low"], row["measured_exponent_high"]
     return f"{said} (exponent {row['measured_exponent']:.2f}, {low:.2f} to {high:.2f})"
@@ -167,7 +193,13 @@ def calibrated_note(spec: StudySpec, table: pd.DataFrame) -> str:
 
 
 def readme(
-    spec: StudySpec, title: str, said: Sequence[str], command: str, pictures: Mapping[str, str], done: str
+    spec: StudySpec,
+    title: str,
+    said: Sequence[str],
+    command: str,
+    pictures: Mapping[str, str],
+    done: str,
+    paper: pd.DataFrame,
 ) -> str:
     """A page in Markdown beside the report, for folders of results: command, share that was run, seeds, findings.
 
@@ -178,7 +210,10 @@ def readme(
         command: that made it.
         pictures: captions by name of figure.
         done: what was measured of what was planned.
+        paper: rows of :func:`experiments.studies.hyperparameters.paper.against_paper`.
     """
+    from experiments.validation import to_markdown
+
     parts = [
         f"# {title}",
         f"`{command or 'mergebound study hyperparameters'}`",
@@ -189,6 +224,7 @@ def readme(
         "groups; experts are in both).",
         rule_note(spec.rule),
         "\n".join(f"* {line}" for line in said),
+        *(["## Against the paper", PAPER, to_markdown(_claims(paper))] if len(paper) else []),
         *(f"![{name}](figures/{name}.png)\n\n{caption}" for name, caption in pictures.items()),
     ]
     return "\n\n".join(parts) + "\n"
