@@ -488,8 +488,15 @@ def test_differences_are_paired_and_a_collapse_is_cut() -> None:
     assert row["wins"] == 1.0
     assert row["difference_low"] <= row["difference"] <= row["difference_high"]
     advice = pd.DataFrame(
-        [{"network": "n", "samples": 1, "split": k, "predicted": 2.0, "low": 1.5, "high": 2.5} for k in range(3)]
-    )
-    covered = coverage(frame, advice, pd.DataFrame(), 0).iloc[0]
+        [{"network": "n", "samples": 1, "split": k, "predicted": 2.0, "low": 1.5, "high": 2.5,
+          "source": "best of the pilot" if k == 2 else "response"} for k in range(3)]
+    )  # fmt: skip
+    rows = coverage(frame, advice, pd.DataFrame(), 0)
+    covered = rows.iloc[0]
+    assert dict(zip(rows["what"].str.partition("source: ")[2], rows["merges"], strict=True)) == {
+        "": 3, "best of the pilot": 1, "response": 2,
+    }  # fmt: skip
+    inside = [float(1.5 <= loss <= 2.5) for loss in frame[frame["method"] == "advised"]["loss"]]
+    assert list(rows["inside"]) == pytest.approx([np.mean(inside), inside[2], np.mean(inside[:2])])
     assert covered["inside"] == pytest.approx(1 / 3)
     assert covered["below"] == covered["above"] == pytest.approx(1 / 3)
