@@ -122,7 +122,13 @@ class HeldOut:
 
 
 def fit_merging_law(
-    experts: ArrayLike, losses: ArrayLike, *, seed: int, bootstrap: int = 200, largest_shift: float = LARGEST_SHIFT
+    experts: ArrayLike,
+    losses: ArrayLike,
+    *,
+    seed: int,
+    bootstrap: int = 200,
+    largest_shift: float = LARGEST_SHIFT,
+    least_floor: float | None = None,
 ) -> MergingLaw:
     """Least squares fit of ``l_inf + l_1/(k + k_0)`` with ``l_1 >= 0``, ``0 <= k_0 <= largest_shift``, bootstrap.
 
@@ -132,6 +138,8 @@ def fit_merging_law(
         seed: of the bootstrap: points are drawn within each k (where a k has several), else residuals are.
         bootstrap: number of refits; 0 for none.
         largest_shift: bound of ``k_0``; a fit that ends there is close to a straight line.
+        least_floor: bound of ``l_inf``, of the fit and of every refit: 0 for a loss that cannot be negative, as a
+            cross-entropy.
 
     For a fixed shift the other two are a linear problem solved exactly; the shift is found by grids that close
     in, so the result does not depend on a starting point.  Raises :class:`MergeboundError`.
@@ -152,12 +160,17 @@ def fit_merging_law(
         raise MergeboundError(f"largest_shift is {largest_shift!r}; give a finite positive number")
     if bootstrap < 0 or bootstrap == 1:
         raise MergeboundError(f"bootstrap is {bootstrap}; give 0 for none, or at least 2")
-    best = _fit(k, y, largest_shift)
+    least = -np.inf if least_floor is None else one_number("merging law", "least_floor", least_floor)
+    best = _fit(k, y, largest_shift, least)
     floor, tail, shift = best
     rng = np.random.default_rng(whole_number("merging law", "seed", seed))
     fitted = floor + tail / (k + shift)
-    draws = [_fit(*_resample(k, y, fitted, rng), largest_shift) for _ in range(bootstrap)]
-    stuck = {"tail": tail == 0, "shift": shift <= 1e-9 * largest_shift or shift >= largest_shift * (1 - 1e-9)}
+    draws = [_fit(*_resample(k, y, fitted, rng), largest_shift, least) for _ in range(bootstrap)]
+    stuck = {
+        "floor": floor <= least,
+        "tail": tail == 0,
+        "shift": shift <= 1e-9 * largest_shift or shift >= largest_shift * (1 - 1e-9),
+    }
     return MergingLaw(
         floor=floor,
         tail=tail,
@@ -185,25 +198,29 @@ def _resample(
     return k, fitted + inflate * rng.choice(residual - residual.mean(), size=len(k))
 
 
-def _linear(k: FloatArray, y: FloatArray, shift: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Best floor and tail >= 0 at every shift (S,), and the sums of squares, each (S,)."""
+def _linear(k: FloatArray, y: FloatArray, shift: FloatArray, least: float) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Best floor >= least and tail >= 0 at every shift (S,), and the sums of squares, each (S,)."""
     x = 1 / (k + shift[:, None])
     mean = x.mean(axis=1)
     centred = x - mean[:, None]
     spread = (centred**2).sum(axis=1)
     tail = np.maximum(centred @ (y - y.mean()) / np.where(spread > 0, spread, 1.0), 0.0)
     floor = y.mean() - tail * mean
+    below = floor < least  # a convex problem: what leaves the bound has its optimum on it
+    if below.any():
+        alone = np.maximum(x @ (y - least) / (x**2).sum(axis=1), 0.0)
+        floor, tail = np.where(below, least, floor), np.where(below, alone, tail)
     residual = y - floor[:, None] - tail[:, None] * x
     return floor, tail, (residual**2).sum(axis=1)
 
 
-def _fit(k: FloatArray, y: FloatArray, largest_shift: float) -> tuple[float, float, float]:
+def _fit(k: FloatArray, y: FloatArray, largest_shift: float, least: float) -> tuple[float, float, float]:
     """Search over ``u = log(1 + shift)``, from the pure 1/k law to a straight line, by grids that close in."""
     low, high = 0.0, float(np.log1p(largest_shift))
     best = (np.inf, 0.0, 0.0, 0.0)
     for points in (80, *(30,) * 6):
         grid = np.linspace(low, high, points)
-        floor, tail, cost = _linear(k, y, np.minimum(np.expm1(grid), largest_shift))
+        floor, tail, cost = _linear(k, y, np.minimum(np.expm1(grid), largest_shift), least)
         at = int(np.argmin(cost))
         if cost[at] <= best[0]:
             shift = min(float(np.expm1(grid[at])), largest_shift)

@@ -20,7 +20,7 @@ from experiments.studies.scale.checks import open_checks
 from experiments.studies.scale.comparisons import number_effects
 from experiments.studies.scale.effects import Effects, Table, contrast, estimate, slope_weights, spread, table_of
 from experiments.studies.scale.findings import answer, findings_table, questions
-from experiments.studies.scale.laws import LAWS, compared, judged
+from experiments.studies.scale.laws import LAWS, compared, fits, identified, judged, quadratic
 from experiments.studies.scale.multitask import Start, train_fixed, train_optimised, why_stopped
 from experiments.studies.scale.points import Points, read_points, save_points
 from experiments.studies.scale.runner import Measured
@@ -337,9 +337,46 @@ def test_a_law_that_can_only_fall_is_not_called_beaten_on_a_loss_that_rises(tiny
     laws = compared(judged(losses, tiny), losses, tiny).set_index(["target", "law", "held_out"])
     assert set(laws.loc["own"]["rising"]) == {1}
     assert set(laws.loc["joint"]["rising"]) == {0}
+    assert set(laws["rising_merges"]) == {0, 1}
     words = law_words(laws.reset_index())
+    assert "the fall is over" not in words
     assert "Target own" in words.split("one-sided")[0]
     assert "smallest error is that of the dispersion law" not in words
+
+
+def _losses(curve: dict[int, float], target: str = "joint") -> pd.DataFrame:
+    about = {"family": "f", "architecture": "a", "base": "b", "parameters": 1, "groups": 1, "target": target}
+    return pd.DataFrame([{**about, "k": k, "loss": loss} for k, loss in curve.items()])
+
+
+def test_fits_of_planted_curves_find_their_parameters_and_flat_ones_are_not_identified(tiny: ScaleSpec) -> None:
+    k = (1, 2, 4, 6, 8)
+    wave = dict(zip(k, (1.0, -1.0, 0.5, 1.0, -0.7), strict=True))
+    found = fits(_losses({i: 1.3 + 0.9 / (i + 0.6) + 1e-4 * wave[i] for i in k}), tiny).iloc[0]
+    assert found["not_identified"] == ""
+    for name, truth, close in (("floor", 1.3, 0.002), ("tail", 0.9, 0.02), ("shift", 0.6, 0.03)):
+        assert found[name] == pytest.approx(truth, abs=close)
+        assert found[f"{name}_low"] - close <= truth <= found[f"{name}_high"] + close
+    for level, slope, noise in ((2.0, 0.0, 0.0), (2.0, 0.0, 0.05), (2.0, 0.05, 0.01), (2.0, -0.1, 0.02)):
+        lost = fits(_losses({i: level + slope * i + noise * wave[i] for i in k}), tiny)
+        assert "floor" in lost["not_identified"].iloc[0]  # flat, noisy, rising, and falling without an end in sight
+        assert lost["floor_low"].iloc[0] >= 0.0
+        shown = identified(lost).iloc[0]
+        assert shown[["floor", "floor_low", "floor_high"]].isna().all()
+    falling = np.array([1.0, 0.55, 0.2, 0.15, 0.1])
+    line = quadratic(np.array(k, dtype=float), falling - 0.09, 0)(np.array([1e9]))
+    assert line[0] == pytest.approx(0.0, abs=1e-6)  # unconstrained, its floor would be below a cross-entropy's 0
+
+
+def test_merges_that_rise_after_the_fall_from_single_experts_are_counted(tiny: ScaleSpec) -> None:
+    losses = pd.concat([_losses({1: 2.0, 2: 1.4, 4: 1.5, 6: 1.6, 8: 1.7}), _losses({1: 1.0, 2: 1.2, 8: 1.3}, "own")])
+    laws = compared(judged(losses, tiny), losses, tiny)
+    joint = laws[laws["target"] == "joint"]
+    assert (set(joint["rising"]), set(joint["rising_merges"])) == ({0}, {1})
+    words = law_words(joint, fits(losses, tiny))
+    assert "above that at the smallest k >= 2 in 1." in words
+    assert "In 1 of 1 cells the fall is over once experts are merged" in words
+    assert "Of 1 fits of the empirical law to all k, the points identify l_inf in 0, a in 0, c in 0" in words
 
 
 def test_the_end_of_a_rate_is_read_from_its_losses_and_the_choice_knows_its_edges(tiny: ScaleSpec) -> None:

@@ -50,6 +50,27 @@ def test_law_is_exact_for_subset_averages_on_a_quadratic() -> None:
     assert fitted.floor + fitted.tail / 6 == pytest.approx(risk(experts.mean(axis=0)), rel=1e-6)
 
 
+def test_a_floor_with_a_bound_is_the_bounded_least_squares_optimum() -> None:
+    """A falling straight line asks for a floor far below zero; scipy's bounded problem at every shift is the truth."""
+    from scipy.optimize import lsq_linear
+
+    y = 2.0 - 0.02 * K + 0.01 * np.cos(7.0 * K)
+    free = fit_merging_law(K, y, seed=0, bootstrap=0)
+    fitted = fit_merging_law(K, y, seed=0, bootstrap=20, least_floor=0.0)
+    assert free.floor < -1.0
+    assert fitted.floor >= 0.0
+    assert fitted.draws[:, 0].min() >= 0.0
+    least = min(
+        2 * lsq_linear(np.stack([np.ones(K.size), 1 / (K + shift)], axis=1), y, (0.0, np.inf)).cost
+        for shift in np.expm1(np.linspace(0.0, np.log1p(1e3), 400))
+    )
+    assert K.size * fitted.rmse**2 <= least * (1 + 1e-6)
+    assert fitted.floor == 0.0
+    assert "floor" in fitted.at_bound
+    same = fit_merging_law(K, law(K), seed=0, bootstrap=0, least_floor=0.0)
+    assert (same.floor, same.tail) == pytest.approx((1.2, 0.8), rel=1e-3)
+
+
 def test_fit_is_the_least_squares_optimum() -> None:
     rng = np.random.default_rng(4)
     y = law(K) + 0.02 * rng.standard_normal(K.size)

@@ -4,15 +4,15 @@ Two losses of averages of k experts, each a mean over groups: ``joint`` over all
 tasks of the merged experts.  k = 1 are the experts themselves.
 
 ==============  =====================================================  =========================================
-``empirical``   ``l_inf + a / (k + c)``, a >= 0, c >= 0                arXiv 2509.24244 (three parameters)
-``quadratic``   ``l_inf + a / k``, a >= 0                              exact for the joint loss of averages under a
+``empirical``   ``l_inf + a / (k + c)``, all three >= 0                arXiv 2509.24244 (three parameters)
+``quadratic``   ``l_inf + a / k``, both >= 0                           exact for the joint loss of averages under a
                                                                        quadratic risk (:mod:`theory.scaling_law`)
 ``dispersion``  ``(sqrt(R) + sqrt(d (1 - 1/k)))^2``, R, d >= 0         theory's N-law with orthogonal task vectors
                                                                        (:func:`theory.laws.number_law`), no instability
 ``constant``    the mean over the fitted k                             what a law has to beat
 ==============  =====================================================  =========================================
 
-All are *calibrated*: fitted on one part, judged on the other.
+All are *calibrated*: fitted on one part, judged on the other.  The losses are cross-entropies, so no floor is below 0.
 """
 
 from __future__ import annotations
@@ -29,24 +29,27 @@ from experiments.studies.scale.effects import Table
 from experiments.studies.scale.spec import ScaleSpec
 from theory.errors import MergeboundError
 from theory.laws import number_law
-from theory.scaling_law import fit_merging_law
+from theory.scaling_law import MergingLaw, fit_merging_law
 
 Floats = NDArray[np.float64]
 Law = Callable[[Floats, Floats, int], Callable[[Floats], Floats]]
 CELL = ("family", "architecture", "base", "parameters")
+PARAMETERS = ("floor", "tail", "shift")
 
 
 def empirical(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
     """The empirical law."""
-    return fit_merging_law(k, y, seed=seed, bootstrap=0).predict
+    return fit_merging_law(k, y, seed=seed, bootstrap=0, least_floor=0.0).predict
 
 
 def quadratic(k: Floats, y: Floats, seed: int) -> Callable[[Floats], Floats]:
-    """The law with ``c = 0``, by least squares with ``a >= 0``."""
+    """The law with ``c = 0``, by least squares with ``l_inf, a >= 0``."""
     x = 1.0 / k
     centred = x - x.mean()
     tail = max(0.0, float(centred @ (y - y.mean()) / (centred @ centred))) if np.ptp(x) > 0 else 0.0
     floor = float(y.mean() - tail * x.mean())
+    if floor < 0.0:  # a convex problem: what leaves the bound has its optimum on it
+        floor, tail = 0.0, max(0.0, float(x @ y / (x @ x)))
 
     def predict(at: Floats) -> Floats:
         return np.asarray(floor + tail / at)
@@ -139,14 +142,14 @@ def judged(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(tier="calibrated", seed=spec.seed)
 
 
-def rising_cells(losses: pd.DataFrame) -> dict[str, int]:
-    """By target: in how many cells the loss at the largest k is above that at k = 1.
+def rising_cells(losses: pd.DataFrame, least: int = 1) -> dict[str, int]:
+    """By target: in how many cells the loss at the largest k is above that at the smallest k of at least ``least``.
 
-    There the empirical law, which can only fall (a >= 0), is no more than a constant, and a comparison with it is
-    one-sided.
+    Where it is so from k = 1 on, the empirical law, which can only fall (a >= 0), is no more than a constant, and a
+    comparison with it is one-sided; where it is so from k = 2 on, the law falls past the merges themselves.
     """
     out: dict[str, int] = {}
-    for (*_, target), part in losses.groupby([*CELL, "target"], sort=False):
+    for (*_, target), part in losses[losses["k"] >= least].groupby([*CELL, "target"], sort=False):
         own = part.sort_values("k")["loss"].to_numpy(dtype=float)
         out[str(target)] = out.get(str(target), 0) + int(own[-1] > own[0])
     return out
@@ -162,11 +165,11 @@ def compared(found: pd.DataFrame, losses: pd.DataFrame, spec: ScaleSpec) -> pd.D
 
     Returns:
         ``target``, ``law``, ``held_out`` (inner or largest k), ``error`` with ``_low`` and ``_high``, ``difference``
-        (error minus that of the empirical law) with ``_low`` and ``_high``, ``rising`` (see :func:`rising_cells`),
-        ``cells``, ``tier``, ``seed``.
+        (error minus that of the empirical law) with ``_low`` and ``_high``, ``rising`` (see :func:`rising_cells`) and
+        ``rising_merges`` (the same from k = 2 on), ``cells``, ``tier``, ``seed``.
     """
     rows = []
-    rising = rising_cells(losses) if len(losses) else {}
+    rising, later = (rising_cells(losses, least) if len(losses) else {} for least in (1, 2))
     if found.empty:
         return pd.DataFrame()
     named = found.assign(cell=found["architecture"] + " " + found["base"])
@@ -182,22 +185,56 @@ def compared(found: pd.DataFrame, losses: pd.DataFrame, spec: ScaleSpec) -> pd.D
                 {"target": target, "law": law, "held_out": "largest k" if beyond else "inner k", "error": own.value,
                  "error_low": own.low, "error_high": own.high, "difference": gap.value, "difference_low": gap.low,
                  "difference_high": gap.high, "rising": rising.get(str(target), 0),
-                 "cells": int(part["cell"].nunique())}
+                 "rising_merges": later.get(str(target), 0), "cells": int(part["cell"].nunique())}
             )  # fmt: skip
     return pd.DataFrame(rows).assign(tier="calibrated", seed=spec.seed)
 
 
+def unidentified(law: MergingLaw) -> tuple[str, ...]:
+    """Parameters of a fit with bootstrap that its points do not determine.
+
+    Such a parameter lies on a bound, or has an interval wider than the range of what was measured: for the floor the
+    range of the losses, for the shift that of k, for the tail that of the losses over that of 1/k.  Without a tail
+    (a curve that does not fall, in the fit or at the lower end of its interval) there is no shift, and no floor that
+    a loss would come down to.
+    """
+    ends = law.parameter_intervals()
+    if law.tail <= 0.0 or ends["tail"][0] <= 0.0:
+        return PARAMETERS
+    losses = float(np.ptp(law.losses))
+    own = {"floor": losses, "tail": losses / float(np.ptp(1.0 / law.experts)), "shift": float(np.ptp(law.experts))}
+    return tuple(n for n in PARAMETERS if n in law.at_bound or ends[n][1] - ends[n][0] > own[n])
+
+
 def fits(found: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
-    """The empirical law fitted to all k of a cell: floor, tail and shift with 90 % bootstrap intervals."""
+    """The empirical law fitted to all k of a cell.
+
+    Returns:
+        the cell, ``target``, ``floor`` (in nats, at least 0), ``tail`` and ``shift`` with 90 % bootstrap intervals
+        (``_low``, ``_high``), ``rmse``, ``at_bound`` and ``not_identified`` (names of parameters, see
+        :func:`unidentified`), ``tier``, ``seed``.
+    """
     rows = []
     for key, part in found.groupby([*CELL, "target"], sort=False):
         k, y = part["k"].to_numpy(dtype=float), part["loss"].to_numpy(dtype=float)
         if len(np.unique(k)) < 3 or not np.isfinite(y).all():
             continue
-        law = fit_merging_law(k, y, seed=spec.seed, bootstrap=spec.laws.bootstrap)
+        law = fit_merging_law(k, y, seed=spec.seed, bootstrap=spec.laws.bootstrap, least_floor=0.0)
         ends = law.parameter_intervals()
         row: dict[str, Any] = dict(zip([*CELL, "target"], key, strict=True))
-        for name in ("floor", "tail", "shift"):
+        for name in PARAMETERS:
             row |= {name: getattr(law, name), f"{name}_low": ends[name][0], f"{name}_high": ends[name][1]}
-        rows.append({**row, "rmse": law.rmse, "at_bound": " ".join(law.at_bound), "tier": law.tier, "seed": law.seed})
+        rows.append(
+            {**row, "rmse": law.rmse, "at_bound": " ".join(law.at_bound),
+             "not_identified": " ".join(unidentified(law)), "tier": law.tier, "seed": law.seed}
+        )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def identified(fitted: pd.DataFrame) -> pd.DataFrame:
+    """The fits for a page: parameters that are not identified are left empty, with their intervals."""
+    shown = fitted.copy()
+    for name in PARAMETERS if len(shown) else ():
+        blank = [name in str(which).split() for which in shown["not_identified"]]
+        shown.loc[blank, [name, f"{name}_low", f"{name}_high"]] = np.nan
+    return shown

@@ -16,7 +16,7 @@ from experiments.studies.scale.account import account_table, along_table, says_t
 from experiments.studies.scale.checks import CHECKS, open_checks
 from experiments.studies.scale.effects import RESAMPLES, Table, summary, table_of
 from experiments.studies.scale.findings import findings_table
-from experiments.studies.scale.laws import compared, curves, fits, judged
+from experiments.studies.scale.laws import compared, curves, fits, identified, judged
 from experiments.studies.scale.runner import Measured
 from experiments.studies.scale.saying import law_words, say
 from experiments.studies.scale.scores_table import images_table, score_points, scores_table
@@ -132,7 +132,8 @@ def readme(
         parts += ["## The theory's account", _SAID, to_markdown(clear, _ACCOUNT)]
         parts.append("\n".join(f"* {row['finding']}: {row['theory']}" for row in says_table().to_dict("records")))
     if len(frames["laws"]):
-        parts += ["## Laws in the number of experts", _LAWS, law_words(frames["laws"]), to_markdown(frames["laws"])]
+        words = law_words(frames["laws"], frames["law_fits"])
+        parts += ["## Laws in the number of experts", _LAWS, words, to_markdown(frames["laws"])]
     if pictures:
         shown = [f"![{name.replace('_', ' ')}](figures/{name}.png)\n\n{text}" for name, text in pictures.items()]
         parts += ["## Figures", *shown]
@@ -190,8 +191,10 @@ def make_page(
         ),
         _section(
             "Laws in the number of experts", "Errors are |log(predicted / measured)| on a number of experts that the "
-            f"fit did not see; differences are to the empirical law, paired over cells. {law_words(frames['laws'])}",
-            {"laws": frames["laws"], "law_fits": frames["law_fits"]},
+            "fit did not see; differences are to the empirical law, paired over cells. "
+            f"{law_words(frames['laws'], frames['law_fits'])} In the table of fits '–' is a parameter that is not "
+            "identified; all numbers are in law_fits.csv.",
+            {"laws": frames["laws"], "law_parameters": identified(frames["law_fits"])},
             [("laws", lambda: figures.laws_figure(frames["law_losses"], spec))],
         ),
         _section("All effects", "Other bases, scores and baselines: for the shape of the result, not for the verdict.",

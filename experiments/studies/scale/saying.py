@@ -89,18 +89,24 @@ def rule_words(spec: ScaleSpec, findings: pd.DataFrame) -> str:
     )
 
 
-def law_words(laws: pd.DataFrame) -> str:
-    """Which comparisons of laws say something: a law that may only fall says nothing of a loss that rises."""
+def law_words(laws: pd.DataFrame, fits: pd.DataFrame | None = None) -> str:
+    """Which comparisons of laws say something: a law that may only fall says nothing of a loss that rises.
+
+    Args:
+        laws: as :func:`experiments.studies.scale.laws.compared` gives it.
+        fits: of the empirical law, as :func:`experiments.studies.scale.laws.fits` gives them: how many determine what.
+    """
     if laws.empty:
         return ""
     parts = []
     for target, part in laws.groupby("target", sort=False):
-        rising, cells = int(part["rising"].iloc[0]), int(part["cells"].iloc[0])
+        rising, later, cells = (int(part[name].iloc[0]) for name in ("rising", "rising_merges", "cells"))
         inner = part[part["held_out"] == "inner k"]
         errors = (inner if len(inner) else part).set_index("law")["error"]
         said = ", ".join(f"{law} {errors[law]:.3g}" for law in errors.index)
         words = (
-            f"Target {target} ({said}): the loss at the largest k is above that at k = 1 in {rising} of {cells} cells."
+            f"Target {target} ({said}): the loss at the largest k is above that at k = 1 in {rising} of {cells} cells, "
+            f"and above that at the smallest k >= 2 in {later}."
         )
         if 2 * rising > cells:
             words += (
@@ -114,8 +120,25 @@ def law_words(laws: pd.DataFrame) -> str:
                 f" Here the empirical law can be judged: the smallest error is that of the {names.idxmin()} law. The "
                 "dispersion law can only rise with k, so that on a falling loss it is the constant."
             )
+            if later:
+                words += (
+                    f" In {later} of {cells} cells the fall is over once experts are merged: merges of the most lose "
+                    "more than merges of the fewest, which no law with a >= 0 can follow."
+                )
+        if fits is not None and len(fits):
+            words += f" {_identified_words(fits[fits['target'] == target])}"
         parts.append(words)
     return " ".join(parts)
+
+
+def _identified_words(fits: pd.DataFrame) -> str:
+    missing = [str(which).split() for which in fits["not_identified"]]
+    said = ", ".join(f"{what} in {sum(name not in one for one in missing)}" for name, what in
+                     (("floor", "l_inf"), ("tail", "a"), ("shift", "c")))  # fmt: skip
+    return (
+        f"Of {len(fits)} fits of the empirical law to all k, the points identify {said}; elsewhere the parameter lies "
+        "on a bound, or its interval is wider than the range of the data."
+    )
 
 
 def _said(row: Mapping[Any, Any]) -> str:
