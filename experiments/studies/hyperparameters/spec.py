@@ -114,7 +114,7 @@ class Rule(_Strict):
     Attributes:
         level: of all intervals.
         least: smallest difference in log that counts.
-        resamples: of experts.
+        resamples: of groups, and of experts in tables over all groups.
     """
 
     level: Share = 0.95

@@ -150,7 +150,11 @@ def rule_note(rule: Rule) -> str:
         "over sampling a slope is a ranking in the order in which Gamma (Theorem 2) grows. Added after results of "
         "size tiny had been looked at: draws that drew the same group count as one group; a number of experts at which "
         "there is only one group has no interval and is left out of trends and exponents; over the number of experts "
-        "intervals resample groups alone, widened for their small number."
+        "intervals resample groups alone, widened for their small number. Added later, after results of size tiny had "
+        "been looked at: other intervals leave out one task at a time, with the quantile of t for their number, "
+        "where they resampled tasks with normal quantiles and covered 86 % (8 tasks) or 73 % (7) of planted effects of "
+        "tasks in simulations; now they cover 93 to 97 %. They are conservative where groups differ by noise alone: "
+        "about six times too wide, covering nearly all."
     )
 
 
@@ -174,7 +178,7 @@ def matched_note(spec: StudySpec, levels: pd.DataFrame, network: str) -> str:
             f"{'o' if parts else 'O'}ver the number of experts, groups that are parts of each other (different ones: "
             f"{', '.join(many)} tasks{lone})"
         )
-    parts.append(f"bands are {spec.rule.level:.0%} intervals, the hull of resampling experts and groups")
+    parts.append(f"bands are {spec.rule.level:.0%} intervals, the hull of leaving out tasks and of resampling groups")
     return f"{'; '.join(parts)}. Seed {spec.seed}."
 
 
