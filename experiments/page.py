@@ -57,6 +57,7 @@ _WORDS = frozenset(
         "Tier",
         "Method",
         "Aim",
+        "Theory",
         "Target",
         "Assumption",
         "Verdict",
@@ -81,7 +82,7 @@ def escape(value: object) -> str:
 
 def _td(name: str, text: str) -> str:
     classes = ["text"] if name in _WORDS else []
-    if name in ("Why", "Assumption", "Aim"):
+    if name in ("Why", "Assumption", "Aim", "Theory"):
         classes.append("free")
     body = escape(text)
     body = re.sub(r" (\[[^\]]*\])$", r' <span class="ci">\1</span>', body)

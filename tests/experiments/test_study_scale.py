@@ -27,6 +27,7 @@ from experiments.studies.scale.runner import Measured
 from experiments.studies.scale.saying import counted, law_words
 from experiments.studies.scale.scores_table import packed, unpacked
 from experiments.studies.scale.spec import MultitaskSpec, ScaleSpec, read_scale, settings_for, study_sizes
+from experiments.studies.scale.theory_says import CHANCE, CLAIMS, SAYS, moving_words, says_table, theory_lines
 from experiments.studies.scale.training_table import choices, with_stops
 from experiments.studies.scale.verdicts import borderline, can_test, mean_chance, verdict
 from experiments.tasks.digits8 import EIGHT, MORE
@@ -377,6 +378,74 @@ def test_merges_that_rise_after_the_fall_from_single_experts_are_counted(tiny: S
     assert "above that at the smallest k >= 2 in 1." in words
     assert "In 1 of 1 cells the fall is over once experts are merged" in words
     assert "Of 1 fits of the empirical law to all k, the points identify l_inf in 0, a in 0, c in 0" in words
+
+
+def _account(changes: dict[tuple[str, str], float], spec: ScaleSpec) -> pd.DataFrame:
+    """Changes of terms of the first family, each with an interval of +-0.1 around it."""
+    family = spec.families[0].name
+    scopes = {
+        "base": f"{family}: strong against none",
+        "size": f"{family}: strong base",
+        "number": f"{family}: strong base",
+    }
+    rows = [
+        {"factor": factor, "scope": scopes[factor], "term": term, "change": value, "change_low": value - 0.1,
+         "change_high": value + 0.1, "moves": "undecided" if abs(value) < 0.1 else "grows" if value > 0 else "falls"}
+        for (factor, term), value in changes.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("drift", "curved", "said"),
+    [(-0.3, -0.2, "supported"), (-0.3, 0.05, "supported"), (0.3, -0.2, "mixed"), (0.3, 0.05, "contradicted"),
+     (0.3, 0.5, "contradicted"), (0.05, -0.05, "undecided")],
+)  # fmt: skip
+def test_the_theorys_account_is_judged_by_the_terms_that_it_names(
+    tiny: ScaleSpec, drift: float, curved: float, said: str
+) -> None:
+    account = _account({("base", "drift"): drift, ("base", "curved"): curved, ("base", "noise"): 0.4}, tiny)
+    found = says_table(account, pd.DataFrame(), tiny)
+    row = found[(found["finding"] == "1 stronger base") & found["scope"].str.startswith(tiny.families[0].name)].iloc[0]
+    assert row["verdict"] == said  # noise moves in all of them, and the theory does not name it
+    moved = {"as_it_says": {n for n, v in (("drift", drift), ("curved", curved)) if v <= -0.1},
+             "against_it": {n for n, v in (("drift", drift), ("curved", curved)) if v >= 0.1}}  # fmt: skip
+    assert {name: set(row[name].split()) for name in moved} == moved
+    assert (row["terms"], row["moving"]) == (3, 1 + (abs(drift) >= 0.1) + (abs(curved) >= 0.1))
+    assert row["by_chance"] == pytest.approx(0.15)
+    assert ("against it: drift +0.3 [+0.2, +0.4]" in row["measured"]) == (drift > 0.1)
+
+
+def test_where_the_theory_is_silent_it_says_so_and_terms_are_counted_beside_chance(tiny: ScaleSpec) -> None:
+    changes = {("number", "dispersion"): 0.13, ("number", "average_risk"): 0.02, ("size", "drift"): 0.2,
+               ("size", "curvature"): 0.0, ("size", "gap"): -0.4}  # fmt: skip
+    account = _account(changes, tiny)
+    family = tiny.families[0].name
+    findings = pd.DataFrame(
+        [{"finding": "2 larger model", "scope": f"{family}: strong base", "papers_own": "yes", "verdict": "agrees"}]
+    )
+    found = says_table(account, findings, tiny).set_index(["finding", "scope"])
+    assert set(CLAIMS) == set(SAYS) == set(found.index.get_level_values(0))
+    assert found.loc[("4 beats multitask", "all"), "verdict"] == "silent"
+    assert found.loc[("3 more experts", "all"), "verdict"] == "silent"
+    held_in = found.loc[("3 more experts", f"{family}: strong base, held-in tasks")]
+    assert held_in["verdict"] == "supported"
+    n = np.array(tiny.experts, dtype=float)
+    slope = np.polyfit(np.log2(n), np.log10(1 - 1 / n), 1)[0]
+    assert f"1 - 1/N itself: {slope:+.3g}" in held_in["measured"]
+    larger = found.loc[("2 larger model", f"{family}: strong base")]
+    assert (larger["verdict"], larger["finding_here"], larger["not_moved"]) == ("mixed", "agrees", "curvature")
+    assert found.loc[("5 methods converge", f"{family}: strong base"), "verdict"] == "not measured"
+    assert set(found[found["verdict"] == "not measured"].index.get_level_values(1).str.split(":").str[0]) <= {
+        one.name for one in tiny.families
+    }
+    assert moving_words(account, tiny).startswith(f"3 of 5 changes leave zero out; {5 * CHANCE:.1f} would by chance")
+    lines = theory_lines(found.reset_index())
+    assert len(lines) == len(SAYS)
+    assert all(line.startswith(f"{name}: {SAYS[name]}") for name, line in zip(SAYS, lines, strict=True))
+    assert "mixed** (as it says: gap -0.4" in lines[1]
+    empty = says_table(pd.DataFrame(), pd.DataFrame(), tiny)
+    assert set(empty["verdict"]) == {"silent", "not measured"}
 
 
 def test_the_end_of_a_rate_is_read_from_its_losses_and_the_choice_knows_its_edges(tiny: ScaleSpec) -> None:

@@ -1,5 +1,7 @@
-"""The theory's account: which term moves with size, base and N, whether it goes along with the loss, and where it is
-silent."""
+"""The theory's account: which term moves with size, base and N, and whether it goes along with the loss.
+
+What the theory says of each finding, and whether these movements bear it out, is in ``theory_says.py``.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +19,6 @@ OF_MERGES = ("dispersion", "curved", "secant_risk", "tangent_risk", "average_ris
 OF_EXPERTS = ("drift", "relative_drift", "cosine", "expert_risk", "noise", "signal", "curvature", "cross_to_own")
 SIGNED = frozenset({"cosine"})
 """Terms that may be negative: their plain value moves, not its logarithm."""
-
-SAYS = {
-    "1 stronger base": (
-        "The master bound starts from the experts' own risk and adds dispersion in units of curvature; the prediction "
-        "adds the gap of linearisation. A stronger base should act through smaller drift or smaller curved dispersion."
-    ),
-    "2 larger model": (
-        "No statement holds the size itself: it enters through drift, curvature and the gap. The "
-        "account is whichever of these falls with size."
-    ),
-    "3 more experts": (
-        "Silent: every theorem and prediction is about tasks of the merged experts. Nothing is said of frozen features "
-        "on held-out tasks. On held-in tasks dispersion grows as 1 - 1/N: their loss should grow with N."
-    ),
-    "4 beats multitask": (
-        "Silent: the multitask model is trained on all tasks at once and no bound of this project covers it."
-    ),
-    "5 methods converge": (
-        "Partly: methods differ by where M lies among the experts, and the loss sees that through curved dispersion. "
-        "Where it vanishes all methods must agree; how fast it does is not predicted."
-    ),
-}
 
 
 def _moves(name: str, effects: Effects, factor: str, scope: str, unit: str, seed: int) -> dict[str, Any]:
@@ -177,8 +157,3 @@ def along_table(terms: pd.DataFrame, table: Table, spec: ScaleSpec) -> pd.DataFr
                     }
                 )
     return pd.DataFrame(out)
-
-
-def says_table() -> pd.DataFrame:
-    """What the theory says of each finding, in words."""
-    return pd.DataFrame([{"finding": name, "theory": text} for name, text in SAYS.items()])

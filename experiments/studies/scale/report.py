@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,17 +12,19 @@ from experiments.atomic import write_atomically
 from experiments.page import Page, Section, write_page
 from experiments.plots import Picture
 from experiments.studies.scale import figures
-from experiments.studies.scale.account import account_table, along_table, says_table
+from experiments.studies.scale.account import account_table, along_table
 from experiments.studies.scale.checks import CHECKS, open_checks
-from experiments.studies.scale.effects import RESAMPLES, Table, summary, table_of
-from experiments.studies.scale.findings import findings_table
+from experiments.studies.scale.effects import RESAMPLES, Table, table_of
+from experiments.studies.scale.findings import Chance, findings_table
 from experiments.studies.scale.laws import compared, curves, fits, identified, judged
+from experiments.studies.scale.over_tasks import against_base, summary
 from experiments.studies.scale.runner import Measured
 from experiments.studies.scale.saying import law_words, say
 from experiments.studies.scale.scores_table import images_table, score_points, scores_table
 from experiments.studies.scale.spec import ScaleSpec
+from experiments.studies.scale.theory_says import moving_words, says_table, theory_lines
 from experiments.studies.scale.training_table import choices, with_stops
-from experiments.studies.scale.verdicts import mean_chance
+from experiments.studies.scale.verdicts import classes_named, mean_chance
 from experiments.validation import to_markdown
 
 
@@ -51,18 +53,25 @@ def make_tables(spec: ScaleSpec, measured: Measured, resamples: int = RESAMPLES)
     cell = ["family", "architecture", "parameters", "base"]
     found = curves(table, spec)
     held = judged(found, spec)
-    findings = findings_table(table, spec, mean_chance(measured.classes, spec.held_in))
+    outside = {task: classes_named(task) for task in spec.held_out}
+    chance = Chance(mean_chance(measured.classes, spec.held_in), mean_chance(outside, spec.held_out))
+    findings = findings_table(table, spec, chance)
+    by_base = summary(merges, cell, main, seed=spec.seed)
+    by_number = summary(merges, [*cell, "experts", "method"], main, seed=spec.seed)
     training = with_stops(measured.multitask, spec)
+    account = account_table(measured.terms, spec)
     frames = {
         "findings": findings,
         "open_checks": open_checks(findings, measured.shape, spec),
-        "account": account_table(measured.terms, spec),
+        "account": account,
+        "theory_says": says_table(account, findings, spec),
         "terms_and_loss": along_table(measured.terms, table, spec),
         "laws": compared(held, found, spec),
         "law_fits": fits(found, spec) if len(found) else pd.DataFrame(),
         "law_predictions": held,
         "law_losses": found,
-        "means": summary(merges, [*cell, "experts", "method"], main, seed=spec.seed),
+        "means": by_number,
+        "held_out_against_base": against_base(by_base),
         "baselines": summary(
             table.where(kind=["base", "expert", "multitask_fixed", "multitask_optimised"]), [*cell, "kind"],
             ["held_in", "held_in_accuracy", *(f"held_out_accuracy/{t}" for t in spec.transfers),
@@ -80,8 +89,8 @@ def make_tables(spec: ScaleSpec, measured: Measured, resamples: int = RESAMPLES)
     }  # fmt: skip
     return Tables(
         frames,
-        summary(merges, cell, main, seed=spec.seed),
-        summary(merges, [*cell, "experts", "method"], main, seed=spec.seed),
+        by_base,
+        by_number,
         summary(merges, [*cell, "method"], main, seed=spec.seed),
         table,
     )
@@ -127,10 +136,11 @@ def readme(
     if len(frames["multitask_choices"]):
         parts += ["## The optimised multitask models", to_markdown(frames["multitask_choices"])]
     if len(frames["account"]):
-        strongest = frames["account"][frames["account"]["scope"].str.contains(spec.strongest)]
+        ends = tuple(f"{family.name}: {spec.bases_of(family)[-1]} " for family in spec.families)
+        strongest = frames["account"][frames["account"]["scope"].str.startswith(ends)]
         clear = strongest[strongest["moves"] != "undecided"]
-        parts += ["## The theory's account", _SAID, to_markdown(clear, _ACCOUNT)]
-        parts.append("\n".join(f"* {row['finding']}: {row['theory']}" for row in says_table().to_dict("records")))
+        parts += ["## The theory's account", _JUDGED, "\n".join(f"* {x}" for x in theory_lines(frames["theory_says"]))]
+        parts += [f"{_SAID} {moving_words(frames['account'], spec)}", to_markdown(clear, _ACCOUNT)]
     if len(frames["laws"]):
         words = law_words(frames["laws"], frames["law_fits"])
         parts += ["## Laws in the number of experts", _LAWS, words, to_markdown(frames["laws"])]
@@ -170,7 +180,10 @@ def make_page(
             "Verdicts", f"Each finding of the paper with its effect here. {_VERDICTS}",
             {"verdicts": own}, [("effects", lambda: figures.effects_figure(frames["findings"], spec))], _FINDING,
         ),
-        _section("Size and base", "Held-in: merged / expert. Held-out: frozen features, merged / base.", {}, scaled),
+        _section(
+            "Size and base", "Held-in: merged / expert. Held-out: frozen features, merged / base; below 1 merging loses "
+            "to the base that nobody touched.", {"held_out_against_base": frames["held_out_against_base"]}, scaled,
+        ),
         _section("Number of experts", "", {}, numbers),
         _section("Methods", "", {}, [("methods_against_size", lambda: figures.methods_figure(tables.by_method, spec))]),
         _section(
@@ -183,12 +196,14 @@ def make_page(
             "Open checks", "; ".join(f"{k}: {v}" for k, v in CHECKS.items()), {"open_checks": frames["open_checks"]},
             [("shape", lambda: figures.shape_figure(measured.shape, spec))], _CHECK,
         ),
-        _section(
-            "The theory's account", "Which term moves with size, base and number of experts (change of log10 of the "
-            "term; 95 % over tasks), and how it ranks the measured loss of averages.",
-            {"theory_says": says_table(), "account": frames["account"], "terms_and_loss": frames["terms_and_loss"]},
+        replace(_section(
+            "The theory's account", f"{_JUDGED} Then which term moves with size, base and number of experts (change of "
+            "log10 of the term; 95 % over tasks), and how it ranks the measured loss of averages. "
+            f"{moving_words(frames['account'], spec)}",
+            {"theory_says": frames["theory_says"], "account": frames["account"],
+             "terms_and_loss": frames["terms_and_loss"]},
             [("terms", lambda: figures.terms_figure(measured.terms, spec))],
-        ),
+        ), columns={"theory_says": _SAYS}),
         _section(
             "Laws in the number of experts", "Errors are |log(predicted / measured)| on a number of experts that the "
             "fit did not see; differences are to the empirical law, paired over cells. "
@@ -224,6 +239,12 @@ def make_page(
 
 
 _SAID = "Terms that move beyond their interval (over tasks) with size, base or number of experts; change of log10."
+_JUDGED = (
+    "What the theory says of each finding, and the terms that it names: 'supported' where one moved as it says, "
+    "'contradicted' where one moved against it, 'mixed' where both, 'undecided' where none moved beyond its interval. "
+    "Changes of log10 with 95 % intervals over tasks."
+)
+_SAYS = {"finding": "Finding", "scope": "Scope", "verdict": "Verdict", "theory": "Theory", "measured": "Why"}
 _LAWS = "Mean |log(predicted / measured)| on a number of experts that was held out; differences to the empirical law."
 _ACCOUNT = {
     "factor": "Factor",
@@ -235,13 +256,17 @@ _ACCOUNT = {
     "tier": "Tier",
 }
 _VERDICTS = (
-    "'agrees' and 'disagrees' compare directions only, where the 95 % interval (over tasks and test images, not over "
-    "training seeds) leaves zero out. Experts: the accuracy of the poorest side's experts on their own tasks. In "
-    "accuracy: the same effect without dividing by experts or base, with the verdict it would have. Tier: measured."
+    "'agrees' and 'disagrees' compare directions only, where the 95 % interval leaves zero out. It is over merged tasks "
+    "and test images and, for held-out measures, over held-out tasks as units (t interval; the hull of both), never "
+    "over training seeds. On these tasks: the interval and the verdict with the held-out tasks as they are. Experts: the "
+    "accuracy of the poorest side's experts on their own tasks. Held-out score: the lowest accuracy that is compared on "
+    "held-out tasks. In accuracy: the same effect without dividing by experts or base, with the verdict it would have. "
+    "Tier: measured."
 )
 _FINDING = {
     "finding": "Finding", "scope": "Scope", "verdict": "Verdict", "borderline": "Borderline", "effect": "Effect",
-    "experts_accuracy": "Experts", "in_accuracy": "In accuracy", "verdict_in_accuracy": "Verdict in accuracy",
+    "on_these_tasks": "On these tasks", "verdict_on_these_tasks": "Verdict on these tasks",
+    "experts_accuracy": "Experts", "held_out_accuracy": "Held-out score", "in_accuracy": "In accuracy", "verdict_in_accuracy": "Verdict in accuracy",
     "unit": "Unit", "paper": "Paper", "measure": "Measure", "comparisons": "Comparisons", "tier": "Tier",
 }  # fmt: skip
 _CHECK = {"check": "Check", **_FINDING, "mean": "Mean"}
