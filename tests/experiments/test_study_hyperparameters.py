@@ -31,8 +31,9 @@ from experiments.studies.hyperparameters.designs import centre_of, draw
 from experiments.studies.hyperparameters.grids import StudyGrid, complete, shares, study_grids
 from experiments.studies.hyperparameters.jackknife import task_interval
 from experiments.studies.hyperparameters.joined import calibrated, curves, joined, shared_between_halves
-from experiments.studies.hyperparameters.law import centre_curves, law_of
+from experiments.studies.hyperparameters.law import Law, centre_curves, law_of
 from experiments.studies.hyperparameters.paper import against_paper
+from experiments.studies.hyperparameters.powers import EXPONENTIAL, power_verdict
 from experiments.studies.hyperparameters.pricing import PriceUnit, Wanted, key_of, pools, price
 from experiments.studies.hyperparameters.run import count_study, drawn_groups, merges_of
 from experiments.studies.hyperparameters.spec import (
@@ -385,6 +386,27 @@ def test_formula_exponents_where_they_are_known() -> None:
     kept = without_logs(replace(expert, drift=0.5, measured=frozenset({"drift"})))
     assert kept.drift is None
     assert not kept.measured
+
+
+def test_exponents_are_judged_by_the_law_and_exponentials_are_no_powers() -> None:
+    x, law = np.array([1.0, 2.0, 4.0, 8.0]), Law(1.0, 1.0, "")
+    rng = np.random.default_rng(6)
+    tasks = at_every_level([[f"t{k}"] for k in range(8)], 4)
+
+    def judged(curve: np.ndarray, own: Law | None, formula: bool = True, noise: float = 0.01) -> str:
+        tilts = noise * rng.normal(size=(8, 1)) * np.log(x)
+        found = trend(x, curve * np.exp(tilts), tasks, RULE)
+        return power_verdict(found.slope, found.bend, own, formula)
+
+    assert judged(x, law, noise=0.0) == judged(3 * x, law) == "agrees"
+    assert judged(x**1.1, law) == "disagrees"
+    assert judged(x**0.8, Law(0.5, 1.0, "")) == "agrees"
+    assert judged(x, law, noise=2.0) == "undecided"  # meets the law, and would meet any other near it
+    assert judged(x**9, law, noise=2.0) == EXPONENTIAL
+    assert judged(x**4.0, None) == judged(np.exp(x), None, formula=False) == ""
+    assert judged(np.exp(x), law) == judged(np.exp(x), None) == EXPONENTIAL
+    assert judged(np.exp(x), law, formula=False) == "disagrees"
+    assert judged(x + x**2, Law(1.0, 2.0, "")) == "agrees"  # bent, as a sum of two powers is
 
 
 # --- predictions, constants and bounds of real checkpoints

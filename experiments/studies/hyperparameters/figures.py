@@ -170,13 +170,15 @@ SOURCES: Mapping[str, tuple[str, str]] = {
 
 
 def exponents_figure(table: pd.DataFrame, caption: str) -> Picture:
-    """Exponents with intervals: a column per quantity, a row of panels per network.
+    """Exponents with intervals: a column per quantity, a row of panels per network; hollow marks disagree with the
+    law, and formulas that are no power of their factor have no mark.
 
     Raises:
         ValueError: nothing to draw.
     """
     if table.empty:
         raise ValueError("exponents: there are no rows to draw")
+    table = table[~table["verdict"].astype(str).str.startswith("exponential")]
     networks = list(dict.fromkeys(table["architecture"]))
     quantities = list(dict.fromkeys(table["quantity"]))
     factors = list(dict.fromkeys(table["factor"]))
@@ -193,7 +195,10 @@ def exponents_figure(table: pd.DataFrame, caption: str) -> Picture:
                 wide = 5.0 if source == "law" else 1.2
                 alpha = 0.45 if source == "law" else 1.0
                 ax.hlines(y, own["exponent_low"], own["exponent_high"], color=colour, linewidth=wide, alpha=alpha)
-                ax.plot(own["exponent"], y, linestyle="", marker=marker, color=colour, markersize=4)
+                hollow = (own["verdict"] == "disagrees").to_numpy()
+                for some, style in ((hollow, "none"), (~hollow, "full")):
+                    ax.plot(own["exponent"][some], y[some], linestyle="", marker=marker, color=colour, markersize=4,
+                            fillstyle=style)  # fmt: skip
             ax.set_yticks(range(len(factors)), [label(f) for f in factors] if c == 0 else [""] * len(factors))
             ax.set_ylim(len(factors) - 0.5, -0.5)
             if r == len(networks) - 1:

@@ -19,6 +19,7 @@ from experiments.studies.hyperparameters.designs import Drawn, merges_frame
 from experiments.studies.hyperparameters.grids import Share, StudyGrid, merges_of
 from experiments.studies.hyperparameters.joined import joined
 from experiments.studies.hyperparameters.paper import against_paper
+from experiments.studies.hyperparameters.powers import NOTE, exponent_table
 from experiments.studies.hyperparameters.spec import StudySpec
 from experiments.studies.hyperparameters.tables import Tables, compute
 from experiments.studies.hyperparameters.work import read_rows
@@ -71,6 +72,7 @@ EXPONENTS = {
     "source": "Source",
     "tier": "Tier",
     "exponent": "Exponent",
+    "verdict": "Verdict",
     "note": "Why",
 }
 ELASTICITIES = {
@@ -148,7 +150,8 @@ def write_report(
     done = words.done(len(table), planned, lacking)
     told = [line for line in further[1:] if not line.startswith(words.AGAINST)]
     said = [first, *told, words.calibrated_note(spec, table)]
-    text = words.readme(spec, title, said, command, pictures, done, against_paper(tables.verdicts))
+    laws = exponent_table(tables.exponents)
+    text = words.readme(spec, title, said, command, pictures, done, against_paper(tables.verdicts), laws)
     write_atomically(place.out / "README.md", text.encode())
     return write_page(place.out, page)
 
@@ -206,10 +209,10 @@ def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Sect
         _section("Terms of the bound", "Training, dispersion, instability.", {}, {}, drawn["term"]),
         _section(
             "Exponents",
-            words.EXPONENTS,
+            f"{words.EXPONENTS} {NOTE}",
             {"exponents": tables.exponents},
             {"exponents": EXPONENTS},
-            {"exponents": lambda: figures.exponents_figure(tables.exponents, f"Exponents with intervals. {seed}")},
+            {"exponents": lambda: figures.exponents_figure(tables.exponents, f"{words.EXPONENT_MARKS} {seed}")},
         ),
         _section(
             "Heterogeneous groups",

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments import statistics as st
 from experiments.studies.hyperparameters.across import heterogeneous, ranks
 from experiments.studies.hyperparameters.columns import RANKING, predictions, quantities
 from experiments.studies.hyperparameters.joined import Curve, curves
-from experiments.studies.hyperparameters.law import QUANTITIES, centre_curves, law_of
+from experiments.studies.hyperparameters.law import QUANTITIES, Law, centre_curves, law_of
+from experiments.studies.hyperparameters.powers import power_verdict
 from experiments.studies.hyperparameters.spec import StudySpec
 from experiments.studies.hyperparameters.trends import Trend, at_every_level, estimate, position, trend, verdict
 from experiments.studies.hyperparameters.work import Row
@@ -160,7 +160,10 @@ def exponents(
     factors: Sequence[str],
 ) -> pd.DataFrame:
     """Fitted exponents beside the theory's: the law, the formula with constants of the centre, with constants measured
-    at every level, and what was measured on checkpoints (drift and V; epsilon needs twins, which the study has not)."""
+    at every level, and what was measured on checkpoints (drift and V; epsilon needs twins, which the study has not).
+
+    Each has its verdict (:func:`~experiments.studies.hyperparameters.powers.power_verdict`) and ``bend``, by how much
+    it grows from the first two levels to the last two."""
     columns = {"drift": ("drift_bound", "drift"), "V": ("V_bound", "V"), "epsilon": ("epsilon", "")}
     rows: list[Row] = []
     for base, architecture in sorted(names.items(), key=lambda item: item[1]):
@@ -174,30 +177,34 @@ def exponents(
                 fitted = kinds.get((base, factor, "V")) if factor == "experts" else None
                 law = law_of(factor, quantity, levels if fitted is None else list(fitted.used))
                 if law is not None:
-                    found = st.Estimate((law.low + law.high) / 2, law.low, law.high)
-                    rows.append(_exponent(about, "law", "theory", found, law.source))
+                    ends = {"exponent": (law.low + law.high) / 2, "exponent_low": law.low, "exponent_high": law.high}
+                    rows.append(about | {"source": "law", "tier": "theory", **ends, "verdict": "", "note": law.source})
                 if quantity in formula:
-                    found = formula[quantity]
-                    rows.append(_exponent(about, "formula, constants of the centre", "estimated", found))
+                    rows.append(
+                        _exponent(about, "formula, constants of the centre", "estimated", formula[quantity], law)
+                    )
                 estimated, measured = columns[quantity]
                 for source, column, tier in (
                     ("formula, constants of each level", estimated, "estimated"),
                     ("measured", measured, "measured"),
                 ):
                     if (base, factor, column) in kinds and not (factor == "experts" and quantity == "epsilon"):
-                        rows.append(_exponent(about, source, tier, kinds[base, factor, column].slope))
+                        rows.append(_exponent(about, source, tier, kinds[base, factor, column], law))
     return pd.DataFrame(rows)
 
 
-def _exponent(about: Row, source: str, tier: str, found: st.Estimate, note: str = "") -> Row:
-    ends = {"exponent": found.value, "exponent_low": found.low, "exponent_high": found.high}
-    return about | {"source": source, "tier": tier, **ends, "note": note}
+def _exponent(about: Row, source: str, tier: str, found: Trend, law: Law | None) -> Row:
+    slope, bend = found.slope, found.bend
+    ends = {"exponent": slope.value, "exponent_low": slope.low, "exponent_high": slope.high}
+    bends = {"bend": bend.value, "bend_low": bend.low, "bend_high": bend.high}
+    said = power_verdict(slope, bend, law, formula=source != "measured")
+    return about | {"source": source, "tier": tier, **ends, **bends, "verdict": said, "note": ""}
 
 
 def _formula(
     spec: StudySpec, table: pd.DataFrame, experts: Mapping[str, Row], base: str, factor: str, levels: Sequence[object]
-) -> dict[str, st.Estimate]:
-    """Slopes of the theorems' formulas for the centre's experts, constants held."""
+) -> dict[str, Trend]:
+    """Trends of the theorems' formulas for the centre's experts, constants held."""
     centre = spec.centre.steps if factor == "step" else getattr(spec.centre, factor)
     part = table[(table["base_digest"] == base) & (table["factor"] == factor) & (table["level"] == centre)]
     own = sorted({name for text in part["experts"] for name in str(text).split(";")} & set(experts))
@@ -206,4 +213,4 @@ def _formula(
     x = position(factor, levels)
     made = centre_curves([experts[name] for name in own], factor, levels, spec)
     one_each = at_every_level([[name] for name in own], len(levels))
-    return {q: trend(x, values, one_each, spec.rule, spec.seed).slope for q, values in made.items()}
+    return {q: trend(x, values, one_each, spec.rule, spec.seed) for q, values in made.items()}

@@ -14,6 +14,7 @@ from experiments.studies.hyperparameters.figures import label
 from experiments.studies.hyperparameters.grids import Share
 from experiments.studies.hyperparameters.joined import shared_between_halves
 from experiments.studies.hyperparameters.paper import against_paper
+from experiments.studies.hyperparameters.powers import NOTE, exponent_lines
 from experiments.studies.hyperparameters.spec import Rule, StudySpec
 from experiments.studies.hyperparameters.tables import Tables
 
@@ -22,6 +23,10 @@ EXPONENTS = (
     "the centre's constants at every level (the elasticity of the formula), and with constants measured at each level "
     "(what the bound used). Measured: lengths and dispersion of task vectors. Stability is not measured here: that "
     "takes twins (`mergebound measure twins`)."
+)
+EXPONENT_MARKS = (
+    "Exponents with intervals; hollow marks disagree with the law. Formulas that grow exponentially over a factor have "
+    "no exponent and no mark."
 )
 BOUND = (
     "From the recipe: clock, Theorems 2 and 3 with measured constants. Measured drift: no clock, stability by the cap "
@@ -66,6 +71,7 @@ def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[
             told = [f"{label(row['factor'])} {row['verdict']} (claimed: {row['paper']})" for row in claims]
             found.append(f"{AGAINST}, {pretty(network)}: " + "; ".join(told) + ".")
         found += _disagreements(verdicts)
+    found += exponent_lines(tables.exponents)
     if len(tables.ranks):
         own = tables.ranks[tables.ranks["groups_of"] == "heterogeneous"]
         for network, part in own.groupby("architecture", sort=True):
@@ -204,6 +210,7 @@ def readme(
     pictures: Mapping[str, str],
     done: str,
     paper: pd.DataFrame,
+    laws: pd.DataFrame,
 ) -> str:
     """A page in Markdown beside the report, for folders of results: command, share that was run, seeds, findings.
 
@@ -215,6 +222,7 @@ def readme(
         pictures: captions by name of figure.
         done: what was measured of what was planned.
         paper: rows of :func:`experiments.studies.hyperparameters.paper.against_paper`.
+        laws: rows of :func:`experiments.studies.hyperparameters.powers.exponent_table`.
     """
     from experiments.validation import to_markdown
 
@@ -229,6 +237,7 @@ def readme(
         rule_note(spec.rule),
         "\n".join(f"* {line}" for line in said),
         *(["## Against the paper", PAPER, to_markdown(_claims(paper))] if len(paper) else []),
+        *(["## Exponents against the law", NOTE, to_markdown(laws)] if len(laws) else []),
         *(f"![{name}](figures/{name}.png)\n\n{caption}" for name, caption in pictures.items()),
     ]
     return "\n\n".join(parts) + "\n"
