@@ -17,9 +17,9 @@ from experiments.models.build import build_shapes
 from experiments.statistics import Estimate
 from experiments.studies.scale.cells import Cell, cells, chains, runs_of
 from experiments.studies.scale.checks import open_checks
-from experiments.studies.scale.comparisons import number_effects
-from experiments.studies.scale.effects import Effects, Table, contrast, estimate, slope_weights, spread, table_of
-from experiments.studies.scale.findings import answer, findings_table, questions
+from experiments.studies.scale.comparisons import number_effects, spread
+from experiments.studies.scale.effects import Effects, Table, contrast, estimate, slope_weights, table_of
+from experiments.studies.scale.findings import Chance, answer, findings_table, questions
 from experiments.studies.scale.laws import LAWS, compared, fits, identified, judged, quadratic
 from experiments.studies.scale.multitask import Start, train_fixed, train_optimised, why_stopped
 from experiments.studies.scale.points import Points, read_points, save_points
@@ -268,8 +268,8 @@ def test_findings_of_scores_that_were_made_up(tiny: ScaleSpec) -> None:
     assert own.loc["1 stronger base", "in_accuracy"] == pytest.approx(0.8 * 0.5, abs=0.01)
     assert own.loc["1 stronger base", "experts_accuracy"] == pytest.approx(0.8, abs=0.01)
     first = next(iter(questions(table, spec)))
-    assert answer(first, spec, 0.1)["verdict"] == "agrees"
-    assert answer(first, spec, 0.5)["verdict"] == "not testable"
+    assert answer(first, spec, Chance(0.1))["verdict"] == "agrees"
+    assert answer(first, spec, Chance(0.5))["verdict"] == "not testable"
     checks = open_checks(found, none, spec)
     assert set(checks["check"]) == {"optimised multitask"}
     assert set(checks["verdict"]) == {"not measured"}

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from experiments.studies.scale.comparisons import scalar_slopes
-from experiments.studies.scale.effects import estimate
+from experiments.studies.scale.effects import Effects, estimate
+from experiments.studies.scale.findings import seeds_words
 from experiments.studies.scale.spec import ScaleSpec
 from experiments.studies.scale.verdicts import borderline, verdict
 
@@ -77,7 +78,7 @@ def shape_table(shape: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
                         "paper": "below 0",
                         "borderline": "yes" if borderline(found, spec.rule.borderline) else "no",
                         "comparisons": int(effects.value.size),
-                        "interval_over": "tasks and test images" if len(set(effects.members)) > 1 else "test images",
+                        "interval_over": f"{_over(effects)}; {seeds_words(spec)}",
                         "papers_own": "open check",
                         "tier": "measured",
                         "seed": spec.seed,
@@ -85,3 +86,7 @@ def shape_table(shape: pd.DataFrame, spec: ScaleSpec) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def _over(effects: Effects) -> str:
+    return "tasks, test images" if len(set(effects.members)) > 1 else "test images"

@@ -1,4 +1,4 @@
-"""Comparisons between points: bases, sizes, numbers of experts, multitask models; and slopes of single numbers."""
+"""Comparisons between points: bases, sizes, numbers of experts, multitask models, methods; slopes of single numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.studies.scale.effects import Effects, Table, contrast, joined, slope_weights
+from experiments.studies.scale.effects import Effects, Floats, Table, contrast, joined, slope_weights, stacked
 from experiments.studies.scale.spec import ScaleSpec
 
 _SAME = ("family", "architecture", "experts", "chain", "seed", "method")
@@ -61,7 +61,9 @@ def number_effects(table: Table, spec: ScaleSpec) -> Effects:
 def multitask_effects(merges: Table, multitask: Table) -> Effects:
     """Merge of all experts minus the multitask model of the same network and base."""
     both = Table(
-        pd.concat([merges.rows, multitask.rows], ignore_index=True), np.concatenate([merges.draws, multitask.draws])
+        pd.concat([merges.rows, multitask.rows], ignore_index=True),
+        np.concatenate([merges.draws, multitask.draws]),
+        stacked([merges.by_task, multitask.by_task]),
     )
     parts = []
     for method in dict.fromkeys(merges.rows["method"]):
@@ -69,6 +71,45 @@ def multitask_effects(merges: Table, multitask: Table) -> Effects:
         own.rows["side"] = np.where(own.rows["kind"] == "merge", "merge", "multitask")
         parts.append(contrast(own, "side", ("multitask", "merge"), (-1.0, 1.0), ("family", "architecture", "base")))
     return joined(*parts) if parts else no_effects(merges)
+
+
+def spread(table: Table, match: Sequence[str]) -> Table:
+    """Largest minus smallest value over the methods of each combination of ``match``, as rows of a table.
+
+    The gap of means over held-out tasks is no mean over them: ``by_task`` has its jackknife pseudo-values.
+    """
+    groups = table.rows.groupby(list(match), sort=False).indices
+    rows, draws, tasks = [], [], []
+    for places in groups.values():
+        kept = table.draws[places]
+        row = table.rows.iloc[places[0]].to_dict()
+        values = table.rows["value"].to_numpy(dtype=float)[places]
+        rows.append({**row, "method": "spread", "value": float(values.max() - values.min())})
+        draws.append(kept.max(axis=0) - kept.min(axis=0))
+        if table.by_task is not None:
+            tasks.append(_gap_pseudo_values(table.by_task[places]))
+    return Table(
+        pd.DataFrame(rows, columns=table.rows.columns),
+        np.asarray(draws).reshape(len(rows), table.draws.shape[1]),
+        None if table.by_task is None else np.asarray(tasks).reshape(len(rows), table.by_task.shape[1]),
+    )
+
+
+def _gap_pseudo_values(values: Floats) -> Floats:
+    """T times the largest gap of means over T tasks minus (T - 1) times that without one of them, (T,).
+
+    Args:
+        values: of the methods on each held-out task, (methods, T).
+    """
+    out = np.full(values.shape[1], np.nan)
+    known = np.flatnonzero(np.isfinite(values).all(axis=0))
+    T, own = len(known), values[:, known]
+    if T == 1:
+        out[known] = np.ptp(own)
+    elif T > 1:
+        without = (own.sum(axis=1, keepdims=True) - own) / (T - 1)
+        out[known] = T * np.ptp(own.mean(axis=1)) - (T - 1) * np.ptp(without, axis=0)
+    return out
 
 
 def sizes(table: Table) -> tuple[tuple[str, ...], list[float]]:

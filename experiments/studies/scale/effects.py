@@ -3,12 +3,13 @@
 Two sources of chance are joined: which tasks were merged (the expert bootstrap of :mod:`experiments.statistics`, over
 tasks, because experts of one task are matched between sizes, bases and methods), and which test images were scored (all
 points resample them jointly).  Deviations of both are added, which is right to first order for independent sources.
-Seeds of fine-tuning are not resampled.
+Which tasks are held out is chance as well: what the few that there are say of others is in
+:mod:`experiments.studies.scale.over_tasks`.  Seeds of fine-tuning are in no interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,13 @@ class Table:
         rows: ``family``, ``architecture``, ``base``, ``parameters``, ``place``, ``kind``, ``method``, ``experts``,
             ``chain``, ``seed``, ``members``, ``measure``, ``value``.
         draws: (rows, R), ``value`` on resampled test images.
+        by_task: (rows, T), ``value`` on each held-out task alone (``value`` is its mean over those that are not NaN);
+            NaN where a measure is not one of held-out tasks, ``None`` where no row is.
     """
 
     rows: pd.DataFrame
     draws: Floats
+    by_task: Floats | None = None
 
     def where(self, **wanted: Any) -> Table:
         """Rows with these values; a list or tuple stands for any of its members."""
@@ -50,16 +54,22 @@ class Table:
 
     def take(self, places: NDArray[np.int64]) -> Table:
         """Rows by place."""
-        return Table(self.rows.iloc[places].reset_index(drop=True), self.draws[places])
+        tasks = None if self.by_task is None else self.by_task[places]
+        return Table(self.rows.iloc[places].reset_index(drop=True), self.draws[places], tasks)
 
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """E values (E,), on resampled images (E, R), and the tasks behind each."""
+    """E values (E,), on resampled images (E, R), the merged tasks behind each, and each on every held-out task (E, T).
+
+    ``by_task`` is ``None`` or NaN where nothing was measured on held-out tasks.  Where an effect is no mean over tasks
+    (a largest gap), its columns are the pseudo-values of the jackknife that leaves out a held-out task.
+    """
 
     value: Floats
     draws: Floats
     members: tuple[str, ...]
+    by_task: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.value)
@@ -71,7 +81,14 @@ def joined(*parts: Effects) -> Effects:
         np.concatenate([p.value for p in parts]),
         np.concatenate([p.draws for p in parts]),
         tuple(name for p in parts for name in p.members),
+        stacked([p.by_task for p in parts]),
     )
+
+
+def stacked(parts: Sequence[Floats | None]) -> Floats | None:
+    """Values by held-out task, one below the other; ``None`` where some part has none."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if known and len(known) == len(parts) else None
 
 
 def table_of(measured: Measured, resamples: int = RESAMPLES, seed: int = 0) -> Table:
@@ -85,20 +102,24 @@ def table_of(measured: Measured, resamples: int = RESAMPLES, seed: int = 0) -> T
     """
     rows: list[dict[str, Any]] = []
     draws: list[Floats] = []
+    tasks: list[Floats] = []
     about = measured.about.set_index(["architecture", "base"])["parameters"]
     for cell, points in measured.points.items():
         common = {"family": cell.family, "architecture": cell.architecture, "base": cell.base, "place": cell.place}
         common["parameters"] = int(about[(cell.architecture, cell.base)])
-        for row, drawn in _points_of(cell, points, resamples, seed):
+        for row, drawn, single in _points_of(cell, points, resamples, seed):
             rows.append({**common, **row})
             draws.append(drawn)
-    return Table(pd.DataFrame(rows), np.stack(draws))
+            tasks.append(single)
+    width = max(len(single) for single in tasks)
+    none = np.full(width, np.nan)
+    return Table(pd.DataFrame(rows), np.stack(draws), np.stack([s if len(s) else none for s in tasks]))
 
 
 _POINT = ("kind", "method", "experts", "chain", "seed", "members")
 
 
-def _points_of(cell: Cell, points: Points, resamples: int, seed: int) -> list[tuple[dict[str, Any], Floats]]:
+def _points_of(cell: Cell, points: Points, resamples: int, seed: int) -> list[tuple[dict[str, Any], Floats, Floats]]:
     rows = points.rows
     accuracy = _drawn(points, resamples, seed)
     value = rows["accuracy"].to_numpy(dtype=float)
@@ -117,10 +138,11 @@ def _points_of(cell: Cell, points: Points, resamples: int, seed: int) -> list[tu
         for r in rows[rows["kind"] == "expert"].drop_duplicates("point").to_dict("records")
     }
     first = next(iter(experts))[0]
-    out: list[tuple[dict[str, Any], Floats]] = []
+    out: list[tuple[dict[str, Any], Floats, Floats]] = []
+    nowhere = np.empty(0)
 
-    def add(point: dict[str, Any], measure: str, number: float, drawn: Floats) -> None:
-        out.append(({**point, "measure": measure, "value": number}, drawn))
+    def add(point: dict[str, Any], measure: str, number: float, drawn: Floats, tasks: Floats = nowhere) -> None:
+        out.append(({**point, "measure": measure, "value": number}, drawn, tasks))
 
     none = np.full(resamples, np.nan)
     for number, own in rows.drop_duplicates("point").set_index("point")[list(_POINT)].iterrows():
@@ -136,12 +158,12 @@ def _points_of(cell: Cell, points: Points, resamples: int, seed: int) -> list[tu
         add(point, "joint_loss", float(loss[[place[p, t, "head"] for t in held_in]].mean()), none)
         for transfer in transfers:
             mine = [place[p, t, transfer] for t in held_out]
-            add(
-                point,
-                f"held_out/{transfer}",
-                *_ratio(value, accuracy, mine, [place[base, t, transfer] for t in held_out]),
-            )
-            add(point, f"held_out_accuracy/{transfer}", float(value[mine].mean()), accuracy[mine].mean(axis=0))
+            theirs = [place[base, t, transfer] for t in held_out]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratios = np.where(value[theirs] > 0, value[mine] / value[theirs], np.nan)
+            add(point, f"held_out/{transfer}", *_ratio(value, accuracy, mine, theirs), ratios)
+            drawn = accuracy[mine].mean(axis=0)
+            add(point, f"held_out_accuracy/{transfer}", float(value[mine].mean()), drawn, value[mine])
     return out
 
 
@@ -202,7 +224,7 @@ def contrast(
     found: dict[Any, dict[Any, int]] = {}
     for place, (key, level) in enumerate(zip(keys, rows[factor], strict=True)):
         found.setdefault(key, {})[level] = place
-    value, draws, members = [], [], []
+    value, draws, members, tasks = [], [], [], []
     w = np.asarray(weights, dtype=float)
     numbers = rows["value"].to_numpy(dtype=float)
     behind = [str(text) for text in rows["members"]]
@@ -212,29 +234,20 @@ def contrast(
         chosen = [places[level] for level in levels]
         value.append(float(w @ numbers[chosen]))
         draws.append(w @ table.draws[chosen])
+        if table.by_task is not None:
+            tasks.append(w @ table.by_task[chosen])
         named = [behind[k] for k in chosen]
         members.append(min((text for text in named if text), key=lambda text: text.count(";"), default="all"))
     width = table.draws.shape[1]
-    return Effects(np.asarray(value, dtype=float), np.asarray(draws).reshape(len(value), width), tuple(members))
-
-
-def spread(table: Table, match: Sequence[str]) -> Table:
-    """Largest minus smallest value over the methods of each combination of ``match``, as rows of a table."""
-    groups = table.rows.groupby(list(match), sort=False).indices
-    rows, draws = [], []
-    for places in groups.values():
-        kept = table.draws[places]
-        row = table.rows.iloc[places[0]].to_dict()
-        values = table.rows["value"].to_numpy(dtype=float)[places]
-        rows.append({**row, "method": "spread", "value": float(values.max() - values.min())})
-        draws.append(kept.max(axis=0) - kept.min(axis=0))
-    return Table(
-        pd.DataFrame(rows, columns=table.rows.columns), np.asarray(draws).reshape(len(rows), table.draws.shape[1])
-    )
+    single = None if table.by_task is None else np.asarray(tasks).reshape(len(value), table.by_task.shape[1])
+    return Effects(np.asarray(value, dtype=float), np.asarray(draws).reshape(len(value), width), tuple(members), single)
 
 
 def estimate(effects: Effects, *, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Mean effect with an interval over tasks and test images; NaN bounds where there is nothing to resample."""
+    """Mean effect with an interval over merged tasks and test images; NaN bounds where there is nothing to resample.
+
+    Held-out tasks stay the same in it: see :func:`experiments.studies.scale.over_tasks.judged_over_tasks`.
+    """
     good = np.isfinite(effects.value)
     if not good.any():
         return Estimate(float("nan"), float("nan"), float("nan"))
@@ -251,32 +264,3 @@ def estimate(effects: Effects, *, level: float = 0.95, seed: int = 0) -> Estimat
     tail = (1.0 - level) / 2.0
     low, high = centre + np.quantile(deviations, [tail, 1.0 - tail])
     return Estimate(centre, float(low), float(high))
-
-
-def summary(table: Table, by: Sequence[str], measures: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
-    """Mean of each measure over the points of every combination of ``by``, with intervals."""
-    out = []
-    chosen = table.where(measure=list(measures))
-    groups: dict[Any, Any] = dict(chosen.rows.groupby([*by, "measure"], sort=False).indices)
-    for key, places in groups.items():
-        part = chosen.take(np.asarray(places))
-        own = Effects(
-            part.rows["value"].to_numpy(dtype=float), part.draws, tuple(str(m) or "all" for m in part.rows["members"])
-        )
-        found = estimate(own, seed=seed)
-        names: Mapping[str, Any] = dict(zip([*by, "measure"], key, strict=True))
-        out.append(
-            {
-                **names,
-                "value": found.value,
-                "value_low": found.low,
-                "value_high": found.high,
-                "points": len(part.rows),
-                "tier": "measured",
-                "seed": seed,
-            }
-        )
-    return pd.DataFrame(out)
-
-
-Choice = Callable[[Table], Table]

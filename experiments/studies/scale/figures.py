@@ -49,7 +49,8 @@ def _sizes(ax: Axes, values: Sequence[float]) -> None:
 def _line(ax: Axes, x: Sequence[float], part: pd.DataFrame, k: int, label: str, style: str = "-") -> None:
     colour, marker = SERIES[k % len(SERIES)]
     y = part["value"].to_numpy(dtype=float)
-    low, high = part["value_low"].to_numpy(dtype=float), part["value_high"].to_numpy(dtype=float)
+    band = "on_these_tasks" if (part["held_out_tasks"] > 0).all() else "value"
+    low, high = part[f"{band}_low"].to_numpy(dtype=float), part[f"{band}_high"].to_numpy(dtype=float)
     ax.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.4, linestyle=style, label=label)
     if np.isfinite(low).any():
         ax.fill_between(np.asarray(x, dtype=float), low, high, color=colour, alpha=0.13, linewidth=0)
@@ -57,6 +58,23 @@ def _line(ax: Axes, x: Sequence[float], part: pd.DataFrame, k: int, label: str, 
 
 def _base_label(spec: ScaleSpec, base: str) -> str:
     return "random weights" if spec.bases[base].get("kind") == "random" else f"{base} base"
+
+
+def _of_strongest(frame: pd.DataFrame, spec: ScaleSpec) -> tuple[pd.DataFrame, str]:
+    """Rows of every family's strongest base, and what to call it."""
+    last = {family.name: spec.bases_of(family)[-1] for family in spec.families}
+    names = tuple(dict.fromkeys(last.values()))
+    words = f"{names[0]} base" if len(names) == 1 else f"strongest base of each family ({', '.join(names)})"
+    if frame.empty:
+        return frame, words
+    return frame[frame["base"] == frame["family"].map(last)], words
+
+
+def _bands(measure: str, spec: ScaleSpec) -> str:
+    """What the bands of a figure are over."""
+    if not measure.startswith("held_out"):
+        return "Bands: 95 % over merged tasks and test images."
+    return f"Bands: 95 % over merged tasks and test images; the {len(spec.held_out)} held-out tasks stay as they are."
 
 
 def against_size(table: pd.DataFrame, spec: ScaleSpec, measure: str, what: str) -> Picture:
@@ -79,16 +97,16 @@ def against_size(table: pd.DataFrame, spec: ScaleSpec, measure: str, what: str) 
         ax.legend(fontsize=7, frameon=False)
     caption = (
         f"{what[:1].upper()}{what[1:]} against the number of parameters, mean over all groups and methods. "
-        f"Bands: 95 % over tasks and test images. Tier: measured; seed {spec.seed}."
+        f"{_bands(measure, spec)} Tier: measured; seed {spec.seed}."
     )
     return Picture(figure, caption)
 
 
 def against_number(table: pd.DataFrame, spec: ScaleSpec, measure: str, what: str) -> Picture:
-    """A measure against N for the strongest base: panels by network, colours by method."""
-    part = table[(table["measure"] == measure) & (table["base"] == spec.strongest)]
+    """A measure against N for the strongest base of each family: panels by network, colours by method."""
+    part, base = _of_strongest(table[table["measure"] == measure], spec)
     if part.empty:
-        raise ValueError(f"{what}: no merges of the {spec.strongest} base")
+        raise ValueError(f"{what}: no merges of the {base}")
     networks = list(dict.fromkeys(part["architecture"]))
     figure, axes = _panels(len(networks), 2.7)
     for ax, network in zip(axes, networks, strict=True):
@@ -103,8 +121,8 @@ def against_number(table: pd.DataFrame, spec: ScaleSpec, measure: str, what: str
         ax.set_title(network, fontsize=9, color=INK)
     axes[0].legend(fontsize=7, frameon=False)
     caption = (
-        f"{what[:1].upper()}{what[1:]} against the number of merged experts, {spec.strongest} base. Bands: 95 % over "
-        f"tasks and test images. Tier: measured; seed {spec.seed}."
+        f"{what[:1].upper()}{what[1:]} against the number of merged experts, {base}. {_bands(measure, spec)} Tier: "
+        f"measured; seed {spec.seed}."
     )
     return Picture(figure, caption)
 
@@ -128,7 +146,10 @@ def effects_figure(findings: pd.DataFrame, spec: ScaleSpec) -> Picture:
         colour = colours.get(str(row["verdict"]), GREY)
         if np.isfinite(row["effect_low"]):
             bar = [sign * row["effect_low"] / scale, sign * row["effect_high"] / scale]
-            ax.plot(bar, [y, y], color=colour, linewidth=2.0)
+            ax.plot(bar, [y, y], color=colour, linewidth=1.0 if row["held_out_tasks"] else 2.6)
+        if np.isfinite(row["on_these_tasks_low"]):
+            bar = [sign * row["on_these_tasks_low"] / scale, sign * row["on_these_tasks_high"] / scale]
+            ax.plot(bar, [y, y], color=colour, linewidth=2.6)
         said = "not measured"
         if np.isfinite(row["effect"]):
             ax.plot(sign * row["effect"] / scale, y, "o", color=colour, markersize=5)
@@ -144,16 +165,17 @@ def effects_figure(findings: pd.DataFrame, spec: ScaleSpec) -> Picture:
     ax.tick_params(length=0)
     caption = (
         "Effects of the five findings, each scaled by the far end of its interval; right of the line is the paper's "
-        f"direction. Bars: 95 % over tasks and test images. Tier: measured; seed {spec.seed}."
+        "direction. Thick bars: 95 % over merged tasks and test images; thin bars: over held-out tasks as well. Tier: "
+        f"measured; seed {spec.seed}."
     )
     return Picture(figure, caption)
 
 
 def methods_figure(table: pd.DataFrame, spec: ScaleSpec) -> Picture:
-    """Normalised held-in performance by method against size, strongest base: do the lines come together?"""
-    part = table[(table["measure"] == "held_in") & (table["base"] == spec.strongest)]
+    """Normalised held-in performance by method against size, strongest bases: do the lines come together?"""
+    part, base = _of_strongest(table[table["measure"] == "held_in"], spec)
     if part.empty:
-        raise ValueError(f"methods: no merges of the {spec.strongest} base")
+        raise ValueError(f"methods: no merges of the {base}")
     families = [f.name for f in spec.families if (part["family"] == f.name).any()]
     figure, axes = _panels(len(families))
     for ax, name in zip(axes, families, strict=True):
@@ -166,8 +188,8 @@ def methods_figure(table: pd.DataFrame, spec: ScaleSpec) -> Picture:
         ax.set_ylabel("held-in: merged / expert", fontsize=8)
         ax.legend(fontsize=7, frameon=False)
     caption = (
-        f"Normalised held-in performance of every method against size, {spec.strongest} base, mean over groups of all "
-        f"sizes. Bands: 95 % over tasks and test images. Tier: measured; seed {spec.seed}."
+        f"Normalised held-in performance of every method against size, {base}, mean over groups of all sizes. "
+        f"{_bands('held_in', spec)} Tier: measured; seed {spec.seed}."
     )
     return Picture(figure, caption)
 
@@ -244,8 +266,8 @@ def terms_figure(terms: pd.DataFrame, spec: ScaleSpec) -> Picture:
 
 
 def laws_figure(curves: pd.DataFrame, spec: ScaleSpec) -> Picture:
-    """Losses against k for the strongest base, and the laws fitted to all but the largest k."""
-    part = curves[curves["base"] == spec.strongest] if len(curves) else curves
+    """Losses against k for the strongest base of each family, and the laws fitted to all but the largest k."""
+    part, base = _of_strongest(curves, spec)
     if part.empty:
         raise ValueError("laws: no losses")
     networks = list(dict.fromkeys(part["architecture"]))
@@ -271,7 +293,7 @@ def laws_figure(curves: pd.DataFrame, spec: ScaleSpec) -> Picture:
             ax.set_title(network, fontsize=9, color=INK)
     axes[0].legend(fontsize=6.5, frameon=False)
     caption = (
-        f"Mean loss of averages of k experts ({spec.strongest} base) and laws fitted without the largest k. Measured "
+        f"Mean loss of averages of k experts ({base}) and laws fitted without the largest k. Measured "
         f"dots, calibrated lines; seed {spec.seed}."
     )
     return Picture(figure, caption)

@@ -14,16 +14,17 @@ from experiments.plots import Picture
 from experiments.studies.scale import figures
 from experiments.studies.scale.account import account_table, along_table
 from experiments.studies.scale.checks import CHECKS, open_checks
-from experiments.studies.scale.effects import RESAMPLES, Table, summary, table_of
-from experiments.studies.scale.findings import findings_table
+from experiments.studies.scale.effects import RESAMPLES, Table, table_of
+from experiments.studies.scale.findings import Chance, findings_table
 from experiments.studies.scale.laws import compared, curves, fits, identified, judged
+from experiments.studies.scale.over_tasks import against_base, summary
 from experiments.studies.scale.runner import Measured
 from experiments.studies.scale.saying import law_words, say
 from experiments.studies.scale.scores_table import images_table, score_points, scores_table
 from experiments.studies.scale.spec import ScaleSpec
 from experiments.studies.scale.theory_says import moving_words, says_table, theory_lines
 from experiments.studies.scale.training_table import choices, with_stops
-from experiments.studies.scale.verdicts import mean_chance
+from experiments.studies.scale.verdicts import classes_named, mean_chance
 from experiments.validation import to_markdown
 
 
@@ -52,7 +53,11 @@ def make_tables(spec: ScaleSpec, measured: Measured, resamples: int = RESAMPLES)
     cell = ["family", "architecture", "parameters", "base"]
     found = curves(table, spec)
     held = judged(found, spec)
-    findings = findings_table(table, spec, mean_chance(measured.classes, spec.held_in))
+    outside = {task: classes_named(task) for task in spec.held_out}
+    chance = Chance(mean_chance(measured.classes, spec.held_in), mean_chance(outside, spec.held_out))
+    findings = findings_table(table, spec, chance)
+    by_base = summary(merges, cell, main, seed=spec.seed)
+    by_number = summary(merges, [*cell, "experts", "method"], main, seed=spec.seed)
     training = with_stops(measured.multitask, spec)
     account = account_table(measured.terms, spec)
     frames = {
@@ -65,7 +70,8 @@ def make_tables(spec: ScaleSpec, measured: Measured, resamples: int = RESAMPLES)
         "law_fits": fits(found, spec) if len(found) else pd.DataFrame(),
         "law_predictions": held,
         "law_losses": found,
-        "means": summary(merges, [*cell, "experts", "method"], main, seed=spec.seed),
+        "means": by_number,
+        "held_out_against_base": against_base(by_base),
         "baselines": summary(
             table.where(kind=["base", "expert", "multitask_fixed", "multitask_optimised"]), [*cell, "kind"],
             ["held_in", "held_in_accuracy", *(f"held_out_accuracy/{t}" for t in spec.transfers),
@@ -83,8 +89,8 @@ def make_tables(spec: ScaleSpec, measured: Measured, resamples: int = RESAMPLES)
     }  # fmt: skip
     return Tables(
         frames,
-        summary(merges, cell, main, seed=spec.seed),
-        summary(merges, [*cell, "experts", "method"], main, seed=spec.seed),
+        by_base,
+        by_number,
         summary(merges, [*cell, "method"], main, seed=spec.seed),
         table,
     )
@@ -130,7 +136,8 @@ def readme(
     if len(frames["multitask_choices"]):
         parts += ["## The optimised multitask models", to_markdown(frames["multitask_choices"])]
     if len(frames["account"]):
-        strongest = frames["account"][frames["account"]["scope"].str.contains(spec.strongest)]
+        ends = tuple(f"{family.name}: {spec.bases_of(family)[-1]} " for family in spec.families)
+        strongest = frames["account"][frames["account"]["scope"].str.startswith(ends)]
         clear = strongest[strongest["moves"] != "undecided"]
         parts += ["## The theory's account", _JUDGED, "\n".join(f"* {x}" for x in theory_lines(frames["theory_says"]))]
         parts += [f"{_SAID} {moving_words(frames['account'], spec)}", to_markdown(clear, _ACCOUNT)]
@@ -173,7 +180,10 @@ def make_page(
             "Verdicts", f"Each finding of the paper with its effect here. {_VERDICTS}",
             {"verdicts": own}, [("effects", lambda: figures.effects_figure(frames["findings"], spec))], _FINDING,
         ),
-        _section("Size and base", "Held-in: merged / expert. Held-out: frozen features, merged / base.", {}, scaled),
+        _section(
+            "Size and base", "Held-in: merged / expert. Held-out: frozen features, merged / base; below 1 merging "
+            "loses to the untouched base.", {"held_out_against_base": frames["held_out_against_base"]}, scaled,
+        ),
         _section("Number of experts", "", {}, numbers),
         _section("Methods", "", {}, [("methods_against_size", lambda: figures.methods_figure(tables.by_method, spec))]),
         _section(
@@ -246,13 +256,18 @@ _ACCOUNT = {
     "tier": "Tier",
 }
 _VERDICTS = (
-    "'agrees' and 'disagrees' compare directions only, where the 95 % interval (over tasks and test images, not over "
-    "training seeds) leaves zero out. Experts: the accuracy of the poorest side's experts on their own tasks. In "
-    "accuracy: the same effect without dividing by experts or base, with the verdict it would have. Tier: measured."
+    "'agrees' and 'disagrees' compare directions only, where the 95 % interval leaves zero out. It is over merged "
+    "tasks and test images and, for held-out measures, over held-out tasks as units (t interval; the hull of both), "
+    "never over training seeds. On these tasks: interval and verdict with the held-out tasks as they are. Experts: the "
+    "accuracy of the poorest side's experts on their own tasks. Held-out score: the lowest accuracy that is compared "
+    "on held-out tasks. In accuracy: the same effect without dividing by experts or base, with the verdict it would "
+    "have. Tier: measured."
 )
 _FINDING = {
     "finding": "Finding", "scope": "Scope", "verdict": "Verdict", "borderline": "Borderline", "effect": "Effect",
-    "experts_accuracy": "Experts", "in_accuracy": "In accuracy", "verdict_in_accuracy": "Verdict in accuracy",
+    "on_these_tasks": "On these tasks", "verdict_on_these_tasks": "Verdict on these tasks",
+    "experts_accuracy": "Experts", "held_out_accuracy": "Held-out score", "in_accuracy": "In accuracy",
+    "verdict_in_accuracy": "Verdict in accuracy",
     "unit": "Unit", "paper": "Paper", "measure": "Measure", "comparisons": "Comparisons", "tier": "Tier",
 }  # fmt: skip
 _CHECK = {"check": "Check", **_FINDING, "mean": "Mean"}

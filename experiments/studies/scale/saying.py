@@ -10,6 +10,7 @@ import pandas as pd
 
 from experiments.studies.scale.findings import FINDINGS
 from experiments.studies.scale.runner import Measured
+from experiments.studies.scale.saying_held_out import base_words, changed, interval_words, on_these, rule_words
 from experiments.studies.scale.spec import ScaleSpec
 from experiments.studies.scale.theory_says import theory_words
 from experiments.studies.scale.training_table import say_choices
@@ -30,16 +31,21 @@ def say(spec: ScaleSpec, measured: Measured, frames: Mapping[str, pd.DataFrame])
     hardest = rows[rows["papers_own"] == "optimised multitask"]
     mine = hardest[hardest["scope"].str.startswith(f"{spec.families[0].name}:")]
     for row in mine.to_dict("records"):
-        lead += f" Against an optimised multitask model finding 4 {_said(row)}: {number(row)} {row['unit']}."
+        here = on_these(row)
+        lead += f" Against an optimised multitask model finding 4 {_said(row)}: {number(row)} {row['unit']}"
+        lead += f" ({here})." if here else "."
     lines = [
         f"{FINDINGS[row['finding']]} {row['scope']}: {number(row)} {row['unit']}, {_said(row)}{_beside(row)}."
         for row in own.to_dict("records")
     ]
+    if words := base_words(frames["held_out_against_base"], spec):
+        lines.append(words)
     if len(checks):
         part = checks[checks["check"] == "optimised multitask"]
         if len(part):
             lines.append(
-                f"Open check, optimised multitask: {counted(part['verdict'])} (networks, scores and families together)."
+                f"Open check, optimised multitask: {counted(part['verdict'])} (networks, scores and families together)"
+                f"; on these held-out tasks as they are {counted(part['verdict_on_these_tasks'])}."
             )
         for name, what in (("barriers", "barriers against size"), ("flatness", "flatness against size")):
             part = checks[checks["check"] == name]
@@ -50,7 +56,7 @@ def say(spec: ScaleSpec, measured: Measured, frames: Mapping[str, pd.DataFrame])
     other = rows[rows["papers_own"] == "other family"]
     for name in dict.fromkeys(f.name for f in spec.families[1:]):
         part = other[other["scope"].str.startswith(f"{name}:")]
-        said = ", ".join(f"{str(r['finding'])[0]} {_said(r)}" for r in part.to_dict("records"))
+        said = ", ".join(f"{str(r['finding'])[0]} {_said(r)}{changed(r)}" for r in part.to_dict("records"))
         if said:
             known = [r for r in part.to_dict("records") if np.isfinite(r["experts_accuracy"])]
             low = min((r["experts_accuracy"] for r in known), default=np.nan)
@@ -58,7 +64,7 @@ def say(spec: ScaleSpec, measured: Measured, frames: Mapping[str, pd.DataFrame])
             lines.append(f"Open check, other family ({name}): {said}.{about}")
     if len(frames["account"]):
         lines.append(theory_words(frames["theory_says"]))
-    lines.append(rule_words(spec, rows))
+    lines += [interval_words(spec), rule_words(spec, rows)]
     if spec.scope:
         lines.append(spec.scope.strip())
     if measured.missing:
@@ -75,21 +81,6 @@ def counted(verdicts: pd.Series) -> str:
     kept = [name for name in VERDICTS if found[name] or name in VERDICTS[:3]]
     words = {"agrees": "agree in direction", "disagrees": "disagree", "undecided": "undecided"}
     return ", ".join(f"{found[name]} {words.get(name, name)}" for name in kept)
-
-
-def rule_words(spec: ScaleSpec, findings: pd.DataFrame) -> str:
-    """The rule of the verdicts, as far as it could be applied."""
-    chance = findings["chance"].dropna()
-    tested = (
-        f"'not testable' where the 95 % interval of the experts' own accuracy does not lie above "
-        f"{spec.rule.chance_times:g} times chance ({chance.iloc[0]:.3g}) on every side of a comparison"
-        if len(chance)
-        else "chance is not known here (the experts' stores are missing), so that nothing is called 'not testable'"
-    )
-    return (
-        f"Rule: {tested}; 'borderline' where an end of the interval is closer to zero than "
-        f"{spec.rule.borderline:.0%} of its width."
-    )
 
 
 def law_words(laws: pd.DataFrame, fits: pd.DataFrame | None = None) -> str:
@@ -150,14 +141,16 @@ def _said(row: Mapping[Any, Any]) -> str:
 
 
 def _beside(row: Mapping[Any, Any]) -> str:
-    """The same effect in plain accuracy, and the experts behind it."""
-    parts = []
+    """The same effect on these held-out tasks and in plain accuracy, and the accuracies behind it."""
+    parts = [here] if (here := on_these(row)) else []
     if np.isfinite(row["in_accuracy"]):
         plain = {name: row[f"in_accuracy{end}"] for name, end in (("effect", ""), ("effect_low", "_low"),
                                                                  ("effect_high", "_high"))}  # fmt: skip
         parts.append(f"in plain accuracy {number(plain)}, {row['verdict_in_accuracy']}")
     if np.isfinite(row["experts_accuracy"]):
         parts.append(f"poorest experts {row['experts_accuracy']:.0%}")
+    if np.isfinite(row["held_out_accuracy"]):
+        parts.append(f"poorest held-out score {row['held_out_accuracy']:.0%}")
     return f" ({'; '.join(parts)})" if parts else ""
 
 
