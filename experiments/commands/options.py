@@ -61,6 +61,8 @@ OneThreadWorkers = Annotated[
 ReportFolder = Annotated[Path, typer.Option("--out", help="Folder for the report, tables (CSV) and figures.")]
 Work = Annotated[Path | None, typer.Option("--work", help="Folder of what is finished; default: `work` in --out.")]
 DataRoot = Annotated[Path | None, typer.Option("--root", help="Folder of the data sets (default: MERGEBOUND_DATA).")]
+StudyEngine = Annotated[str, typer.Option("--engine", help="Of the grids: local, or ray (a cluster).")]
+ClusterAddress = Annotated[str | None, typer.Option("--address", help="Of the Ray cluster.")]
 Download = Annotated[bool, typer.Option("--download", help="Published weights may be downloaded.")]
 CountOnly = Annotated[bool, typer.Option("--count", help="Say what would be done, and stop.")]
 VerdictsAsJson = Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")]

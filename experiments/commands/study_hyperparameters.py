@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.commands.options import (
+    ClusterAddress,
     CountOnly,
     DataRoot,
     Download,
     ReportFolder,
+    StudyEngine,
     VerdictsAsJson,
     Work,
     Workers,
@@ -37,8 +39,8 @@ def hyperparameters(
         typer.Option("--only", help="A stage: grids, merges, constants, predictions or report. Repeatable."),
     ] = None,
     workers: Workers = None,
-    engine: Annotated[str, typer.Option("--engine", help="Of the grids: local, or ray (a cluster).")] = "local",
-    address: Annotated[str | None, typer.Option("--address", help="Of the Ray cluster.")] = None,
+    engine: StudyEngine = "local",
+    address: ClusterAddress = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda: of the grids and of merging.")] = "cpu",
     download: Download = False,
     count: CountOnly = False,
@@ -49,14 +51,11 @@ def hyperparameters(
     Every stage keeps what is finished: stop at any moment, and run the same command to go on. The report is one page,
     `report.html` in --out; verdicts follow the rule of the specification, which was fixed before any result.
     """
-    from experiments.studies.hyperparameters.grids import Engine
+    from experiments.studies.engine import chosen_engine
     from experiments.studies.hyperparameters.run import STAGES, Hooks, Place, count_study, run_study
     from experiments.studies.hyperparameters.spec import read_study
 
-    if engine not in ("local", "ray"):
-        raise MergeboundError(f"--engine {engine}: is unknown; choose local or ray")
-    if address is not None and engine != "ray":
-        raise MergeboundError("--address: is of a Ray cluster; add --engine ray")
+    where = chosen_engine(engine, workers, device, address, download)
     spec = read_study(size)
     place = Place(out, work or out / "work", root)
     console = Console(stderr=True)
@@ -69,7 +68,6 @@ def hyperparameters(
         raise MergeboundError(f"--only {bad[0]}: is no stage; choose from {', '.join(STAGES)}")
     from experiments.commands.grid_progress import Display
 
-    where = Engine(engine, workers, device, address, download)  # type: ignore[arg-type]
     meter = _Meter(console)
     with Display(console) as display:
         hooks = Hooks(

@@ -13,11 +13,13 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from experiments.commands.options import (
+    ClusterAddress,
     CountOnly,
     DataRoot,
     Download,
     OneThreadWorkers,
     ReportFolder,
+    StudyEngine,
     VerdictsAsJson,
     Work,
 )
@@ -41,6 +43,8 @@ def scale(
     work: Work = None,
     root: DataRoot = None,
     workers: OneThreadWorkers = None,
+    engine: StudyEngine = "local",
+    address: ClusterAddress = None,
     device: Annotated[str, typer.Option("--device", help="Where experts are trained: cpu or cuda.")] = "cpu",
     download: Download = False,
     report_only: Annotated[
@@ -54,12 +58,15 @@ def scale(
 
     Experts are trained as a grid, merged, and scored on the tasks of the merge and, with frozen features, on tasks
     that nobody was trained on; multitask models, barriers, flatness and the theory's terms go with them. Every
-    finished part is kept: stop at any moment, and run the same command to go on.
+    finished part is kept: stop at any moment, and run the same command to go on. `--engine ray` trains the experts'
+    grids on a cluster; cells (merging and measuring) always stay on the machine where the command runs.
     """
+    from experiments.studies.engine import chosen_engine
     from experiments.studies.scale.report import write_report
     from experiments.studies.scale.runner import read_study, run_study
     from experiments.studies.scale.spec import read_scale
 
+    where = chosen_engine(engine, workers, device, address, download)
     spec = read_scale(size)
     place = work or out / "work"
     if count:
@@ -82,8 +89,7 @@ def scale(
                 place,
                 root=root,
                 workers=workers,
-                device=device,
-                download=download,
+                engine=where,
                 watch=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
             )
     command = f"mergebound study scale --size {Path(size).name} --out FOLDER"

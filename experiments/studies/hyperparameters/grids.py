@@ -15,6 +15,7 @@ from experiments.grid.expand import expand
 from experiments.grid.run_spec import RunSpec
 from experiments.grid.spec import GridSpec
 from experiments.grid.yaml_source import read_grid
+from experiments.studies.engine import Engine, run_store
 from experiments.studies.hyperparameters.spec import HYPERPARAMETERS, StudySpec
 from theory.errors import MergeboundError
 
@@ -105,18 +106,6 @@ def write_grids(grids: tuple[StudyGrid, ...], folder: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-@dataclass(frozen=True)
-class Engine:
-    """Where grids run: ``local`` processes, or a ``ray`` cluster at ``address``; ``workers`` and ``device`` as grids
-    take them."""
-
-    name: Literal["local", "ray"] = "local"
-    workers: int | None = None
-    device: str = "cpu"
-    address: str | None = None
-    download: bool = False
-
-
 def run_grids(
     grids: tuple[StudyGrid, ...],
     stores: Path,
@@ -153,7 +142,7 @@ def run_grids(
         if engine.name == "local" and plan is not None and plan.machine not in ("", machine(engine.device)):
             tell(f"{grid.name}: its plan was made on another machine; the last bits of runs may differ")
         tell(f"{grid.name}: {len(runs)} runs")
-        outcome = _start(folder, root, engine, watch)
+        outcome = run_store(folder, root, engine, watch)
         if not outcome.complete:
             first = next(iter(outcome.failed.items()), ("", "stopped"))
             raise MergeboundError(
@@ -161,18 +150,6 @@ def run_grids(
                 f"{first[1]}); run the same command again"
             )
         tidy(folder)
-
-
-def _start(folder: Path, root: str | Path | None, engine: Engine, watch: Callable[[Any], None] | None) -> Any:
-    if engine.name == "ray":
-        from experiments.engines.ray import run_ray
-
-        return run_ray(
-            folder, root, address=engine.address, device=engine.device, workers=engine.workers, watch=watch
-        )  # fmt: skip
-    from experiments.engines.local import run_local
-
-    return run_local(folder, root, device=engine.device, workers=engine.workers, watch=watch)
 
 
 def merges_of(spec: StudySpec, grid: StudyGrid) -> int:

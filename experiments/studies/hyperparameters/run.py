@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from experiments.combine.groups import Group, Member
+from experiments.studies.engine import Engine
 from experiments.studies.hyperparameters.designs import Drawn, draw, merge_all, merges_frame
 from experiments.studies.hyperparameters.grids import (
-    Engine,
     Share,
     StudyGrid,
     merges_of,

@@ -19,6 +19,7 @@ from experiments.bases.spec import BaseSpec
 from experiments.models import head_prefix
 from experiments.runner import one_thread_children
 from experiments.store import Store
+from experiments.studies.engine import Engine, run_store
 from experiments.studies.scale.cells import Cell, cells, family_grid, runs_of
 from experiments.studies.scale.measure import (
     ABOUT,
@@ -81,8 +82,7 @@ def run_study(
     *,
     root: str | Path | None = None,
     workers: int | None = None,
-    device: str = "cpu",
-    download: bool = False,
+    engine: Engine = Engine(),
     watch: Watch | None = None,
 ) -> Measured:
     """Do what is missing of a study, and read it all.
@@ -91,9 +91,8 @@ def run_study(
         spec: the study.
         work: folder of what is finished; experts and cells lie below the study's digest, bases in their own cache.
         root: of the data sets; default: what ``MERGEBOUND_DATA`` names.
-        workers: processes at a time; default one per core.
-        device: where experts are trained; cells are measured on the processor.
-        download: published weights may be downloaded.
+        workers: processes at a time for cells, on this machine and its processor; default one per core.
+        engine: where the grids of experts run.
         watch: told the progress.
 
     Raises:
@@ -109,38 +108,27 @@ def run_study(
         mine = [cell for cell in cells(spec) if cell.family == family.name]
         runs = runs_of(spec, family)
         if any(finished(spec, c, place / c.folder) < len(stages(spec, c)) for c in mine):
-            _train(spec, family.name, store, data, workers, device, download, tell)
+            _train(spec, family.name, store, data, engine, tell)
         jobs += [_Work(spec, cell, runs[cell][0].base, store, place / cell.folder, data) for cell in mine]
     _measure(jobs, max(1, workers or os.cpu_count() or 1), tell)
     return read_study(spec, work)
 
 
-def _train(
-    spec: ScaleSpec,
-    name: str,
-    store: Path,
-    root: str | None,
-    workers: int | None,
-    device: str,
-    download: bool,
-    tell: Watch,
-) -> None:
-    from experiments.engines.local import run_local
+def _train(spec: ScaleSpec, name: str, store: Path, root: str | None, engine: Engine, tell: Watch) -> None:
     from experiments.engines.prepare import prepare
     from experiments.grid.expand import expand
 
     family = next(one for one in spec.families if one.name == name)
     grid = family_grid(spec, family)
     runs = expand(grid)
-    meta = {"grid": grid.content(), "digest": grid.digest(), "source": spec.name, "device": device}
+    meta = {"grid": grid.content(), "digest": grid.digest(), "source": spec.name, "device": engine.device}
     tell(f"{name}: bases and plan", 0, len(runs))
     prepare(
-        store, runs, meta, root=root, device=device, download=download,
+        store, runs, meta, root=root, device=engine.device, download=engine.download,
         report=lambda line: tell(f"{name}: {line.strip()[:60]}", 0, len(runs)),
     )  # fmt: skip
-    outcome = run_local(
-        store, root, device=device, workers=workers, resamples=0,
-        watch=lambda now: tell(f"{name}: experts", now.done, now.total),
+    outcome = run_store(
+        store, root, engine, lambda now: tell(f"{name}: experts", now.done, now.total), resamples=0
     )  # fmt: skip
     if outcome.failed:
         cohort, error = next(iter(outcome.failed.items()))

@@ -203,7 +203,7 @@ def theory_lines(says: pd.DataFrame) -> list[str]:
     for finding, part in says.groupby("finding", sort=False):
         words = [f"{finding}: {part['theory'].iloc[0]}"]
         for row in part[part["scope"] != "all"].to_dict("records"):
-            here = f" The finding itself is {row['finding_here']}." if row["finding_here"] else ""
+            here = f" Verdict of the finding itself: {row['finding_here']}." if row["finding_here"] else ""
             about = f" ({row['measured']})" if row["measured"] else ""
             words.append(f"**{row['scope']}: {row['verdict']}**{about}.{here}")
         lines.append(" ".join(words))
