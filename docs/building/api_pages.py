@@ -41,7 +41,7 @@ PACKAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("Studies", (
             "studies.hyperparameters.run", "studies.hyperparameters.spec", "studies.hyperparameters.trends",
             "studies.hyperparameters.grids", "studies.scale.runner", "studies.scale.spec", "studies.scale.findings",
-            "studies.scale.checks", "studies.scale.verdicts", "studies.scale.laws",
+            "studies.scale.checks", "studies.scale.verdicts", "studies.scale.over_tasks", "studies.scale.laws",
         )),
         ("The prediction study", (
             "prediction.runner", "prediction.spec", "prediction.judged", "prediction.compare", "prediction.tables",

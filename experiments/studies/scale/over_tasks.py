@@ -9,7 +9,9 @@ are few.  So there is a second interval with tasks as units, the t interval of t
 and what is judged is the hull of both.  The t interval assumes effects that are independent draws from one normal law;
 their noise from test images is in it.  Merged tasks are the same for every held-out task, hence the hull.  It is not
 the interval of the sum of both sources, which is wider by up to a factor sqrt(2) of the wider one; with few tasks the
-quantile of t makes up for that.  One held-out task says nothing of others: then there are no limits.  Seeds of
+quantile of t makes up for that: with 2 to 5 held-out and 8 merged tasks, 400 worlds each, the hull covered the planted
+mean in 90 to 97 %, and the interval of these tasks in 44 to 92 % (the more the held-out tasks differ, the fewer; 44 to
+58 % where they differ most).  One held-out task says nothing of others: then there are no limits.  Seeds of
 fine-tuning are in none of this.
 """
 
