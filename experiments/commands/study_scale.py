@@ -127,7 +127,7 @@ def _versions() -> dict[str, str]:
 
 
 def _show(findings: pd.DataFrame, console: Console) -> None:
-    table = Table(title="Findings (95 % intervals over tasks and test images)")
+    table = Table(title="Findings (95 % intervals over merged tasks, test images and held-out tasks)")
     for name in ("finding", "scope", "verdict", "measure", "effect", "interval", "unit", "paper", "experts"):
         table.add_column(name, justify="right" if name in ("effect", "interval", "experts") else "left")
     for row in findings.to_dict("records"):
