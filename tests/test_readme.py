@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,9 +16,10 @@ from docs.building.blocks import blocks_of, commands, faults, pages
 from docs.building.captions import captioned
 from docs.building.command_pages import cell, command_pages
 from docs.building.docstrings import escape_bars, together
+from docs.building.inline import command_line, inline_commands, inline_faults
 from docs.building.links import dead
 from docs.building.run_pages import Failed, run_block
-from experiments.cli import build_app, main
+from experiments.cli import build_app
 from experiments.commands.methods import markdown_table
 from experiments.grid.expand import expand
 from experiments.grid.yaml_source import parse_grid
@@ -186,20 +188,47 @@ def test_the_tutorials_bound_passes_the_tutorials_tests(tmp_path: Path) -> None:
         tests[f"test_{name}"]()  # type: ignore[operator]
 
 
-def test_commands_and_options_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    text = "\n".join((ROOT / page).read_text() for page in ALL)
-    found = re.findall(rf"mergebound ((?:{'|'.join(GROUPS)}) [a-z-]+|[a-z]+)([^`\n]*)", text)
-    used: dict[str, set[str]] = {}
-    for command, rest in found:
-        used.setdefault(command, set()).update(re.findall(r"(?<!\S)(--[\w-]+)", rest))
-    assert {"demo", "predict", "bound", "merge", "methods", "finetune", "data get", "models show"} <= set(used)
-    for command, options in used.items():
-        with pytest.raises(SystemExit) as stop:
-            main([*command.split(), "--help"])
-        assert stop.value.code == 0, command
-        shown = capsys.readouterr().out
-        assert all(option in shown for option in options), (command, options)
+@pytest.fixture(scope="module")
+def app() -> Any:
+    return command_line()
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_commands_and_options_that_a_page_names_exist(page: str, app: Any) -> None:
+    assert list(inline_faults(page, app)) == []
+
+
+def test_the_pages_name_most_commands(app: Any) -> None:
+    named = {" ".join(command.removeprefix("mergebound ").split()[:2]) for page in ALL
+             for _, command in inline_commands(page, app)}  # fmt: skip
+    assert {"data get", "models show", "grid run", "study scale", "study hyperparameters", "advise training"} <= named
+    assert {"demo", "merge", "predict", "bound", "methods", "finetune"} <= {one.split()[0] for one in named}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Use `mergebound grid run FILE --store out`, and `grid\nplan ...`.", []),
+        ("`collect fisher|gram`, `mergebound GROUP --any`, `python x --any`, `measure` and `merge`", []),
+        ("As `study scale --report-only` or ``mergebound merge --help``", []),
+        ("```text\nmergebound nothing\n```", []),
+        ("One\n`mergebound mrege --out x`", ["page.md:2: `mergebound` has no command 'mrege'"]),
+        ("`grid\nplann`", ["page.md:1: `mergebound grid` has no command 'plann'"]),
+        ("`collect fisher|grams`", ["page.md:1: `mergebound collect` has no command 'grams'"]),
+        ("`study scale --cluster`", ["page.md:1: `mergebound study scale` has no option --cluster"]),
+        ("`mergebound merge --ou=x`", ["page.md:1: `mergebound merge` has no option --ou"]),
+        ("`merge --coeff 1`", ["page.md:1: `mergebound merge` has no option --coeff"]),
+        (
+            "<!-- elsewhere: x -->\n```sh\nmergebound demo \\\n  --slow\n```",
+            ["page.md:2: `mergebound demo` has no option --slow"],
+        ),
+        ("<!-- refused: x -->\n```sh\nmergebound demo --slow\n```", []),
+    ],
+)
+def test_a_command_that_there_is_not_is_named_with_its_line(text: str, said: list[str], app: Any) -> None:
+    found = list(inline_faults("page.md", app, text))
+    assert len(found) == len(said)
+    assert all(one.startswith(start) for one, start in zip(found, said, strict=True)), found
 
 
 def test_figures_and_links_exist() -> None:

@@ -9,7 +9,8 @@ A block of ``python`` is run, all of a page in one namespace; a block of ``sh`` 
 * ``<!-- placeholder: WHY -->``: not run, because names in it stand for what only the reader has;
 * ``<!-- elsewhere: WHERE -->``: not run here, because another command or test runs it.
 
-Blocks in other languages (``text``, ``bibtex``) are not code.
+Blocks in other languages (``text``, ``bibtex``) are not code.  Commands that a page only names, in backticks or in a
+block that is marked, are checked by :mod:`docs.building.inline`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ CODE = ("python", "sh", "yaml", "toml", "json")
 """Languages that are run, written to a file, or marked."""
 NOT_CODE = ("text", "bibtex", "")
 MARKS = ("file", "prints", "refused", "placeholder", "elsewhere")
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$", re.M | re.S)
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w{}-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$", re.M | re.S)
+"""A fenced block with its language and code."""
 _MARK = re.compile(r"<!-- (?P<name>[a-z]+): (?P<value>.*?) -->")
 _GROUP = re.compile(r"(?:<!-- [a-z]+: [^\n]*? -->\s*)+\Z")
 
@@ -80,7 +82,7 @@ def blocks_of(page: str, text: str | None = None) -> tuple[Block, ...]:
     """The fenced blocks of a page; ``text`` in place of the file's."""
     content = (ROOT / page).read_text() if text is None else text
     found = []
-    for match in _FENCE.finditer(content):
+    for match in FENCE.finditer(content):
         above = _GROUP.search(content[: match.start()].rstrip(" "))
         marks = tuple((m["name"], m["value"].strip()) for m in _MARK.finditer(above[0])) if above else ()
         line = content.count("\n", 0, match.start()) + 1

@@ -1,7 +1,8 @@
 """Run every code block and command of the README and the pages, each page in a scratch folder of its own.
 
 ``python docs/building/run_pages.py [PAGE ...]``: each page in a process of its own, which ends with an error at the
-first block that does not do what the page says.  Commands of ``mergebound`` run inside that process (importing torch
+first block that does not do what the page says.  Commands that a page names without running them must exist, with their
+options (:mod:`docs.building.inline`).  Commands of ``mergebound`` run inside that process (importing torch
 once), everything else by ``bash``.  Files that pages name come from :mod:`docs.building.fixtures` before a page starts.
 """
 
@@ -24,6 +25,7 @@ if str(ROOT) not in sys.path:
 
 from docs.building import fixtures  # noqa: E402
 from docs.building.blocks import Block, blocks_of, commands, pages  # noqa: E402
+from docs.building.inline import command_line, inline_faults  # noqa: E402
 
 
 class Failed(Exception):
@@ -131,7 +133,10 @@ def main(arguments: list[str]) -> int:
         print(f"{done} blocks run, {marked} marked")
         return 0
     chosen = arguments or list(pages())
-    failed = 0
+    app = command_line()
+    wrong = [fault for page in chosen for fault in inline_faults(page, app)]
+    print("\n".join([*wrong, f"commands that pages name: {len(wrong)} wrong"]), flush=True)
+    failed = len(wrong)
     with tempfile.TemporaryDirectory(prefix="pages-") as scratch:
         for page in chosen:
             if not blocks_of(page):
