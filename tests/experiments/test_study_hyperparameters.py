@@ -19,6 +19,7 @@ from experiments.bases.base import make_base
 from experiments.grid.expand import expand
 from experiments.measure.opening import from_store
 from experiments.statistics import membership
+from experiments.studies.hyperparameters.across import heterogeneous
 from experiments.studies.hyperparameters.bounds import bound_rows
 from experiments.studies.hyperparameters.constants import (
     ConstantsUnit,
@@ -510,6 +511,49 @@ def table_of(losses: np.ndarray, factor: str = "learning_rate") -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def joint_groups(recipes: list[tuple[float, int]], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Thirty groups of four of eight tasks, each expert with a recipe (rate, steps) drawn for it; and the experts."""
+    rng = np.random.default_rng(seed)
+    experts = pd.DataFrame(
+        [{"expert": f"t{t}r{r}", "learning_rate": lr, "step": k} for t in range(8) for r, (lr, k) in enumerate(recipes)]
+    )
+    groups = [[f"t{t}r{rng.integers(len(recipes))}" for t in rng.choice(8, 4, replace=False)] for _ in range(30)]
+    about = {"factor": "heterogeneous", "base_digest": "b", "architecture": "net", "error": 0.1}
+    return pd.DataFrame([about | {"experts": ";".join(group)} for group in groups]), experts
+
+
+def test_heterogeneity_is_recovered_and_what_recipes_cannot_tell_is_left_empty() -> None:
+    many = [(0.01, 2), (0.02, 16), (0.05, 4), (0.1, 2), (0.2, 8), (0.4, 32)]
+    study = spec(rule={"resamples": 200})
+
+    def rows(recipes: list[tuple[float, int]], slopes: tuple[float, ...], noise: float) -> pd.DataFrame:
+        table, experts = joint_groups(recipes, 11)
+        own = experts.set_index("expert")
+        logs = [np.log(own.loc[text.split(";")].to_numpy(float)) for text in table["experts"]]
+        parts = np.array([[*one.mean(axis=0), one.sum(axis=1).std()] for one in logs])
+        table["loss"] = np.exp(parts @ np.array(slopes) + noise * np.random.default_rng(1).normal(size=30))
+        found = heterogeneous(study, table.assign(pred_secant=1 / table["loss"]), experts)
+        return found.set_index(["factor", "quantity"])
+
+    exact = rows(many, (0.5, 0.5, 0.8), 0.0)
+    assert exact.loc[("training_time", "loss"), "elasticity"] == pytest.approx(0.5)
+    for name in ("heterogeneity", "spread_training_time"):
+        assert exact.loc[(name, "loss"), "elasticity"] == pytest.approx(0.8)
+        assert exact.loc[(name, "secant"), "verdict"] == "disagrees"
+    means = rows(many, (0.3, -0.7, 0.0), 0.0)
+    assert means.loc[("learning_rate", "loss"), "elasticity"] == pytest.approx(0.3)
+    assert means.loc[("step", "loss"), "kind"] == "falls"
+    noisy = rows(many, (0.5, 0.5, 0.0), 0.3).loc[("heterogeneity", "loss")]
+    assert noisy["kind"] == "undecided"
+    assert noisy["elasticity_low"] < 0 < noisy["elasticity_high"]
+    # two recipes: rate and steps change together, and either explains the loss as well as the other
+    few = rows(many[:2], (0.5, 0.5, 0.8), 0.0)
+    assert few.loc[("heterogeneity", "loss"), "elasticity"] == pytest.approx(0.8)
+    for name in ("learning_rate", "step"):
+        assert np.isnan(few.loc[(name, "loss"), "elasticity"])
+        assert few.loc[(name, "secant"), "verdict"] == "not identified"
 
 
 def test_calibrated_predictions_never_see_their_own_half() -> None:

@@ -39,6 +39,10 @@ LABELS = {
     "step": "steps",
     "experts": "number of experts",
     "coefficient": "coefficient λ",
+    "training_time": "training time",
+    "heterogeneity": "heterogeneity",
+    "spread_learning_rate": "spread of learning rates",
+    "spread_training_time": "spread of training times",
 }
 STYLES = {
     "loss": (INK, "o", "-"),
@@ -218,6 +222,7 @@ def elasticities_figure(table: pd.DataFrame, caption: str) -> Picture:
         ValueError: nothing to draw.
     """
     own = table[table["quantity"].isin(list(STYLES))] if len(table) else table
+    own = own[np.isfinite(own["elasticity"].astype(float))] if len(own) else own
     if own.empty:
         raise ValueError("elasticities: there are no rows to draw")
     networks, factors = list(dict.fromkeys(own["architecture"])), list(dict.fromkeys(own["factor"]))
@@ -228,14 +233,13 @@ def elasticities_figure(table: pd.DataFrame, caption: str) -> Picture:
         ax.axvline(0, color=FAINT, linewidth=1.0)
         for k, name in enumerate(names):
             part = own[(own["architecture"] == network) & (own["quantity"] == name)]
-            part = part[np.isfinite(part["elasticity"].astype(float))]
             colour, marker, _ = _style(name, k)
             y = np.array([factors.index(f) for f in part["factor"]]) + 0.12 * (k - (len(names) - 1) / 2)
             ax.hlines(y, part["elasticity_low"], part["elasticity_high"], color=colour, linewidth=1.2)
             ax.plot(part["elasticity"], y, linestyle="", marker=marker, color=colour, markersize=4)
         ax.set_yticks(range(len(factors)), [label(f) for f in factors] if c == 0 else [""] * len(factors))
         ax.set_ylim(len(factors) - 0.5, -0.5)
-        ax.set_xlabel("d log loss / d log hyperparameter", fontsize=9)
+        ax.set_xlabel("d log loss / d regressor", fontsize=9)
         ax.set_title(pretty(network), fontsize=10, loc="left")
     handles = []
     for k, name in enumerate(names):

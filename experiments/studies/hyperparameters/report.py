@@ -18,6 +18,7 @@ from experiments.studies.hyperparameters.columns import predictions
 from experiments.studies.hyperparameters.designs import Drawn, merges_frame
 from experiments.studies.hyperparameters.grids import Share, StudyGrid, merges_of
 from experiments.studies.hyperparameters.joined import joined
+from experiments.studies.hyperparameters.joint_words import HETEROGENEOUS
 from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.powers import NOTE, exponent_table
 from experiments.studies.hyperparameters.spec import StudySpec
@@ -80,8 +81,10 @@ ELASTICITIES = {
     "factor": "Factor",
     "quantity": "Quantity",
     "tier": "Tier",
+    "given": "Given",
     "elasticity": "Elasticity",
     "kind": "Sign",
+    "verdict": "Verdict",
     "groups": "groups",
 }
 
@@ -187,11 +190,14 @@ def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Sect
     seed = f"Seed {spec.seed}."
     loss_of = {column: name for column, (name, _) in predicted.items() if column.startswith("pred_")}
     verdict_caption = f"Measured trend of the loss (bold) and what each prediction says; colour: the verdict. {seed}"
-    elasticity_caption = f"Elasticities of the merged loss, measured and predicted; experts resampled. {seed}"
+    elasticity_caption = (
+        "Slopes of the log of the merged loss over heterogeneous groups, measured and predicted; experts resampled; "
+        f"those that the recipes do not determine are left out. {seed}"
+    )
     return [
         _section(
             "Verdicts",
-            words.rule_note(spec.rule),
+            f"{words.rule_note(spec.rule)} {words.left_out_note(spec)}",
             {"verdicts": tables.verdicts},
             {"verdicts": VERDICTS},
             {"verdicts": lambda: figures.verdict_figure(tables.verdicts, verdict_caption)},
@@ -216,7 +222,7 @@ def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Sect
         ),
         _section(
             "Heterogeneous groups",
-            words.HETEROGENEOUS,
+            HETEROGENEOUS,
             {"heterogeneous": tables.heterogeneous},
             {"heterogeneous": ELASTICITIES},
             {"elasticities": lambda: figures.elasticities_figure(tables.heterogeneous, elasticity_caption)},

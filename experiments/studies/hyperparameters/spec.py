@@ -75,7 +75,8 @@ class Joint(_Strict):
     """Heterogeneous experts: every expert has a recipe of its own.
 
     Attributes:
-        count: recipes, points of a scrambled Sobol sequence; unused where grids are given.
+        count: recipes, points of a scrambled Sobol sequence; unused where grids are given.  Groups tell the effects of
+            all axes apart only where there are more recipes than axes, by one at least.
         axes: as :class:`experiments.grid.spec.Joint` takes them; likewise.
         groups: drawn for each base.
     """

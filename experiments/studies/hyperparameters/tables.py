@@ -124,7 +124,7 @@ def verdicts(
                     if len(hetero)
                     else hetero
                 )
-                joint = dict(zip(own["quantity"], own["kind"], strict=True)) if len(own) else {}
+                joint = dict(zip(own["quantity"], own["verdict"], strict=True)) if len(own) else {}
                 rows.append(
                     {
                         "architecture": architecture,
@@ -141,7 +141,7 @@ def verdicts(
                         "predicted_exponent_low": found.slope.low,
                         "predicted_exponent_high": found.slope.high,
                         "verdict": verdict(measured.kind, found.kind),
-                        "heterogeneous": verdict(joint["loss"], joint[name]) if {"loss", name} <= set(joint) else "",
+                        "heterogeneous": joint.get(name, ""),
                         "groups": found.groups,
                         "draws": found.draws,
                         "left_out": _left_out(found),

@@ -13,6 +13,7 @@ from experiments.studies.hyperparameters.designs import Drawn
 from experiments.studies.hyperparameters.figures import label
 from experiments.studies.hyperparameters.grids import Share
 from experiments.studies.hyperparameters.joined import shared_between_halves
+from experiments.studies.hyperparameters.joint_words import joint_lines
 from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.powers import NOTE, exponent_lines
 from experiments.studies.hyperparameters.spec import Rule, StudySpec
@@ -37,10 +38,6 @@ PAPER = (
     "claimed, and the levels here lie on one side of it, which neither shows nor refutes it."
 )
 AGAINST = "Against the paper's theory"
-HETEROGENEOUS = (
-    "Every expert has a recipe of its own. Elasticities: log loss regressed on the group's mean of every log "
-    "hyperparameter at once."
-)
 
 
 def lead(verdicts: pd.DataFrame) -> str:
@@ -72,6 +69,7 @@ def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[
             found.append(f"{AGAINST}, {pretty(network)}: " + "; ".join(told) + ".")
         found += _disagreements(verdicts)
     found += exponent_lines(tables.exponents)
+    found += joint_lines(spec, tables.heterogeneous)
     if len(tables.ranks):
         own = tables.ranks[tables.ranks["groups_of"] == "heterogeneous"]
         for network, part in own.groupby("architecture", sort=True):
@@ -160,7 +158,18 @@ def rule_note(rule: Rule) -> str:
         "been looked at: other intervals leave out one task at a time, with the quantile of t for their number, "
         "where they resampled tasks with normal quantiles and covered 86 % (8 tasks) or 73 % (7) of planted effects of "
         "tasks in simulations; now they cover 93 to 97 %. They are conservative where groups differ by noise alone: "
-        "about six times too wide, covering nearly all."
+        "about six times too wide, covering nearly all. With them: verdicts on exponents, rows for heterogeneity; "
+        "elasticities that the recipes do not determine are left empty."
+    )
+
+
+def left_out_note(spec: StudySpec) -> str:
+    """Which chance the intervals leave out."""
+    images = f"the {spec.test_images}" if spec.test_images else "all"
+    return (
+        "Intervals hold the chance of tasks, experts and groups, and no other: every expert was fine-tuned once (one "
+        f"seed, no second run of a recipe on a task), and {images} test images of a task are not resampled. They are "
+        "intervals for other tasks and groups, given these seeds and images."
     )
 
 
@@ -235,6 +244,7 @@ def readme(
         "measured, estimated (constants or calibration images), calibrated (fitted on the other half of the "
         "groups; experts are in both).",
         rule_note(spec.rule),
+        left_out_note(spec),
         "\n".join(f"* {line}" for line in said),
         *(["## Against the paper", PAPER, to_markdown(_claims(paper))] if len(paper) else []),
         *(["## Exponents against the law", NOTE, to_markdown(laws)] if len(laws) else []),
