@@ -42,6 +42,7 @@ PACKAGES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
             "studies.hyperparameters.run", "studies.hyperparameters.spec", "studies.hyperparameters.trends",
             "studies.hyperparameters.grids", "studies.scale.runner", "studies.scale.spec", "studies.scale.findings",
             "studies.scale.checks", "studies.scale.verdicts", "studies.scale.over_tasks", "studies.scale.laws",
+            "studies.scale.account", "studies.scale.theory_says", "studies.engine",
         )),
         ("The prediction study", (
             "prediction.runner", "prediction.spec", "prediction.judged", "prediction.compare", "prediction.tables",
