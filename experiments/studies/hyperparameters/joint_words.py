@@ -50,9 +50,15 @@ def joint_lines(spec: StudySpec, table: pd.DataFrame) -> list[str]:
         found.append(
             f"Heterogeneity, {pretty(str(network))}: log loss per unit of standard deviation of log training times in "
             f"a group, at the same mean training time: {'; '.join(told)}. "
-            f"Measured, given all means: {'; '.join(given)}."
+            f"Measured, given all means: {'; '.join(given)}. Over the mean log training time itself: "
+            f"{_time(part)}."
         )
     return found
+
+
+def _time(part: pd.DataFrame) -> str:
+    rows = part[(part["factor"] == "training_time") & (part["quantity"] != "error")].to_dict("records")
+    return "; ".join(_slope(row) for row in rows)
 
 
 def _count(part: pd.DataFrame) -> str:

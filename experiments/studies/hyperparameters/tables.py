@@ -75,12 +75,15 @@ def _curves(spec: StudySpec, table: pd.DataFrame, factor: str, column: str) -> l
 
 
 def _levels(about: dict[str, Any], curve: Curve, spec: StudySpec) -> list[Row]:
+    share = str(about["quantity"]).startswith(("accuracy", "error"))
+    least = -np.inf if about["quantity"] == "merging cost" else 0.0
     rows = []
     for k, level in enumerate(curve.levels):
         own = [row[k] for row in curve.tasks]
         found = estimate(curve.values[:, k], own, list(curve.groups[:, k]), spec.rule, spec.seed)
         draws = int(np.isfinite(curve.values[:, k]).sum())
-        rows.append(about | {"level": level, "value": found.value, "value_low": found.low, "value_high": found.high,
+        low, high = np.clip([found.low, found.high], least, 1.0 if share else np.inf)
+        rows.append(about | {"level": level, "value": found.value, "value_low": low, "value_high": high,
                              "groups": curve.distinct[k], "draws": draws, "seed": spec.seed})  # fmt: skip
     return rows
 
