@@ -207,11 +207,6 @@ class ScaleSpec(_Strict):
         """Names of a family's bases, weakest first."""
         return tuple(name for name in self.bases if family.bases is None or name in family.bases)
 
-    @property
-    def strongest(self) -> str:
-        """Name of the last base."""
-        return tuple(self.bases)[-1]
-
     def digest(self) -> str:
         """Content hash of what is run, 12 hexadecimal digits.
 
