@@ -163,7 +163,7 @@ def merges_of(spec: StudySpec, grid: StudyGrid) -> int:
 
 
 @dataclass(frozen=True)
-class Share:
+class BaseShare:
     """How far a grid is for one base.
 
     Attributes:
@@ -184,7 +184,7 @@ class Share:
         return len(self.finished) >= self.runs
 
 
-def shares(grid: StudyGrid, folder: Path) -> tuple[Share, ...]:
+def shares(grid: StudyGrid, folder: Path) -> tuple[BaseShare, ...]:
     """What of a grid is done in its store, one entry for each base in the order of the grid."""
     from experiments.store import Store
     from experiments.store.database import DATABASE
@@ -200,7 +200,8 @@ def shares(grid: StudyGrid, folder: Path) -> tuple[Share, ...]:
                 for digest, (run, _, _) in kept.known(done).items():
                     found.setdefault(run.base.model_dump_json(), set()).add(digest)
     return tuple(
-        Share(grid.name, runs[0].base.architecture, len(runs), frozenset(found[base])) for base, runs in wanted.items()
+        BaseShare(grid.name, runs[0].base.architecture, len(runs), frozenset(found[base]))
+        for base, runs in wanted.items()
     )
 
 

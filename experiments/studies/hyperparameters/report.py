@@ -16,7 +16,7 @@ from experiments.page import Page, Section, write_page
 from experiments.studies.hyperparameters import figures, words
 from experiments.studies.hyperparameters.columns import predictions
 from experiments.studies.hyperparameters.designs import Drawn, merges_frame
-from experiments.studies.hyperparameters.grids import Share, StudyGrid, merges_of
+from experiments.studies.hyperparameters.grids import BaseShare, StudyGrid, merges_of
 from experiments.studies.hyperparameters.joined import joined
 from experiments.studies.hyperparameters.joint_words import HETEROGENEOUS
 from experiments.studies.hyperparameters.paper import against_paper
@@ -95,7 +95,7 @@ def write_report(
     grids: Sequence[StudyGrid],
     drawn: Sequence[Drawn],
     recipes: pd.DataFrame,
-    parts: Sequence[Share],
+    parts: Sequence[BaseShare],
     *,
     command: str = "",
 ) -> Path:

@@ -14,7 +14,7 @@ from experiments.combine.groups import Group, Member
 from experiments.studies.engine import Engine
 from experiments.studies.hyperparameters.designs import Drawn, draw, merge_all, merges_frame
 from experiments.studies.hyperparameters.grids import (
-    Share,
+    BaseShare,
     StudyGrid,
     merges_of,
     run_grids,
@@ -121,7 +121,7 @@ def run_study(
 
 def drawn_groups(
     spec: StudySpec, grids: Sequence[StudyGrid], stores: Path
-) -> tuple[tuple[Drawn, ...], pd.DataFrame, dict[str, int], tuple[Share, ...]]:
+) -> tuple[tuple[Drawn, ...], pd.DataFrame, dict[str, int], tuple[BaseShare, ...]]:
     """All groups of the bases whose runs a grid has, one row of hyperparameters for each checkpoint, every run's last
     checkpoint, and how far every grid is for every base.
 
@@ -133,7 +133,7 @@ def drawn_groups(
 
     drawn: list[Drawn] = []
     tables = []
-    parts: list[Share] = []
+    parts: list[BaseShare] = []
     for grid in grids:
         own = shares(grid, stores / grid.name)
         parts += own

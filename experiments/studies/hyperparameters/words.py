@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.plots import pretty
 from experiments.studies.hyperparameters.designs import Drawn
 from experiments.studies.hyperparameters.figures import label
-from experiments.studies.hyperparameters.grids import Share
+from experiments.studies.hyperparameters.grids import BaseShare
 from experiments.studies.hyperparameters.joined import shared_between_halves
 from experiments.studies.hyperparameters.joint_words import joint_lines
 from experiments.studies.hyperparameters.paper import against_paper
@@ -88,7 +88,7 @@ def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[
     return found
 
 
-def done(measured: int, planned: int, lacking: Sequence[Share]) -> str:
+def done(measured: int, planned: int, lacking: Sequence[BaseShare]) -> str:
     """The share of the study that was run: merges, and bases of grids that are not finished and so left out."""
     said = f"{measured} of {planned} merges are measured."
     if not lacking:
