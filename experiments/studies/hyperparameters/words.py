@@ -243,11 +243,13 @@ def readme(
         "`exponents.csv`, `heterogeneous.csv`, `ranks.csv`, `merges.csv` (one row per merge and factor). Tiers: "
         "measured, estimated (constants or calibration images), calibrated (fitted on the other half of the "
         "groups; experts are in both).",
-        rule_note(spec.rule),
-        left_out_note(spec),
         "\n".join(f"* {line}" for line in said),
         *(["## Against the paper", PAPER, to_markdown(_claims(paper))] if len(paper) else []),
         *(["## Exponents against the law", NOTE, to_markdown(laws)] if len(laws) else []),
+        "## Figures",
         *(f"![{name}](figures/{name}.png)\n\n{caption}" for name, caption in pictures.items()),
+        "## The rule, and what intervals leave out",
+        rule_note(spec.rule),
+        left_out_note(spec),
     ]
     return "\n\n".join(parts) + "\n"
