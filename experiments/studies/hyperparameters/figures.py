@@ -84,8 +84,10 @@ def curves_figure(
     *,
     log: bool = True,
     text: str = "",
+    cut: float = np.inf,
 ) -> Picture:
-    """One panel per factor: means over matched groups with their intervals, measured and predicted.
+    """One panel per factor: means over matched groups with their intervals, measured and predicted; axes end at
+    ``cut``, and the caption says where curves leave them.
 
     Raises:
         ValueError: nothing to draw.
@@ -95,6 +97,13 @@ def curves_figure(
     factors = list(dict.fromkeys(own["factor"]))
     if not factors:
         raise ValueError(f"curves of {architecture}: there are no rows to draw")
+    beyond = own[own["value"].astype(float) > cut]
+    if len(beyond):
+        where = "; ".join(
+            f"{label(str(factor))} {', '.join(str(level) for level in dict.fromkeys(part['level']))}"
+            for factor, part in beyond.groupby("factor", sort=False)
+        )
+        caption = f"{caption} Means above {cut:g} are not shown ({where}; up to {beyond['value'].max():.2g})."
     columns = min(3, len(factors))
     rows = -(-len(factors) // columns)
     figure, axes = panel_grid(rows, columns, 3.3, 2.5, 0.5)
@@ -118,7 +127,7 @@ def curves_figure(
             ax.fill_between(at, low, high, color=colour, alpha=0.14 if name == shown[0] else 0.07, linewidth=0)
             spans += [value, low[low > 0] if log else low, high]
         if log:
-            log_axis(ax, "y", *span_of(spans, 1.08))
+            log_axis(ax, "y", *span_of([np.minimum(span, cut) for span in spans], 1.08))
         if k % columns == 0 and text:
             ax.set_ylabel(text, fontsize=9)
     handles = []

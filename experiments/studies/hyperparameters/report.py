@@ -89,6 +89,10 @@ ELASTICITIES = {
 }
 
 
+LARGEST = 100.0
+"""Losses (nats) at which the axes of figures end."""
+
+
 def write_report(
     spec: StudySpec,
     place: Place,
@@ -171,7 +175,7 @@ def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Sect
         drawn["loss"][f"loss_{network}"] = lambda n=network, w=who, m=matched: figures.curves_figure(
             tables.levels, n, ["loss", *near], f"Test loss of merges by factor, {w}: measured, and predicted on "
             f"calibration images (estimated; calibrated: fitted on the other half of the groups). {m}",
-            text="loss (nats)",
+            text="loss (nats)", cut=LARGEST,
         )  # type: ignore[misc]  # fmt: skip
         drawn["accuracy"][f"accuracy_{network}"] = lambda n=network, w=who, m=matched: figures.curves_figure(
             tables.levels, n, ["accuracy", *[f"accuracy, {name}" for name in spec.predictors]],
