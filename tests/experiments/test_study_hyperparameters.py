@@ -31,7 +31,7 @@ from experiments.studies.hyperparameters.constants import (
 from experiments.studies.hyperparameters.designs import centre_of, draw
 from experiments.studies.hyperparameters.grids import StudyGrid, complete, shares, study_grids
 from experiments.studies.hyperparameters.jackknife import task_interval
-from experiments.studies.hyperparameters.joined import calibrated, curves, joined, shared_between_halves
+from experiments.studies.hyperparameters.joined import Curve, calibrated, curves, joined, shared_between_halves
 from experiments.studies.hyperparameters.law import Law, centre_curves, law_of
 from experiments.studies.hyperparameters.paper import against_paper
 from experiments.studies.hyperparameters.powers import EXPONENTIAL, power_verdict
@@ -44,6 +44,7 @@ from experiments.studies.hyperparameters.spec import (
     read_study,
     study_presets,
 )
+from experiments.studies.hyperparameters.tables import trend_where
 from experiments.studies.hyperparameters.trends import (
     at_every_level,
     contrast,
@@ -578,6 +579,28 @@ def test_calibrated_predictions_never_see_their_own_half() -> None:
     other = calibrated(frame.assign(loss=np.where(both, 50.0 * frame["loss"], frame["loss"])), study)
     assert np.array_equal(same, other)
     assert shared_between_halves(frame).iloc[0]["merges"] == 1
+
+
+def test_a_prediction_without_numbers_is_judged_where_it_has_some() -> None:
+    levels = [0.05, 0.1, 0.2, 0.3, 0.5]
+    rng = np.random.default_rng(5)
+    shape = np.array([1.0, 0.8, 0.6, 50.0, 1e6])  # falls, then collapses
+    losses = shape * np.exp(0.01 * rng.standard_normal((6, 5)))
+    tasks = at_every_level([[f"t{(g + k) % 8}" for k in range(6)] for g in range(6)], 5)
+    names = np.array([[f"{g}{l}" for l in range(5)] for g in range(6)])
+    measured = Curve(tuple(levels), losses, tuple(tuple(map(tuple, row)) for row in tasks), names)
+    numbers = np.where(shape < 10, losses, np.nan)
+    numbers[0, 2] = np.nan  # one draw lacks one more level
+    study = spec(levels={"learning_rate": [0.01, 0.1], "coefficient": levels})
+    whole = trend(np.array(levels), losses, measured.tasks, study.rule, 0, names)
+    assert whole.kind == "minimum"  # which no prediction without its right half could show
+    there = trend_where(measured, replace(measured, values=numbers), "coefficient", whole, study)
+    truth = trend(np.array(levels[:3]), losses[1:, :3], measured.tasks[1:], study.rule, 0, names[1:])
+    assert there.kind == truth.kind == "falls"
+    assert there.used == (0.05, 0.1, 0.2)
+    assert there.draws == 5
+    assert there.slope.value == pytest.approx(truth.slope.value)
+    assert trend_where(measured, measured, "coefficient", whole, study) is whole
 
 
 def test_curves_keep_the_order_of_the_specification_and_pair_by_seed() -> None:

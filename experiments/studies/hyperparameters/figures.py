@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -161,7 +162,7 @@ def verdict_figure(verdicts: pd.DataFrame, caption: str) -> Picture:
         for row in part.drop_duplicates("factor").to_dict("records"):
             word = row["measured"].replace("undecided", "–")
             ax.text(0, factors.index(row["factor"]), word, ha="center", va="center", fontsize=9, weight="bold")
-        heads = ["measured", *(pretty(n).replace(" ", "\n", 1) for n in names)]
+        heads = ["measured", *("\n".join(textwrap.wrap(pretty(n), 12)) for n in names)]
         ax.set_xticks(range(len(names) + 1), heads, fontsize=8)
         ax.xaxis.tick_top()
         ax.set_yticks(range(len(factors)), [label(f) for f in factors], fontsize=9)
@@ -259,8 +260,9 @@ def elasticities_figure(table: pd.DataFrame, caption: str) -> Picture:
     return Picture(figure, caption)
 
 
-def scatter_figure(table: pd.DataFrame, columns: Mapping[str, str], caption: str) -> Picture:
-    """Predicted against measured loss of every merge, heterogeneous groups filled; one panel per network.
+def scatter_figure(table: pd.DataFrame, columns: Mapping[str, str], caption: str, *, cut: float = np.inf) -> Picture:
+    """Predicted against measured loss of every merge, heterogeneous groups filled; one panel per network.  Merges with
+    a larger loss than ``cut`` are counted in the caption.
 
     Raises:
         ValueError: nothing to draw.
@@ -269,6 +271,11 @@ def scatter_figure(table: pd.DataFrame, columns: Mapping[str, str], caption: str
     if table.empty or not there:
         raise ValueError("scatter: there are no rows to draw")
     networks = sorted(set(table["architecture"]))
+    beyond = table[table["loss"] > cut].drop_duplicates("key")
+    if len(beyond):
+        told = "; ".join(f"{pretty(str(name))} {len(part)}" for name, part in beyond.groupby("architecture"))
+        caption = f"{caption} Not shown: merges with a loss above {cut:g} ({told})."
+    table = table[~(table["loss"] > cut)]
     figure, axes = panel_grid(1, len(networks), 3.9, 3.6, 0.4)
     for c, network in enumerate(networks):
         ax, part = axes[0, c], table[table["architecture"] == network].drop_duplicates("key")

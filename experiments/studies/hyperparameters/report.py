@@ -193,7 +193,10 @@ def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Sect
             )  # type: ignore[misc]  # fmt: skip
     seed = f"Seed {spec.seed}."
     loss_of = {column: name for column, (name, _) in predicted.items() if column.startswith("pred_")}
-    verdict_caption = f"Measured trend of the loss (bold) and what each prediction says; colour: the verdict. {seed}"
+    verdict_caption = (
+        "Measured trend of the loss (bold) and what each prediction says; colour: the verdict, over the levels that "
+        f"the prediction has numbers for. {seed}"
+    )
     elasticity_caption = (
         "Slopes of the log of the merged loss over heterogeneous groups, measured and predicted; experts resampled; "
         f"those that the recipes do not determine are left out. {seed}"
@@ -238,7 +241,7 @@ def _sections(spec: StudySpec, table: pd.DataFrame, tables: Tables) -> list[Sect
             {"ranks": RANKS},
             {
                 "predicted": lambda: figures.scatter_figure(
-                    table, loss_of, f"Predicted against measured test loss of every merge. {seed}"
+                    table, loss_of, f"Predicted against measured test loss of every merge. {seed}", cut=LARGEST
                 )
             },
         ),

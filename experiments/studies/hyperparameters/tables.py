@@ -47,6 +47,7 @@ def compute(spec: StudySpec, table: pd.DataFrame, experts: Mapping[str, Row], re
     names = dict(zip(table["base_digest"], table["architecture"], strict=True))
     factors = [name for name in spec.levels.factors if (table["factor"] == name).any()]
     kinds: dict[tuple[str, str, str], Trend] = {}
+    drawn: dict[tuple[str, str, str], Curve] = {}
     levels, rows = [], []
     for factor in factors:
         for column, (name, tier) in quantities(spec, table).items():
@@ -56,10 +57,11 @@ def compute(spec: StudySpec, table: pd.DataFrame, experts: Mapping[str, Row], re
                 places = position(factor, curve.levels)
                 found = trend(places, curve.values, curve.tasks, spec.rule, spec.seed, curve.groups)
                 kinds[base, factor, column] = found
+                drawn[base, factor, column] = curve
                 rows.append(_trend_row(about, found, curve.levels, spec))
     hetero = heterogeneous(spec, table, recipes)
     return Tables(
-        verdicts(spec, table, kinds, hetero, names, factors),
+        verdicts(spec, table, kinds, drawn, hetero, names, factors),
         pd.DataFrame(levels),
         pd.DataFrame(rows),
         exponents(spec, table, kinds, experts, names, factors),
@@ -106,12 +108,17 @@ def verdicts(
     spec: StudySpec,
     table: pd.DataFrame,
     kinds: Mapping[tuple[str, str, str], Trend],
+    drawn: Mapping[tuple[str, str, str], Curve],
     hetero: pd.DataFrame,
     names: Mapping[str, str],
     factors: Sequence[str],
 ) -> pd.DataFrame:
     """One row per network, factor and prediction: measured and predicted kind, and the verdict; homogeneous groups by
-    the trend over levels, heterogeneous ones by the sign of the regression's slope."""
+    the trend over levels, heterogeneous ones by the sign of the regression's slope.
+
+    ``measured_there`` is the measured kind over the levels and draws for which the prediction has a number (it has none
+    where merged running variances are negative): the verdict is about those.
+    """
     rows = []
     for base, architecture in sorted(names.items(), key=lambda item: item[1]):
         for factor in factors:
@@ -122,6 +129,7 @@ def verdicts(
                 found = kinds.get((base, factor, column))
                 if found is None:
                     continue
+                there = trend_where(drawn[base, factor, "loss"], drawn[base, factor, column], factor, measured, spec)
                 own = (
                     hetero[(hetero["architecture"] == architecture) & (hetero["factor"] == factor)]
                     if len(hetero)
@@ -135,6 +143,7 @@ def verdicts(
                         "prediction": name,
                         "tier": tier,
                         "measured": measured.kind,
+                        "measured_there": there.kind,
                         "measured_exponent": measured.slope.value,
                         "measured_exponent_low": measured.slope.low,
                         "measured_exponent_high": measured.slope.high,
@@ -143,7 +152,7 @@ def verdicts(
                         "predicted_exponent": found.slope.value,
                         "predicted_exponent_low": found.slope.low,
                         "predicted_exponent_high": found.slope.high,
-                        "verdict": verdict(measured.kind, found.kind),
+                        "verdict": verdict(there.kind, found.kind),
                         "heterogeneous": joint.get(name, ""),
                         "groups": found.groups,
                         "draws": found.draws,
@@ -152,6 +161,16 @@ def verdicts(
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def trend_where(measured: Curve, predicted: Curve, factor: str, whole: Trend, spec: StudySpec) -> Trend:
+    """The measured trend over the levels and draws that a prediction has numbers for; ``whole`` where it has all."""
+    missing = ~np.isfinite(predicted.values)
+    if not (missing & np.isfinite(measured.values)).any():
+        return whole
+    values = np.where(missing, np.nan, measured.values)
+    places = position(factor, measured.levels)
+    return trend(places, values, measured.tasks, spec.rule, spec.seed, measured.groups)
 
 
 def exponents(

@@ -68,6 +68,7 @@ def lines(spec: StudySpec, table: pd.DataFrame, tables: Tables, drawn: Sequence[
             told = [f"{label(row['factor'])} {row['verdict']} (claimed: {row['paper']})" for row in claims]
             found.append(f"{AGAINST}, {pretty(network)}: " + "; ".join(told) + ".")
         found += _disagreements(verdicts)
+    found += _without_number(table)
     found += exponent_lines(tables.exponents)
     found += joint_lines(spec, tables.heterogeneous)
     if len(tables.ranks):
@@ -125,12 +126,34 @@ def _claims(paper: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _without_number(table: pd.DataFrame) -> list[str]:
+    """A line for each network with merges that no predictor has a number for."""
+    columns = [name for name in table.columns if name.startswith("pred_") and not name.endswith(("_low", "_high"))]
+    found = []
+    for network, part in table.groupby("architecture", sort=True):
+        lacking = part[part[columns].isna().all(axis=1) & part["loss"].notna()]
+        if not columns or lacking.empty or len(lacking) == len(part):
+            continue
+        where = "; ".join(
+            f"{label(str(factor))} {', '.join(str(level) for level in sorted(set(own['level'])))}"
+            for factor, own in lacking.groupby("factor", sort=False)
+        )
+        found.append(
+            f"No prediction has a number for {len(lacking)} of {len(part)} merges of {pretty(str(network))} ({where}): "
+            f"their median loss is {lacking['loss'].median():.3g} nats. Predictions decline where merged running "
+            "variances are negative, and are judged on the other levels."
+        )
+    return found
+
+
 def _disagreements(verdicts: pd.DataFrame) -> list[str]:
     """A line for each network and prediction that disagrees somewhere."""
     found = []
     wrong = verdicts[verdicts["verdict"] == "disagrees"]
     for (network, name), part in wrong.groupby(["architecture", "prediction"], sort=False):
-        told = [f"{label(row['factor'])} {row['measured']}, not {row['predicted']}" for row in part.to_dict("records")]
+        told = [
+            f"{label(row['factor'])} {row['measured_there']}, not {row['predicted']}" for row in part.to_dict("records")
+        ]
         found.append(f"Disagreement, {pretty(network)}, {pretty(name)}: {'; '.join(told)}.")
     return found
 
